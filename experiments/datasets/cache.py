@@ -1,0 +1,83 @@
+"""Decoded arrays on disk: written whole or not at all, rebuilt if damaged."""
+
+import hashlib
+import json
+import os
+import sys
+import uuid
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def default_dir() -> Path:
+  """The user's cache folder for this program, by the platform's convention."""
+  home = Path.home()
+  if sys.platform == 'win32':
+    base = os.environ.get('LOCALAPPDATA') or home / 'AppData' / 'Local'
+  elif sys.platform == 'darwin':
+    base = home / 'Library' / 'Caches'
+  else:
+    base = os.environ.get('XDG_CACHE_HOME') or home / '.cache'
+  return Path(base) / 'symjax_bp'
+
+
+def fetch(
+  folder: Path, name: str, config: object, build: Callable[[], Arrays]
+) -> Arrays:
+  """The arrays that `build()` makes, from disk if they are there.
+
+  The file name holds a hash of `config`, so another configuration is another
+  file. Two processes may fetch the same arrays at once: both may build, the
+  later file replaces the earlier one of the same content. A damaged file (its
+  checksums tell) is built again. Where nothing can be written, a warning says
+  so and the arrays are still returned.
+
+  Args:
+    folder: where the file is kept; made if needed.
+    name: beginning of the file name.
+    config: what decides the content, serialisable as JSON.
+    build: makes the arrays.
+  """
+  text = json.dumps(config, sort_keys=True)
+  digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+  path = folder / f'{name}-{digest}.npz'
+  try:
+    # numpy leaves a damaged file open if it opened it itself.
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
+      return {key: stored[key] for key in stored.files}
+  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+    arrays = build()
+  try:
+    write(path, arrays)
+  except OSError as error:
+    warnings.warn(
+      f'cannot keep decoded data in {path} ({error}), it will be decoded again '
+      'next time: name a writable folder with --cache-dir',
+      stacklevel=2,
+    )
+  return arrays
+
+
+def write(path: Path, arrays: Arrays) -> None:
+  """Writes an uncompressed npz file atomically.
+
+  Raises:
+    OSError: the folder cannot be made or written, or the disk is full.
+  """
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
+  try:
+    with open(temporary, 'xb') as file:
+      np.savez(file, allow_pickle=False, **arrays)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise

@@ -1,0 +1,155 @@
+"""Which samples train and which test: pure functions of names and a seed.
+
+No draw depends on the order in which files were found: names are sorted, then
+permuted by a generator seeded with (seed, what is drawn).
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.datasets.errors import DatasetError
+from experiments.datasets.spec import Draw
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+  """A drawn split.
+
+  Attributes:
+    classes: names of the drawn classes, sorted; labels are indices into them.
+    train: int64 [N], rows of the training samples, by class and name.
+    train_labels: int32 [N].
+    test: int64 [M], rows of the test samples, by class and name.
+    test_labels: int32 [M].
+  """
+
+  classes: tuple[str, ...]
+  train: np.ndarray
+  train_labels: np.ndarray
+  test: np.ndarray
+  test_labels: np.ndarray
+
+
+def draw_split(
+  names: Sequence[str],
+  labels: np.ndarray,
+  classes: Sequence[str],
+  draw: Draw,
+  seed: int,
+) -> Split:
+  """Draws classes, then training and test samples of each.
+
+  Args:
+    names: N names, no two alike within a class.
+    labels: integers [N], indices into `classes`.
+    classes: names of all classes.
+    draw: how many of what.
+    seed: of the draw.
+
+  Raises:
+    DatasetError: too few classes with enough samples, or names that repeat.
+  """
+  members: dict[str, list[int]] = {name: [] for name in sorted(classes)}
+  for row, label in enumerate(map(int, labels)):
+    members[classes[label]].append(row)
+  for name in draw.exclude:
+    members.pop(name, None)
+  fit = [name for name, rows in members.items() if len(rows) >= draw.least]
+  if len(fit) < draw.classes:
+    short = min(members, key=lambda name: len(members[name]), default='')
+    raise DatasetError(
+      f'{draw.classes} classes with at least {draw.least} samples are needed, '
+      f'{len(fit)} of {len(members)} have as many'
+      + (f' ({short!r} has {len(members[short])})' if short else '')
+      + '; is the set complete?'
+    )
+  order = generator(seed, 'classes').permutation(len(fit))
+  chosen = sorted(fit[i] for i in order[: draw.classes])
+  parts: tuple[list[int], list[int]] = ([], [])
+  counts: tuple[list[int], list[int]] = ([], [])
+  for name in chosen:
+    for part, count, rows in zip(
+      parts,
+      counts,
+      _draw_class(name, members[name], names, draw, seed),
+      strict=True,
+    ):
+      part.extend(rows)
+      count.append(len(rows))
+  index = np.arange(len(chosen), dtype=np.int32)
+  return Split(
+    classes=tuple(chosen),
+    train=np.array(parts[0], np.int64),
+    train_labels=np.repeat(index, counts[0]),
+    test=np.array(parts[1], np.int64),
+    test_labels=np.repeat(index, counts[1]),
+  )
+
+
+def _draw_class(
+  name: str, rows: list[int], names: Sequence[str], draw: Draw, seed: int
+) -> tuple[list[int], list[int]]:
+  rows = sorted(rows, key=lambda row: names[row])
+  for first, second in zip(rows, rows[1:], strict=False):
+    if names[first] == names[second]:
+      raise DatasetError(
+        f'class {name!r} has two samples named {names[first]!r}; a split needs '
+        'distinct names'
+      )
+  order = generator(seed, name).permutation(len(rows))
+  # Testing first where the rest trains.
+  first = draw.test if draw.train is None else draw.train
+  second = len(rows) if draw.train is None else draw.test
+  head, tail = order[:first], order[first : first + second]
+  train, test = (tail, head) if draw.train is None else (head, tail)
+  return [rows[i] for i in sorted(train)], [rows[i] for i in sorted(test)]
+
+
+def balanced_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+  """Rows of a subset with as equal a number of each class as there are.
+
+  Classes with fewer samples than their share give all; the others share the
+  rest, earlier classes taking one more where it does not divide.
+
+  Args:
+    labels: int32 [N], every class 0 to K-1 present.
+    size: samples wanted, from K to N.
+    seed: of the draw.
+
+  Returns:
+    int64 [size], rising.
+
+  Raises:
+    DatasetError: `size` is out of range.
+  """
+  counts = np.bincount(labels)
+  if not len(counts) <= size <= len(labels):
+    raise DatasetError(
+      f'train_size is {size}; it must be from {len(counts)} (one of each '
+      f'class) to {len(labels)} (the training set)'
+    )
+  share = np.zeros_like(counts)
+  while (left := size - share.sum()) > 0:
+    open_ = np.flatnonzero(share < counts)
+    if left < len(open_):
+      share[open_[:left]] += 1
+    else:
+      share[open_] = np.minimum(
+        counts[open_], share[open_] + left // len(open_)
+      )
+  rows = [
+    generator(seed, f'subset {label}').permutation(
+      np.flatnonzero(labels == label)
+    )[:count]
+    for label, count in enumerate(share)
+  ]
+  return np.sort(np.concatenate(rows))
+
+
+def generator(seed: int, purpose: str) -> np.random.Generator:
+  """A generator of its own for each purpose, so that none shifts another."""
+  entropy = hashlib.sha256(purpose.encode()).digest()[:8]
+  return np.random.default_rng([seed, int.from_bytes(entropy, 'big')])

@@ -1,0 +1,120 @@
+"""Cached arrays are whole or absent, and damage is repaired."""
+
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import datasets
+from experiments.datasets import cache
+from tests.datasets import archives
+
+_ARRAYS = {'a': np.arange(50_000), 'b': np.array([b'x', b'yz'])}
+
+
+class _Build:
+  """Counts how often the arrays are made."""
+
+  def __init__(self):
+    self.calls = 0
+
+  def __call__(self):
+    self.calls += 1
+    return _ARRAYS
+
+
+def _fetch(folder, build, config='config'):
+  found = cache.fetch(folder, 'name', config, build)
+  assert found.keys() == _ARRAYS.keys()
+  for key, value in _ARRAYS.items():
+    np.testing.assert_array_equal(found[key], value)
+
+
+def test_built_once_per_config(tmp_path):
+  build = _Build()
+  for config in ('a', 'a', {'b': 1}, 'a', {'b': 1}):
+    _fetch(tmp_path / 'new' / 'folder', build, config)
+  assert build.calls == 2
+  assert len(list((tmp_path / 'new' / 'folder').iterdir())) == 2
+
+
+@pytest.mark.parametrize('damage', ['empty', 'cut', 'flip', 'text'])
+def test_a_damaged_file_is_built_again(tmp_path, damage):
+  build = _Build()
+  _fetch(tmp_path, build)
+  (path,) = tmp_path.iterdir()
+  content = bytearray(path.read_bytes())
+  if damage == 'flip':
+    content[len(content) // 2] ^= 1
+  else:
+    content = {'empty': b'', 'cut': content[:-999], 'text': b'hello'}[damage]
+  path.write_bytes(content)
+  _fetch(tmp_path, build)
+  _fetch(tmp_path, build)
+  assert build.calls == 2
+
+
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+  def full_disk(file, **_):
+    file.write(b'half')
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(np, 'savez', full_disk)
+  with pytest.warns(UserWarning, match='No space left .* --cache-dir'):
+    _fetch(tmp_path, _Build())
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_warns(tmp_path):
+  (tmp_path / 'file').write_text('')
+  with pytest.warns(UserWarning, match='cannot keep decoded data'):
+    _fetch(tmp_path / 'file', _Build())
+
+
+def _writer(folder, start, rounds):
+  start.wait()
+  for round_ in range(rounds):
+    cache.fetch(Path(folder), 'name', round_, _Build())
+
+
+def test_two_processes_at_once(tmp_path):
+  context = multiprocessing.get_context('spawn')
+  start = context.Barrier(2)
+  workers = [
+    context.Process(target=_writer, args=(str(tmp_path), start, 20))
+    for _ in range(2)
+  ]
+  for worker in workers:
+    worker.start()
+  for worker in workers:
+    worker.join(60)
+  assert [worker.exitcode for worker in workers] == [0, 0]
+  assert len(list(tmp_path.iterdir())) == 20
+  build = _Build()
+  for round_ in range(20):
+    _fetch(tmp_path, build, round_)
+  assert build.calls == 0
+
+
+def test_the_users_cache_folder(monkeypatch, tmp_path):
+  monkeypatch.setattr('sys.platform', 'linux')
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  assert cache.default_dir() == tmp_path / 'symjax_bp'
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setattr(Path, 'home', lambda: tmp_path)
+  assert cache.default_dir() == tmp_path / '.cache' / 'symjax_bp'
+  monkeypatch.setattr('sys.platform', 'darwin')
+  assert cache.default_dir() == tmp_path / 'Library' / 'Caches' / 'symjax_bp'
+
+
+def test_a_changed_dataset_is_decoded_again(tmp_path):
+  def load():
+    return datasets.load('cifar10', data_dir=tmp_path, cache_dir=tmp_path / 'c')
+
+  arrays = archives.raw_arrays()
+  root = archives.image_folder(tmp_path / 'cifar10', arrays)
+  before = load().x_train[0]
+  first = root / 'train' / 'class 0' / '00000.png'
+  first.write_bytes(archives.encoded(archives.picture(99, (32, 32))))
+  assert (load().x_train[0] != before).any()

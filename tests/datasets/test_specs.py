@@ -1,0 +1,103 @@
+"""The table of datasets is the paper's, consistent, and cheap to import."""
+
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments.datasets import SPECS, DatasetError, find
+
+_PAPER = (
+  'MNIST CIFAR CIFAR100 SVHN STL10 Cal101 Cal256-101 iCub Flowers17 Flowers102 '
+  'PubFig83-ID SUFR-W-ID LFW-ID Scene67 TIMIT80'
+).split()
+
+# Error rates printed in Table 2 (SGD) and others of the same row.
+_ERRORS = {
+  'Cal101': (74.08, 66.70, 66.07, 61.75, 70.50),
+  'Cal256-101': (87.06, 83.43, 82.94, 85.98),
+  'Flowers17': (35.29, 31.76, 36.76, 29.41),
+  'Flowers102': (77.30, 77.57, 75.78, 74.92, 99.67),
+  'PubFig83-ID': (63.25, 51.08, 78.58, 95.42),
+  'SUFR-W-ID': (80.00, 75.00, 83.50, 94.75),
+  'LFW-ID': (79.25, 74.25, 55.75, 98.75),
+  'Scene67': (87.16, 95.75, 88.21, 81.87),
+}
+
+
+def test_the_fifteen_names_in_the_papers_order():
+  assert [name for name, spec in SPECS.items() if spec.in_paper] == _PAPER
+  assert [name for name in SPECS if name not in _PAPER] == ['digits']
+
+
+@pytest.mark.parametrize('spec', SPECS.values(), ids=lambda spec: spec.name)
+def test_counts_agree_with_each_other(spec):
+  for total, each in (
+    (spec.train, spec.train_per_class),
+    (spec.test, spec.test_per_class),
+  ):
+    assert each is None or total == each * spec.classes
+  draw = spec.draw
+  if draw is not None:
+    assert draw.classes == spec.classes
+    assert draw.train is None or draw.train == spec.train_per_class
+    assert spec.test <= draw.test * spec.classes
+  assert math.prod(spec.shape) in (784, 3072, 42483, 1845)
+
+
+@pytest.mark.parametrize('name', _ERRORS)
+def test_printed_error_rates_are_multiples_of_one_test_sample(name):
+  size = SPECS[name].test
+  for error in _ERRORS[name]:
+    nearest = round(error * size / 100) * 100 / size
+    assert abs(nearest - error) <= 0.0051
+
+
+@pytest.mark.parametrize(
+  ('given', 'name'),
+  [
+    ('mnist', 'MNIST'),
+    ('cifar10', 'CIFAR'),
+    ('CIFAR-10', 'CIFAR'),
+    ('caltech101', 'Cal101'),
+    ('cal256_101', 'Cal256-101'),
+    ('caltech256_10', 'Cal256-101'),
+    ('cifar100_clean10k', 'CIFAR100'),
+    ('FLOWERS102', 'Flowers102'),
+    ('timit80', 'TIMIT80'),
+  ],
+)
+def test_names_and_aliases_in_any_case(given, name):
+  assert find(given) is SPECS[name]
+
+
+def test_no_two_datasets_share_an_alias():
+  keys = [
+    re.sub('[-_]', '', key.lower())
+    for spec in SPECS.values()
+    for key in {spec.name.lower(), *spec.aliases}
+  ]
+  plain = [
+    {re.sub('[-_]', '', key.lower()) for key in (spec.name, *spec.aliases)}
+    for spec in SPECS.values()
+  ]
+  assert sum(map(len, plain)) == len(set(keys))
+
+
+def test_unknown_name_suggests_the_nearest():
+  with pytest.raises(DatasetError, match=r"'imnist', did you mean 'mnist'\?"):
+    find('imnist')
+
+
+def test_the_table_needs_no_heavy_library():
+  script = (
+    'import sys; import experiments.datasets; '
+    'print([m for m in ("jax", "tensorflow", "tensorflow_datasets", "sklearn",'
+    ' "PIL", "scipy") if m in sys.modules])'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', script], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == '[]'
