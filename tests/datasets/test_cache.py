@@ -24,7 +24,7 @@ class _Build:
     return _ARRAYS
 
 
-def _fetch(folder, build, config='config'):
+def _fetch(folder, build, config: object = 'config'):
   found = cache.fetch(folder, 'name', config, build)
   assert found.keys() == _ARRAYS.keys()
   for key, value in _ARRAYS.items():
