@@ -37,6 +37,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+Kernel = jax.Array | jax.ShapeDtypeStruct
 Scale = float | str
 
 # Standard deviations of the usual initialisers; NuSF divides by fan_in itself.
@@ -62,6 +63,11 @@ def _fan_in_and_out(shape: tuple[int, ...]) -> tuple[int, int]:
   """Inputs and outputs of one position of a kernel in Flax's layout."""
   receptive_field = math.prod(shape[:-2])
   return math.prod(shape[:-1]), receptive_field * shape[-1]
+
+
+def _draw_dtype(kernel):
+  """Float32 at least, so that M has more than bfloat16's 128 values."""
+  return kernel.dtype if jnp.finfo(kernel.dtype).bits > 32 else jnp.float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -105,7 +111,7 @@ class FeedbackRule:
     )
     return f'{self.name}({", ".join(changed)})'
 
-  def draw(self, key: jax.Array, kernel: jax.Array) -> jax.Array | None:
+  def draw(self, key: jax.Array, kernel: Kernel) -> jax.Array | None:
     """Draws R for a kernel.
 
     Args:
@@ -203,8 +209,7 @@ class _RandomMagnitude(FeedbackRule):
     given ``u > 1 - p`` it is flipped and ``(u - (1 - p)) / p`` is. M is never
     0, so the share of flipped signs is that of S_p.
     """
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    u = 1 - jax.random.uniform(key, kernel.shape, dtype)
+    u = 1 - jax.random.uniform(key, kernel.shape, _draw_dtype(kernel))
     keep = 1 - self.p_flip
     if keep == 1:
       signed = u
@@ -243,8 +248,7 @@ class _FixedRandom(FeedbackRule):
     object.__setattr__(self, 'sigma', sigma)
 
   def draw(self, key, kernel):
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    normal = jax.random.normal(key, kernel.shape, dtype)
+    normal = jax.random.normal(key, kernel.shape, _draw_dtype(kernel))
     return (self.sigma * normal).astype(kernel.dtype)
 
   def _unscaled(self, kernel, draw):

@@ -1,0 +1,89 @@
+"""Which layer of a model gets which rule: regular expressions on paths."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from symjax_bp.feedback import FeedbackRule
+
+
+def check_rule(argument: str, rule: Any) -> None:
+  """Raises TypeError unless ``rule`` is a feedback rule."""
+  if not isinstance(rule, FeedbackRule):
+    raise TypeError(
+      f'{argument} must be a feedback rule such as symjax_bp.usf() or '
+      f"symjax_bp.from_name('uSF'), not {rule!r}."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Patterns:
+  """Rules by path, first match wins, and what to leave alone.
+
+  Attributes:
+    rules: pairs (regular expression, rule).
+    exclude: regular expressions.
+  """
+
+  rules: tuple[tuple[str, FeedbackRule], ...]
+  exclude: tuple[str, ...]
+
+  @classmethod
+  def create(
+    cls,
+    rule: FeedbackRule | Mapping[str, FeedbackRule],
+    exclude: str | Sequence[str],
+  ) -> 'Patterns':
+    """Checks what a user gave; a single rule is for every path."""
+    rules = rule if isinstance(rule, Mapping) else {'': rule}
+    if not rules:
+      raise ValueError('rule must not be an empty mapping.')
+    for pattern, each in rules.items():
+      name = f'rule[{pattern!r}]' if isinstance(rule, Mapping) else 'rule'
+      check_rule(name, each)
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for pattern in (*rules, *exclude):
+      try:
+        re.compile(pattern)
+      except (re.error, TypeError) as error:
+        raise ValueError(
+          f'{pattern!r} is not a regular expression: {error}.'
+        ) from error
+    return cls(tuple(rules.items()), exclude)
+
+  def excluded(self, path: str) -> bool:
+    """Whether the layer or parameter is to be left alone."""
+    return any(re.search(pattern, path) for pattern in self.exclude)
+
+  def rule(self, path: str) -> FeedbackRule:
+    """The rule of the first expression found in the path of a layer."""
+    for pattern, rule in self.rules:
+      if re.search(pattern, path):
+        return rule
+    raise ValueError(
+      f'layer {path!r} matches none of {[p for p, _ in self.rules]}: add '
+      f"'.*': symmetric() for plain backpropagation in all other layers, or "
+      f'exclude it.'
+    )
+
+  def check_used(self, paths: Iterable[str]) -> None:
+    """Raises if an expression matches none of the paths of a model."""
+    paths = sorted(paths)
+    for pattern in (*(p for p, _ in self.rules), *self.exclude):
+      if not any(re.search(pattern, path) for path in paths):
+        raise ValueError(
+          f'{pattern!r} matches nothing in the model; its paths are {paths}.'
+        )
+
+
+def rule_table(
+  rows: Mapping[str, tuple[tuple[int, ...], FeedbackRule | None]],
+) -> str:
+  """Text of {path: (shape, rule or None for plain backpropagation)}."""
+  cells = [('layer', 'shape', 'feedback')]
+  for path, (shape, rule) in rows.items():
+    cells.append((path, str(shape), str(rule or 'plain backpropagation')))
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = ('  '.join(map(str.ljust, row, widths)).rstrip() for row in cells)
+  return '\n'.join(lines)
