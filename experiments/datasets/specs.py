@@ -143,7 +143,7 @@ _ROWS = (
       'per category, 200 images each) and test folders (one other object)'
     ),
     source='manual',
-    builder='icubworld1_categorization',
+    builder='icub_world',
     homepage='https://robotology.github.io/iCubWorld/',
     citation='Fanello et al., iCub World, CVPR workshops (2013)',
     aliases=('icub', 'icubworld'),

@@ -1,0 +1,212 @@
+"""The original archives of the sets that have builders of their own.
+
+Nothing is unpacked to disk: members are read from the archive, or from a
+folder in which a person unpacked it.
+"""
+
+import dataclasses
+import hashlib
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from experiments.datasets.errors import DatasetError
+
+
+@dataclasses.dataclass(frozen=True)
+class Archive:
+  """One file that a builder needs.
+
+  Attributes:
+    name: its file name; '' for any file or folder that a person puts there.
+    url: where it can be downloaded; None where a person must get it.
+    md5: known checksum; None where none is known for certain.
+  """
+
+  name: str
+  url: str | None = None
+  md5: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+  """What the builder of a dataset starts from.
+
+  Attributes:
+    archives: the files.
+    layout: what is expected inside, for errors.
+    steps: what a person does to get it.
+  """
+
+  archives: tuple[Archive, ...]
+  layout: str
+  steps: str
+
+
+# Checksums: 256_ObjectCategories.tar as in torchvision.datasets.Caltech256.
+ORIGINALS: Mapping[str, Original] = {
+  'oxford_flowers17': Original(
+    archives=(
+      Archive(
+        '17flowers.tgz',
+        'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz',
+      ),
+      Archive(
+        'datasplits.mat',
+        'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/datasplits.mat',
+      ),
+    ),
+    layout='jpg/image_0001.jpg to jpg/image_1360.jpg, 80 of each class in turn',
+    steps=(
+      'get 17flowers.tgz and datasplits.mat from '
+      'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/'
+    ),
+  ),
+  'caltech256': Original(
+    archives=(
+      Archive(
+        '256_ObjectCategories.tar',
+        'https://data.caltech.edu/records/nyy15-4j048/files/'
+        '256_ObjectCategories.tar?download=1',
+        '67b4f42ca05d46448c6bb8ecd2220f6d',
+      ),
+    ),
+    layout='256_ObjectCategories/001.ak47/001_0001.jpg and so on',
+    steps=(
+      'get 256_ObjectCategories.tar from '
+      'https://data.caltech.edu/records/nyy15-4j048'
+    ),
+  ),
+  'icub_world': Original(
+    archives=(Archive(''),),
+    layout=(
+      'train/CATEGORY/OBJECT/* and test/categorization/CATEGORY/* for the ten '
+      'categories bananas to yogurt'
+    ),
+    steps=(
+      'get iCubWorld.zip ("iCubWorld 1.0", cropped images) from '
+      'https://robotology.github.io/iCubWorld/ and put it, or the folder '
+      'unpacked from it,'
+    ),
+  ),
+  'pubfig83': Original(
+    archives=(Archive(''),),
+    layout='pubfig83/PERSON/*.jpg',
+    steps=(
+      'accept the terms at http://vision.seas.harvard.edu/pubfig83/, get '
+      'pubfig83.v1.tgz and put it, or the folder unpacked from it,'
+    ),
+  ),
+  'sufr_w': Original(
+    archives=(Archive(''),),
+    layout='SUFR_in_the_wild/*.jpg and SUFR_in_the_wild_info.txt',
+    steps=(
+      'accept the terms at https://cbmm.mit.edu/knowledge-transfer/sufr, get '
+      'the image and info files of SUFR-W and put the archives, or the folders '
+      'unpacked from them,'
+    ),
+  ),
+  'mit_indoor67': Original(
+    archives=(
+      Archive(
+        'indoorCVPR_09.tar',
+        'http://groups.csail.mit.edu/vision/LabelMe/NewImages/'
+        'indoorCVPR_09.tar',
+      ),
+      Archive(
+        'TrainImages.txt', 'https://web.mit.edu/torralba/www/TrainImages.txt'
+      ),
+      Archive(
+        'TestImages.txt', 'https://web.mit.edu/torralba/www/TestImages.txt'
+      ),
+    ),
+    layout='Images/CATEGORY/*.jpg',
+    steps=(
+      'get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from '
+      'https://web.mit.edu/torralba/www/indoor.html'
+    ),
+  ),
+  'timit_subphones': Original(
+    archives=(Archive(''),),
+    layout='TEST/DR1/SPEAKER/*.WAV with a .PHN file beside each',
+    steps=(
+      'license TIMIT (LDC93S1) at https://catalog.ldc.upenn.edu/LDC93S1 and '
+      'put its archive, or the folder TIMIT from the disc,'
+    ),
+  ),
+}
+
+# What reading a damaged archive raises.
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error)
+
+
+def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
+  """Where a person puts an archive."""
+  return manual_dir / (archive.name or builder)
+
+
+def instructions(builder: str, manual_dir: str | Path) -> str:
+  """What a person does to get the original files of a builder."""
+  original = ORIGINALS[builder]
+  files = ' and '.join(
+    archive.name or f'{builder}/' for archive in original.archives
+  )
+  return f'{original.steps} in {manual_dir} as {files}'
+
+
+def verify(path: Path, archive: Archive) -> None:
+  """Compares a file with its known checksum, if there is one.
+
+  Raises:
+    DatasetError: they differ.
+  """
+  if archive.md5 is None:
+    return
+  with open(path, 'rb') as file:
+    found = hashlib.file_digest(file, 'md5').hexdigest()
+  if found != archive.md5:
+    raise DatasetError(
+      f'{path}: MD5 is {found}, expected {archive.md5}: truncated or another '
+      'file; delete it and get it again'
+    )
+
+
+def members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+  """All files in an archive or folder, as (name, function that reads it).
+
+  A folder may hold archives: their members are given too. The functions must
+  be called before the next member is asked for.
+
+  Args:
+    path: a .tar, .tar.gz, .tgz or .zip file, or a folder.
+
+  Raises:
+    DatasetError: missing, or a damaged archive.
+  """
+  if path.is_dir():
+    for file in sorted(entry for entry in path.rglob('*') if entry.is_file()):
+      if file.suffix.lower() in ('.tar', '.tgz', '.gz', '.zip'):
+        yield from members(file)
+      else:
+        yield file.relative_to(path.parent).as_posix(), file.read_bytes
+    return
+  if not path.is_file():
+    raise DatasetError(f'{path}: no such file or folder')
+  try:
+    if path.suffix.lower() == '.zip':
+      with zipfile.ZipFile(path) as packed:
+        for info in packed.infolist():
+          if not info.is_dir():
+            yield info.filename, lambda info=info: packed.read(info)
+    else:
+      with tarfile.open(path) as packed:
+        for member in packed:
+          file = packed.extractfile(member) if member.isreg() else None
+          if file is not None:
+            yield member.name, file.read
+  except _DAMAGED as error:
+    raise DatasetError(
+      f'{path}: damaged or truncated archive: {error}; get it again'
+    ) from error

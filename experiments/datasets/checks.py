@@ -1,0 +1,191 @@
+"""Looking at a dataset: counts, sizes, duplicates, split, picture grid."""
+
+import dataclasses
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from experiments.datasets.loader import Dataset, load
+from experiments.datasets.lookup import locate
+from experiments.datasets.raw import Part
+
+_COLUMNS = 10
+_MARGIN = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What `check` found.
+
+  Attributes:
+    name: the paper's name of the dataset.
+    source: where it came from.
+    note: how it differs from the paper's set.
+    digest: identity of the data.
+    train_counts: training samples of each class.
+    test_counts: test samples of each class.
+    sizes: how often each stored size (height, width) occurs; empty for vectors.
+    duplicates: pairs of names (test, train) of samples with equal pixels.
+    grid: path of the picture grid, None if none was asked for.
+  """
+
+  name: str
+  source: str
+  note: str
+  digest: str
+  train_counts: dict[str, int]
+  test_counts: dict[str, int]
+  sizes: dict[tuple[int, int], int]
+  duplicates: tuple[tuple[str, str], ...]
+  grid: Path | None
+
+
+def check(
+  name: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  *,
+  cache_dir: str | os.PathLike[str] | None = None,
+  seed: int = 0,
+  grid: str | os.PathLike[str] | None = None,
+) -> Report:
+  """Reads a dataset and says what is in it.
+
+  Args:
+    name: the paper's name or an alias.
+    data_dir: folder with data.
+    cache_dir: folder for decoded arrays, as in `load`.
+    seed: of the drawn split.
+    grid: PNG file to write, training samples of ten classes with their labels.
+
+  Raises:
+    DatasetError: as `load`.
+  """
+  data = load(name, data_dir=data_dir, cache_dir=cache_dir, seed=seed)
+  raw = locate(name, data_dir, seed).read()
+  sizes: Counter[tuple[int, int]] = Counter()
+  if len(data.spec.shape) == 3:
+    sizes.update(_stored_sizes(raw.train))
+    sizes.update(_stored_sizes(raw.test))
+  path = None
+  if grid is not None:
+    path = Path(grid)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(data, path)
+  return Report(
+    name=data.spec.name,
+    source=data.source,
+    note=data.note,
+    digest=data.digest,
+    train_counts=_counts(data, data.y_train),
+    test_counts=_counts(data, data.y_test),
+    sizes=dict(sizes.most_common()),
+    duplicates=duplicates(data),
+    grid=path,
+  )
+
+
+def show_split(
+  name: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  *,
+  cache_dir: str | os.PathLike[str] | None = None,
+  seed: int = 0,
+  train_size: int | None = None,
+) -> Iterator[str]:
+  """The split of a dataset, line by line: 'PART<tab>CLASS<tab>SAMPLE'.
+
+  The first lines, beginning with '#', tell protocol, seed and digest.
+
+  Raises:
+    DatasetError: as `load`.
+  """
+  data = load(
+    name,
+    data_dir=data_dir,
+    cache_dir=cache_dir,
+    seed=seed,
+    train_size=train_size,
+  )
+  yield f'# {data.spec.name}: {data.spec.protocol}'
+  yield f'# {data.source}, seed {seed}'
+  yield f'# digest {data.digest}'
+  for part, files, labels in (
+    ('train', data.files_train, data.y_train),
+    ('test', data.files_test, data.y_test),
+  ):
+    for row in np.argsort(labels, kind='stable'):
+      yield f'{part}\t{data.classes[labels[row]]}\t{files[row]}'
+
+
+def duplicates(data: Dataset) -> tuple[tuple[str, str], ...]:
+  """Pairs (test, train) of names of samples that are equal as loaded."""
+  trained = {
+    hashlib.sha256(x.tobytes()).digest(): name
+    for x, name in zip(data.x_train, data.files_train, strict=True)
+  }
+  hashes = (hashlib.sha256(x.tobytes()).digest() for x in data.x_test)
+  return tuple(
+    (str(name), str(trained[found]))
+    for found, name in zip(hashes, data.files_test, strict=True)
+    if found in trained
+  )
+
+
+def draw_grid(data: Dataset, path: Path) -> None:
+  """Writes a PNG: a row of training samples for each of up to ten classes.
+
+  The classes are spread over the set; vectors are shown as rows of features.
+  """
+  from PIL import Image, ImageDraw
+
+  shown = np.unique(
+    np.linspace(0, len(data.classes) - 1, _COLUMNS).round().astype(int)
+  )
+  height, width = (
+    data.x_train.shape[1:3] if data.x_train.ndim == 4 else (15, 123)
+  )
+  # Labels need some room even where pictures are small.
+  cell = max(width, 64), max(height, 32) + _MARGIN
+  sheet = Image.new('RGB', (cell[0] * _COLUMNS, cell[1] * len(shown)), 'white')
+  pen = ImageDraw.Draw(sheet)
+  for row, label in enumerate(shown):
+    samples = np.flatnonzero(data.y_train == label)[:_COLUMNS]
+    name = data.classes[label].encode('ascii', 'replace').decode()
+    for column, sample in enumerate(samples):
+      corner = column * cell[0], row * cell[1]
+      pen.text(corner, name[: cell[0] // 6], fill='black')
+      sheet.paste(
+        Image.fromarray(_pixels(data.x_train[sample])),
+        (corner[0], corner[1] + _MARGIN),
+      )
+  sheet.save(path, 'PNG')
+
+
+def _pixels(sample: np.ndarray) -> np.ndarray:
+  if sample.ndim == 1:
+    # Three standard deviations to each side of the mean.
+    scaled = np.clip(sample.reshape(15, 123) * (127 / 3) + 128, 0, 255)
+    return scaled.astype(np.uint8)
+  return sample[..., 0] if sample.shape[-1] == 1 else sample
+
+
+def _counts(data: Dataset, labels: np.ndarray) -> dict[str, int]:
+  counts = np.bincount(labels, minlength=len(data.classes))
+  return dict(zip(data.classes, counts.tolist(), strict=True))
+
+
+def _stored_sizes(part: Part) -> Iterator[tuple[int, int]]:
+  from PIL import Image
+
+  for row in range(len(part)):
+    sample = part.sample(row)
+    if isinstance(sample, np.ndarray):
+      yield sample.shape[0], sample.shape[1]
+    else:
+      with Image.open(io.BytesIO(sample)) as picture:
+        yield picture.height, picture.width

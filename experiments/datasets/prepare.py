@@ -1,0 +1,142 @@
+"""Getting datasets: what is there, what is missing, and preparing it."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from experiments.datasets import archives, lookup, names, prepared
+from experiments.datasets.errors import DatasetError
+from experiments.datasets.loader import load
+from experiments.datasets.spec import Spec
+
+State = Literal['ready', 'downloadable', 'needs a manual step']
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+  """Whether a dataset can be loaded.
+
+  Attributes:
+    state: what is to be done, in a word.
+    text: where it is, or how to get it.
+  """
+
+  state: State
+  text: str
+
+
+def status(name: str, data_dir: str | os.PathLike[str] | None = None) -> Status:
+  """Whether a dataset is ready, can be downloaded, or needs a person.
+
+  Files are looked for, not read: `check` reads them.
+
+  Args:
+    name: the paper's name or an alias.
+    data_dir: folder with data.
+
+  Raises:
+    DatasetError: unknown dataset.
+  """
+  spec = names.find(name)
+  try:
+    source = lookup.find_source(name, data_dir, seed=0)
+  except DatasetError as error:
+    return Status('needs a manual step', str(error))
+  if source is not None:
+    return Status('ready', source.text)
+  run = f'`python -m experiments data prepare {spec.name}`'
+  if spec.source == 'download':
+    return Status('downloadable', f'run {run}')
+  assert spec.builder is not None
+  manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
+  if _originals_in_place(spec, manual_dir):
+    return Status('downloadable', f'original files in {manual_dir}; run {run}')
+  steps = archives.instructions(spec.builder, manual_dir)
+  return Status('needs a manual step', f'{steps}, then run {run}')
+
+
+def prepare(
+  name: str,
+  data_dir: str | os.PathLike[str] | None = None,
+  *,
+  cache_dir: str | os.PathLike[str] | None = None,
+  progress: Callable[[str], None] = print,
+) -> Status:
+  """Downloads a dataset, writes it in the format of TFDS, and decodes it.
+
+  Nothing is done for what is there already. tensorflow-datasets shows bars of
+  its own while it downloads and writes.
+
+  Args:
+    name: the paper's name or an alias.
+    data_dir: folder to write to; default: that of tensorflow-datasets. Original
+      files that a person puts into its `downloads/manual` are used.
+    cache_dir: folder for decoded arrays, as in `load`.
+    progress: called with a line of text at each stage.
+
+  Raises:
+    DatasetError: original files are missing, damaged or of unexpected layout,
+      the download failed, or TensorFlow is needed and not installed.
+  """
+  spec = names.find(name)
+  if lookup.find_source(name, data_dir, seed=0) is None:
+    assert spec.builder is not None
+    root = prepared.roots(data_dir)[0]
+    progress(f'{spec.name}: preparing {spec.builder} in {root}')
+    _build(spec, root)
+  progress(f'{spec.name}: decoding')
+  data = load(name, data_dir=data_dir, cache_dir=cache_dir)
+  progress(f'{spec.name}: ready, {data.source}')
+  return Status('ready', data.source)
+
+
+def _originals_in_place(spec: Spec, manual_dir: Path) -> bool:
+  builder = spec.builder
+  return builder in archives.ORIGINALS and all(
+    archives.place(builder, archive, manual_dir).exists()
+    for archive in archives.ORIGINALS[builder].archives
+  )
+
+
+def _build(spec: Spec, root: Path) -> None:
+  import tensorflow_datasets as tfds
+
+  assert spec.builder is not None
+  # Our builders store pictures as they are; others encode with TensorFlow,
+  # and so does TFDS when it downloads.
+  if not _originals_in_place(spec, prepared.manual_dir(root)):
+    _require_tensorflow(spec)
+  if spec.builder in archives.ORIGINALS:
+    import experiments.datasets.builders  # noqa: F401  (registers)
+  try:
+    builder = tfds.builder(
+      spec.builder, data_dir=root, file_format='array_record'
+    )
+    builder.download_and_prepare()
+  except DatasetError:
+    raise
+  # TFDS reports failed downloads, wrong checksums, full disks and changed
+  # formats each in its own way.
+  except Exception as error:
+    steps = ''
+    if spec.builder in archives.ORIGINALS:
+      steps = ', or ' + archives.instructions(
+        spec.builder, prepared.manual_dir(root)
+      )
+    raise DatasetError(
+      f'{spec.name}: {spec.builder} could not be prepared in {root}: {error}; '
+      f'see to that and run it again{steps}'
+    ) from error
+
+
+def _require_tensorflow(spec: Spec) -> None:
+  try:
+    import importlib_resources  # noqa: F401
+    import tensorflow  # noqa: F401
+  except ImportError as error:
+    raise DatasetError(
+      f'{spec.name}: preparing it needs {error.name}; install it with '
+      '`pip install "symjax-bp[prepare]"` (reading prepared data does not)'
+    ) from error

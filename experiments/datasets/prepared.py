@@ -1,0 +1,233 @@
+"""Datasets prepared by tensorflow-datasets, read without TensorFlow."""
+
+import collections
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.datasets import speech
+from experiments.datasets.errors import DatasetError
+from experiments.datasets.folder import fingerprint
+from experiments.datasets.raw import Part, Raw, Source, labels_of
+from experiments.datasets.spec import Spec
+from experiments.datasets.splits import Split, draw_split
+
+_INFO = 'dataset_info.json'
+# Splits that are not for us: unlabelled pictures of STL10, extra ones of SVHN.
+_SPLITS = ('all', 'train', 'validation', 'test')
+_NAMES = ('file', 'file_name', 'image/file_name')
+
+
+def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
+  """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
+  import tensorflow_datasets as tfds
+
+  own = Path(tfds.core.constants.DATA_DIR)
+  return [own] if data_dir is None else [Path(data_dir), own]
+
+
+def manual_dir(root: Path) -> Path:
+  """Where a person puts original files, by the convention of TFDS."""
+  return root / 'downloads' / 'manual'
+
+
+def version_folder(root: Path, spec: Spec) -> Path | None:
+  """The newest prepared version of a dataset below `root`, None without one.
+
+  tensorflow-datasets writes to another folder and renames it when all is
+  written, so an unfinished one has no name that is a version.
+  """
+  if spec.builder is None:
+    return None
+  return max(_versions(root / spec.builder), key=_number, default=None)
+
+
+def unfinished(root: Path, spec: Spec) -> list[Path]:
+  """Folders of preparations that were broken off."""
+  if spec.builder is None:
+    return []
+  return sorted((root / spec.builder).glob('incomplete.*'))
+
+
+def is_tfds(path: Path) -> bool:
+  """Whether a folder is one that TFDS keeps versions in."""
+  return bool(_versions(path)) or any(path.glob('incomplete.*'))
+
+
+def _versions(path: Path) -> list[Path]:
+  found = (info.parent for info in path.glob(f'*/{_INFO}'))
+  return [folder for folder in found if re.fullmatch(r'[\d.]+', folder.name)]
+
+
+def _number(version: Path) -> list[int]:
+  return [int(n) for n in version.name.split('.')]
+
+
+def source(path: Path, spec: Spec, seed: int) -> Source:
+  """The dataset in a folder prepared by tensorflow-datasets.
+
+  Raises:
+    DatasetError: files are missing, or it is in another format.
+  """
+  files = _files(path, spec)
+  draw = f', {spec.draw}, seed {seed}' if spec.draw else ''
+  return Source(
+    text=f'prepared folder {path}',
+    key=fingerprint(path, files) + draw,
+    read=lambda: _read(path, spec, seed),
+  )
+
+
+def _files(path: Path, spec: Spec) -> list[Path]:
+  again = (
+    f'delete {path} and run `python -m experiments data prepare {spec.name}`'
+  )
+  try:
+    info = json.loads((path / _INFO).read_text())
+    form = info.get('fileFormat', 'tfrecord')
+    shards = {s['name']: s.get('shardLengths', ()) for s in info['splits']}
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise DatasetError(
+      f'{path / _INFO}: cannot be read ({error!r}); {again}'
+    ) from error
+  if form != 'array_record':
+    raise DatasetError(
+      f'{path}: prepared as {form}, array_record is needed to read without '
+      f'TensorFlow; {again}, or prepare into another --data-dir'
+    )
+  files = [path / _INFO]
+  for split, lengths in shards.items():
+    for i in range(len(lengths)):
+      name = f'{spec.builder}-{split}.{form}-{i:05d}-of-{len(lengths):05d}'
+      if not (path / name).is_file():
+        raise DatasetError(f'{path / name}: missing, half prepared; {again}')
+      files.append(path / name)
+  return files
+
+
+def _read(path: Path, spec: Spec, seed: int) -> Raw:
+  import tensorflow_datasets as tfds
+
+  # TFDS types the features of any builder as any feature.
+  builder: Any = tfds.builder_from_directory(path)
+  skip = {'image': tfds.decode.SkipDecoding()}
+  records = {
+    split: builder.as_data_source(
+      split=split,
+      decoders=skip if 'image' in builder.info.features else None,
+    )
+    for split in _SPLITS
+    if split in builder.info.splits
+  }
+  if spec.architecture == 'timit':
+    return _utterances(records['all'], spec, seed, str(path))
+  if spec.draw is not None:
+    whole, classes = _pictures(list(records.values()), builder.info.features)
+    return _parts(whole, _drawn(whole, classes, spec, seed, str(path)))
+  if 'train' not in records or 'test' not in records:
+    raise DatasetError(
+      f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
+      'and test'
+    )
+  learning = [records[s] for s in ('train', 'validation') if s in records]
+  train, classes = _pictures(learning, builder.info.features)
+  test, _ = _pictures([records['test']], builder.info.features, classes)
+  for part in (train, test):
+    labels_of(part.labels, classes, str(path))
+  jpeg = bytes(train.sample(0)[:2]) == b'\xff\xd8'
+  return Raw(train=train, test=test, classes=classes, jpeg=jpeg)
+
+
+def _pictures(
+  records: Sequence[Sequence[Mapping[str, Any]]],
+  features: Mapping[str, Any],
+  classes: tuple[str, ...] | None = None,
+) -> tuple[Part, tuple[str, ...]]:
+  """One part over several splits, and the class names."""
+  where = [(split, i) for split in records for i in range(len(split))]
+  key = next((key for key in _NAMES if key in features), None)
+  labels, names = [], []
+  repeats: collections.Counter[str] = collections.Counter()
+  for split, i in where:
+    record = split[i]
+    labels.append(record['label'])
+    if key is not None:
+      names.append(record[key].decode())
+    else:
+      # Where a set keeps no names, content gives an order. Which of two equal
+      # pictures comes first does not matter.
+      content = hashlib.sha256(record['image']).hexdigest()
+      names.append(f'{content}.{repeats[content]}')
+      repeats[content] += 1
+  if hasattr(features['label'], 'names'):
+    classes = tuple(features['label'].names)
+    indices = np.array(labels, np.int32)
+  else:
+    texts = [label.decode() for label in labels]
+    classes = classes or tuple(sorted(set(texts)))
+    index = {name: i for i, name in enumerate(classes)}
+    indices = np.array([index.get(text, -1) for text in texts], np.int32)
+
+  def sample(row: int) -> bytes:
+    split, i = where[row]
+    return split[i]['image']
+
+  return Part(sample=sample, labels=indices, names=names), classes
+
+
+def _drawn(
+  whole: Part, classes: tuple[str, ...], spec: Spec, seed: int, at: str
+) -> Split:
+  assert spec.draw is not None
+  try:
+    return draw_split(whole.names, whole.labels, classes, spec.draw, seed)
+  except DatasetError as error:
+    raise DatasetError(f'{at}: {error}') from error
+
+
+def _parts(whole: Part, split: Split) -> Raw:
+  return Raw(
+    train=whole.take(split.train, split.train_labels),
+    test=whole.take(split.test, split.test_labels),
+    classes=split.classes,
+    jpeg=False,
+  )
+
+
+def _utterances(
+  records: Sequence[Mapping[str, Any]], spec: Spec, seed: int, at: str
+) -> Raw:
+  """Frames with their context; each coefficient has mean 0 and variance 1.
+
+  Mean and variance are those of the drawn training frames.
+  """
+  values = [record['features'] for record in records]
+  where, labels, names = [], [], []
+  for i, record in enumerate(records):
+    file = record['file'].decode()
+    for frame in map(int, np.flatnonzero(record['labels'] >= 0)):
+      where.append((i, frame))
+      labels.append(record['labels'][frame])
+      names.append(f'{file}:{frame:05d}')
+
+  def sample(row: int) -> np.ndarray:
+    utterance, frame = where[row]
+    return speech.stacked(scaled[utterance], frame)
+
+  whole = Part(sample=sample, labels=np.array(labels, np.int32), names=names)
+  split = _drawn(whole, speech.SUBPHONES, spec, seed, at)
+  frames = np.stack(
+    [values[i][frame] for i, frame in map(where.__getitem__, split.train)]
+  )
+  mean = frames.mean(axis=0, dtype=np.float64)
+  deviation = frames.std(axis=0, dtype=np.float64)
+  # A coefficient that never changes becomes 0.
+  deviation[deviation == 0] = 1
+  scaled = [((v - mean) / deviation).astype(np.float32) for v in values]
+  return _parts(whole, split)
