@@ -202,7 +202,8 @@ class WithFeedback(nn.Module):
     module: Any = context.module
     if isinstance(module, nn.Embed) and context.method_name != 'attend':
       return  # A look-up has no input gradient: nothing to be made asymmetric.
-    parameters = module.scope.variables().get('params', {})
+    scope: Any = module.scope
+    parameters = scope.variables().get('params', {})
     for name, value in parameters.items():
       parameter = f'{path}/{name}'.lstrip('/')
       if isinstance(value, Mapping) or meta.unbox(value).ndim < 2:

@@ -1,0 +1,171 @@
+"""A run of the grid: its full configuration, its name, and its neighbours."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from experiments.conditions import BatchPlan, Condition
+
+VERSION = 1
+RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+  """What is common to all runs of a comparison; see experiments/README.md.
+
+  Attributes:
+    epochs: number of epochs. The paper's 65 are 50 at the rate, 10 at a tenth
+      and 5 at a hundredth of it; other numbers are divided in proportion.
+    train_size: training images, a class-balanced subset; None takes all.
+    holdout: share of the training images that choose rate and epoch.
+    base_rate: the rate that the five multiples multiply.
+    momentum: of every update.
+    weight_decay: of every weight and bias, not of batch normalisation.
+    initial_std: standard deviation of the initial weights; biases are 0.
+    input_scale: factor on pixels (0 to 255) minus the training mean image.
+    reduction: of the gradient over the mini-batch, 'mean' or 'sum'.
+    batch_norm_epsilon: in units of the variance.
+    calibration_batches: mini-batches that the statistics for testing average.
+    layer_metrics: also record signs and angles of every layer, each epoch.
+  """
+
+  epochs: int = 65
+  train_size: int | None = None
+  holdout: float = 0.1
+  base_rate: float = 5e-4
+  momentum: float = 0.9
+  weight_decay: float = 5e-4
+  initial_std: float = 0.01
+  input_scale: float = 1.0
+  reduction: str = 'mean'
+  batch_norm_epsilon: float = 1e-4
+  calibration_batches: int = 20
+  layer_metrics: bool = False
+
+  def __post_init__(self):
+    positive = (
+      'epochs', 'base_rate', 'initial_std', 'input_scale',
+      'batch_norm_epsilon', 'calibration_batches',
+    )  # fmt: skip
+    for name in positive:
+      if not getattr(self, name) > 0:
+        raise ValueError(
+          f'{name} must be positive, not {getattr(self, name)!r}.'
+        )
+    if not 0 <= self.holdout < 1:
+      raise ValueError(f'holdout must be in [0, 1), not {self.holdout!r}.')
+    if not 0 <= self.momentum < 1:
+      raise ValueError(f'momentum must be in [0, 1), not {self.momentum!r}.')
+    if not self.weight_decay >= 0:
+      raise ValueError(
+        f'weight_decay must not be negative, not {self.weight_decay!r}.'
+      )
+    if self.reduction not in ('mean', 'sum'):
+      raise ValueError(
+        f"reduction must be 'mean' or 'sum', not {self.reduction!r}."
+      )
+    if self.train_size is not None and self.train_size < 2:
+      raise ValueError(
+        f'train_size must be at least 2, not {self.train_size!r}.'
+      )
+
+  def rate_factor(self, epoch: int) -> float:
+    """The factor on the rate in an epoch, counted from 1.
+
+    The last 15 and the last 5 of 65 epochs (rounded, at least one each where
+    there are three epochs or more) have a tenth and a hundredth of the rate.
+    """
+    last = max(round(self.epochs * 5 / 65), 1)
+    middle = max(round(self.epochs * 10 / 65), 1)
+    if self.epochs < 3:
+      last = middle = 0
+    if epoch > self.epochs - last:
+      return 0.01
+    return 0.1 if epoch > self.epochs - last - middle else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One training run. Its condition is stated by content, not by name.
+
+  Attributes:
+    dataset: the paper's name.
+    digest: identifies the data, split included.
+    source: where the data came from, in words.
+    note: how the data differ from the paper's; empty if they don't.
+    rule: name of the feedback rule.
+    batch_manhattan: setting of the update.
+    batch_norm: 'none', 'plain' or 'affine'.
+    batch_plan: (epochs, batch size) in turn.
+    frozen: which part does not learn.
+    rate: multiple of the protocol's base rate.
+    seed: of initial weights, order of images, feedback and held-out part.
+    protocol: everything else.
+  """
+
+  dataset: str
+  digest: str
+  source: str = ''
+  note: str = ''
+  rule: str
+  batch_manhattan: int
+  batch_norm: str
+  batch_plan: BatchPlan
+  frozen: str
+  rate: float
+  seed: int = 0
+  protocol: Protocol
+
+  def config(self) -> dict[str, Any]:
+    """The configuration as JSON has it, flat."""
+    values = dataclasses.asdict(self)
+    protocol = values.pop('protocol')
+    config = {'version': VERSION, **values, **protocol}
+    return json.loads(json.dumps(config))
+
+  @property
+  def run_id(self) -> str:
+    """Hash of everything that can change the result."""
+    config = self.config()
+    for words in ('source', 'note'):
+      del config[words]
+    text = json.dumps(config, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+  def batch_size(self, epoch: int) -> int:
+    """The batch size in an epoch, counted from 1."""
+    for epochs, size in self.batch_plan:
+      if epochs is None or epoch <= epochs:
+        return size
+      epoch -= epochs
+    return self.batch_plan[-1][1]
+
+
+def runs_of(
+  condition: Condition,
+  rates: Sequence[float] = RATES,
+  seeds: Sequence[int] = (0,),
+  **fields: Any,
+) -> Iterator[Run]:
+  """All runs of one cell: seeds x batch plans x rates."""
+  for seed in seeds:
+    for plan in condition.batch_plans:
+      for rate in rates:
+        yield Run(
+          rule=condition.rule,
+          batch_manhattan=condition.batch_manhattan,
+          batch_norm=condition.batch_norm,
+          batch_plan=plan,
+          frozen=condition.frozen,
+          rate=float(rate),
+          seed=seed,
+          **fields,
+        )
+
+
+def unique(runs: Iterable[Run]) -> list[Run]:
+  """Runs in order without repeats: BM, BM1 and BM-100 are the same runs."""
+  return list({run.run_id: run for run in runs}.values())

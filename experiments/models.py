@@ -1,0 +1,221 @@
+"""The five architectures of the paper's Table 1, built of symjax_bp.linen.
+
+An architecture is a list of layers as data. ``A x B x C / D`` in the paper is
+``C`` feature maps of size ``A x B`` with stride ``D``. Rectified linear units
+follow every layer of weights but the last; batch normalisation, where a
+condition has it, stands in front of them, and takes the place of the bias.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from experiments.datasets.spec import SHAPES
+from symjax_bp import FeedbackRule, linen
+from symjax_bp.normalization import BatchNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+  """``features`` maps of ``size x size``, zero padding on all sides."""
+
+  size: int
+  features: int
+  stride: int = 1
+  padding: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Pooling over ``size x size`` pixels, padding on the right and bottom."""
+
+  kind: str
+  size: int
+  stride: int
+  padding: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Full:
+  """Fully connected; ``features`` as a function of the number of classes."""
+
+  features: Callable[[int], int]
+
+
+def _full(features: int) -> Full:
+  return Full(lambda classes: features)
+
+
+_CLASSES = Full(lambda classes: classes)
+
+ARCHITECTURES: dict[str, tuple[Conv | Pool | Full, ...]] = {
+  'general': (
+    Conv(9, 48, stride=2),
+    Pool('max', 2, 2),
+    Conv(5, 128),
+    Pool('max', 2, 2),
+    Full(lambda classes: max(256, 3 * classes)),
+    Full(lambda classes: 2 * classes),
+    _CLASSES,
+  ),
+  'mnist': (
+    Conv(5, 20),
+    Pool('max', 2, 2),
+    Conv(5, 50),
+    Pool('max', 2, 2),
+    _full(500),
+    _CLASSES,
+  ),
+  'cifar': (
+    Conv(5, 32, padding=2),
+    Pool('max', 3, 2, padding=1),
+    Conv(5, 64, padding=2),
+    Pool('average', 3, 2, padding=1),
+    Conv(5, 64, padding=2),
+    Pool('average', 3, 2, padding=1),
+    _full(128),
+    _CLASSES,
+  ),
+  'svhn': (
+    Conv(5, 20),
+    Pool('max', 2, 2),
+    Conv(7, 512),
+    Pool('max', 2, 2),
+    _full(40),
+    _CLASSES,
+  ),
+  'timit': (_full(512), _full(256), _CLASSES),
+}
+
+
+def _windows(x: jax.Array, pool: Pool, fill: float) -> list[jax.Array]:
+  """The pixels of every window: ``size**2`` strided slices of the image.
+
+  Elementwise operations on slices are several times faster on a CPU than
+  XLA's windowed reduction and its gradient.
+  """
+  end = (0, pool.padding, 0)
+  x = jax.lax.pad(
+    x, jnp.asarray(fill, x.dtype), ((0, 0, 0), end, end, (0, 0, 0))
+  )
+  batch, height, width, channels = x.shape
+  return [
+    jax.lax.slice(
+      x,
+      (0, i, j, 0),
+      (batch, height - pool.size + i + 1, width - pool.size + j + 1, channels),
+      (1, pool.stride, pool.stride, 1),
+    )
+    for i in range(pool.size)
+    for j in range(pool.size)
+  ]
+
+
+def pool(x: jax.Array, layer: Pool) -> jax.Array:
+  """Max or average pooling over the pixels that exist, as in MatConvNet.
+
+  Of several equal maxima the first one gets the gradient.
+
+  Args:
+    x: ``(batch, height, width, channels)``.
+    layer: what to do.
+  """
+  if layer.kind == 'max':
+    pixels = _windows(x, layer, -jnp.inf)
+    return functools.reduce(lambda a, b: jnp.where(b > a, b, a), pixels)
+  total = functools.reduce(jnp.add, _windows(x, layer, 0.0))
+  one = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
+  count = functools.reduce(jnp.add, _windows(one, layer, 0.0))
+  return total * jnp.broadcast_to(1 / count, total.shape)
+
+
+class Network(nn.Module):
+  """One of the five architectures under one condition.
+
+  Attributes:
+    architecture: key of ``ARCHITECTURES``.
+    classes: number of classes.
+    rule: feedback rule of every layer of weights, the last one too.
+    batch_norm: 'none', 'plain' or 'affine'.
+    initial_std: standard deviation of the initial weights; biases are 0.
+    epsilon: of batch normalisation, in units of the variance.
+    axis_name: of the devices over which batch statistics are taken.
+  """
+
+  architecture: str
+  classes: int
+  rule: FeedbackRule
+  batch_norm: str = 'none'
+  initial_std: float = 0.01
+  epsilon: float = 1e-4
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """Returns logits ``(batch, classes)`` of inputs of the architecture."""
+    layers = ARCHITECTURES[self.architecture]
+    options = dict(
+      feedback=self.rule,
+      kernel_init=nn.initializers.normal(self.initial_std),
+    )
+    for layer in layers[:-1]:
+      if isinstance(layer, Pool):
+        x = pool(x, layer)
+        continue
+      options['use_bias'] = self.batch_norm == 'none'
+      if isinstance(layer, Conv):
+        x = linen.Conv(
+          layer.features,
+          (layer.size, layer.size),
+          layer.stride,
+          padding=layer.padding,
+          **options,
+        )(x)
+      else:
+        x = x.reshape(x.shape[0], -1)
+        x = linen.Dense(layer.features(self.classes), **options)(x)
+      if self.batch_norm != 'none':
+        affine = self.batch_norm == 'affine'
+        x = BatchNorm(
+          use_running_average=not train,
+          epsilon=self.epsilon,
+          use_scale=affine,
+          use_bias=affine,
+          axis_name=self.axis_name,
+        )(x)
+      x = nn.relu(x)
+    options['use_bias'] = True
+    return linen.Dense(self.classes, name='output', **options)(x)
+
+
+def multiply_adds(architecture: str, classes: int) -> list[int]:
+  """Multiply-adds of one forward pass of one example, by layer of weights."""
+  *spatial, features = SHAPES[architecture]
+  counts = []
+  for layer in ARCHITECTURES[architecture]:
+    if isinstance(layer, Full):
+      inputs = math.prod(spatial) * features
+      spatial, features = [], layer.features(classes)
+      counts.append(inputs * features)
+      continue
+    padding = layer.padding * (2 if isinstance(layer, Conv) else 1)
+    spatial = [(n + padding - layer.size) // layer.stride + 1 for n in spatial]
+    if isinstance(layer, Conv):
+      window = layer.size**2 * features
+      features = layer.features
+      counts.append(math.prod(spatial) * features * window)
+  return counts
+
+
+def training_flops(architecture: str, classes: int) -> int:
+  """Floating point operations of one training step of one example.
+
+  Forward, dW and dx of every layer of weights; the first layer needs no dx.
+  """
+  first, *others = multiply_adds(architecture, classes)
+  return 2 * (2 * first + 3 * sum(others))
