@@ -499,6 +499,8 @@ def _batch_norm(
   if use_running_average:
     mean, std = stored['mean'].astype(exact), stored['std'].astype(exact)
   else:
+    if 0 in x.shape:
+      raise ValueError(f'x has shape {x.shape}: there is nothing to average')
     mean, std = _batch_statistics(
       x, others, options.epsilon, axis_name, options.axis_index_groups
     )
@@ -550,12 +552,11 @@ def _moved(
   decay = jnp.log1p(jnp.float32(-alpha)) * count.astype(jnp.float32)
   weight = alpha / -jnp.expm1(decay)
   # A rounded weight of 1 would leave a constant feature beside its mean.
-  moved = {
-    name: jnp.where(
-      count == 1, value, stored[name] + weight * (value - stored[name])
-    )
-    for name, value in jax.lax.stop_gradient(observed).items()
-  }
+  moved = {}
+  for name, value in jax.lax.stop_gradient(observed).items():
+    old = stored[name]
+    new = value.astype(old.dtype)
+    moved[name] = jnp.where(count == 1, new, old + weight * (new - old))
   return {**moved, 'count': count}
 
 
@@ -567,8 +568,6 @@ def _num_features(x: Any, axis: int) -> int:
       f'axis is {axis}, but x has shape {shape}: axis must be in '
       f'[{-len(shape)}, {len(shape)})'
     )
-  if 0 in shape:
-    raise ValueError(f'x has shape {shape}: there is nothing to normalise')
   if jnp.iscomplexobj(x):
     raise ValueError('x is complex, but must be real')
   return shape[axis]

@@ -294,6 +294,17 @@ def test_dtype_of_the_result(form, x_dtype, dtype, expected):
   chex.assert_type([statistics['mean'], statistics['std']], jnp.float32)
 
 
+@FORMS
+def test_double_precision(form):
+  with jax.enable_x64(True):
+    x = jnp.asarray(_random((8, 5)), jnp.float64)
+    mean, std = _numpy_statistics(x)
+    y, statistics = form(x)
+    np.testing.assert_allclose(y, (x - mean) / std, rtol=0, atol=1e-13)
+    assert y.dtype == jnp.float64
+    chex.assert_type([statistics['mean'], statistics['std']], jnp.float32)
+
+
 def test_half_precision_input_with_single_precision_parameters():
   x = jnp.asarray(_random((8, 5)), jnp.bfloat16)
   layer = BatchNorm(use_running_average=False, use_scale=True, use_bias=True)
@@ -740,8 +751,10 @@ def test_option_errors(options, message):
 
 @FORMS
 def test_input_errors(form):
+  empty = np.zeros((0, 5), np.float32)
   with pytest.raises(ValueError, match=r'x has shape \(0, 5\)'):
-    form(np.zeros((0, 5), np.float32))
+    form(empty)
+  assert NNXBatchNorm(5)(empty, use_running_average=True).shape == (0, 5)
   with pytest.raises(ValueError, match='x is complex'):
     form(np.zeros((2, 5), np.complex64))
 

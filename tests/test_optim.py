@@ -204,6 +204,17 @@ def test_inject_hyperparams(setting):
       state.hyperparams['learning_rate'] = jnp.float32(0.125 * RATE)
 
 
+def test_inject_hyperparams_with_a_mask_function():
+  optimizer = optax.inject_hyperparams(
+    optim.sgd, static_args=('weight_decay_mask',)
+  )(1.0, 0.0, 0.25, lambda w: jax.tree.map(lambda a: a.ndim > 1, w))
+  weights = jax.tree.map(jnp.asarray, _weights())
+  zeros = jax.tree.map(jnp.zeros_like, weights)
+  updates, _ = optimizer.update(zeros, optimizer.init(weights), weights)
+  np.testing.assert_array_equal(updates['kernel'], -0.25 * weights['kernel'])
+  np.testing.assert_array_equal(updates['bias'], zeros['bias'])
+
+
 def test_inject_hyperparams_asks_for_a_static_setting():
   optimizer = optax.inject_hyperparams(optim.batch_manhattan)(RATE)
   with pytest.raises(TypeError, match="static_args='setting'"):
