@@ -4,6 +4,7 @@ Nothing is unpacked to disk: members are read from the archive, or from a
 folder in which a person unpacked it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import tarfile
@@ -11,6 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 from experiments.datasets.errors import DatasetError
 
@@ -87,8 +89,7 @@ ORIGINALS: Mapping[str, Original] = {
     ),
     steps=(
       'get iCubWorld.zip ("iCubWorld 1.0", cropped images) from '
-      'https://robotology.github.io/iCubWorld/ and put it, or the folder '
-      'unpacked from it,'
+      'https://robotology.github.io/iCubWorld/'
     ),
   ),
   'pubfig83': Original(
@@ -96,7 +97,7 @@ ORIGINALS: Mapping[str, Original] = {
     layout='pubfig83/PERSON/*.jpg',
     steps=(
       'accept the terms at http://vision.seas.harvard.edu/pubfig83/, get '
-      'pubfig83.v1.tgz and put it, or the folder unpacked from it,'
+      'pubfig83.v1.tgz'
     ),
   ),
   'sufr_w': Original(
@@ -104,8 +105,7 @@ ORIGINALS: Mapping[str, Original] = {
     layout='SUFR_in_the_wild/*.jpg and SUFR_in_the_wild_info.txt',
     steps=(
       'accept the terms at https://cbmm.mit.edu/knowledge-transfer/sufr, get '
-      'the image and info files of SUFR-W and put the archives, or the folders '
-      'unpacked from them,'
+      'the image and info archives of SUFR-W'
     ),
   ),
   'mit_indoor67': Original(
@@ -133,7 +133,7 @@ ORIGINALS: Mapping[str, Original] = {
     layout='TEST/DR1/SPEAKER/*.WAV with a .PHN file beside each',
     steps=(
       'license TIMIT (LDC93S1) at https://catalog.ldc.upenn.edu/LDC93S1 and '
-      'put its archive, or the folder TIMIT from the disc,'
+      'get its archive'
     ),
   ),
 }
@@ -150,10 +150,13 @@ def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
 def instructions(builder: str, manual_dir: str | Path) -> str:
   """What a person does to get the original files of a builder."""
   original = ORIGINALS[builder]
-  files = ' and '.join(
-    archive.name or f'{builder}/' for archive in original.archives
+  files = ' and '.join(archive.name for archive in original.archives)
+  if files:
+    return f'{original.steps}; put {files} into {manual_dir}'
+  return (
+    f'{original.steps}; put it, or the folder unpacked from it, into '
+    f'{manual_dir}/{builder}'
   )
-  return f'{original.steps} in {manual_dir} as {files}'
 
 
 def verify(path: Path, archive: Archive) -> None:
@@ -194,18 +197,32 @@ def members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
     return
   if not path.is_file():
     raise DatasetError(f'{path}: no such file or folder')
-  try:
+  with _reading(path):
     if path.suffix.lower() == '.zip':
       with zipfile.ZipFile(path) as packed:
         for info in packed.infolist():
           if not info.is_dir():
-            yield info.filename, lambda info=info: packed.read(info)
+            yield (
+              info.filename,
+              lambda info=info: _read(path, packed.open(info)),
+            )
     else:
       with tarfile.open(path) as packed:
         for member in packed:
           file = packed.extractfile(member) if member.isreg() else None
           if file is not None:
-            yield member.name, file.read
+            yield member.name, lambda file=file: _read(path, file)
+
+
+def _read(path: Path, file: IO[bytes]) -> bytes:
+  with _reading(path), file:
+    return file.read()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+  try:
+    yield
   except _DAMAGED as error:
     raise DatasetError(
       f'{path}: damaged or truncated archive: {error}; get it again'

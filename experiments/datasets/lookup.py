@@ -63,7 +63,6 @@ def missing(spec: Spec, data_dir: str | os.PathLike[str] | None) -> str:
   run = f'`python -m experiments data prepare {spec.name}`'
   if spec.source == 'download':
     return f'{text}Run {run}'
-  assert spec.builder is not None
   manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
   steps = archives.instructions(spec.builder, manual_dir)
   return f'{text}First {steps}, then run {run}'

@@ -49,7 +49,6 @@ def status(name: str, data_dir: str | os.PathLike[str] | None = None) -> Status:
   run = f'`python -m experiments data prepare {spec.name}`'
   if spec.source == 'download':
     return Status('downloadable', f'run {run}')
-  assert spec.builder is not None
   manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
   if _originals_in_place(spec, manual_dir):
     return Status('downloadable', f'original files in {manual_dir}; run {run}')
@@ -82,7 +81,6 @@ def prepare(
   """
   spec = names.find(name)
   if lookup.find_source(name, data_dir, seed=0) is None:
-    assert spec.builder is not None
     root = prepared.roots(data_dir)[0]
     progress(f'{spec.name}: preparing {spec.builder} in {root}')
     _build(spec, root)
@@ -103,7 +101,6 @@ def _originals_in_place(spec: Spec, manual_dir: Path) -> bool:
 def _build(spec: Spec, root: Path) -> None:
   import tensorflow_datasets as tfds
 
-  assert spec.builder is not None
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
   if not _originals_in_place(spec, prepared.manual_dir(root)):

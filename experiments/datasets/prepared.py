@@ -20,15 +20,15 @@ from experiments.datasets.splits import Split, draw_split
 
 _INFO = 'dataset_info.json'
 # Splits that are not for us: unlabelled pictures of STL10, extra ones of SVHN.
-_SPLITS = ('all', 'train', 'validation', 'test')
+_SPLITS = ('train', 'validation', 'test')
 _NAMES = ('file', 'file_name', 'image/file_name')
 
 
 def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
-  import tensorflow_datasets as tfds
+  from tensorflow_datasets.core import constants
 
-  own = Path(tfds.core.constants.DATA_DIR)
+  own = Path(constants.DATA_DIR)
   return [own] if data_dir is None else [Path(data_dir), own]
 
 
@@ -43,14 +43,14 @@ def version_folder(root: Path, spec: Spec) -> Path | None:
   tensorflow-datasets writes to another folder and renames it when all is
   written, so an unfinished one has no name that is a version.
   """
-  if spec.builder is None:
+  if not spec.builder:
     return None
   return max(_versions(root / spec.builder), key=_number, default=None)
 
 
 def unfinished(root: Path, spec: Spec) -> list[Path]:
   """Folders of preparations that were broken off."""
-  if spec.builder is None:
+  if not spec.builder:
     return []
   return sorted((root / spec.builder).glob('incomplete.*'))
 
@@ -126,7 +126,7 @@ def _read(path: Path, spec: Spec, seed: int) -> Raw:
     if split in builder.info.splits
   }
   if spec.architecture == 'timit':
-    return _utterances(records['all'], spec, seed, str(path))
+    return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
     whole, classes = _pictures(list(records.values()), builder.info.features)
     return _parts(whole, _drawn(whole, classes, spec, seed, str(path)))

@@ -55,7 +55,7 @@ class Spec:
     test_per_class: test samples per class, None if they differ.
     protocol: the split in words.
     source: 'embedded', 'download' or 'manual' (a person must get it).
-    builder: name of the tensorflow-datasets builder that prepares it.
+    builder: tensorflow-datasets builder that prepares it; '' if embedded.
     draw: how the split is drawn; None where the source has a split.
     lossless: the original pictures are stored without loss.
     licence: what is known of the terms. No grant of rights.
@@ -74,7 +74,7 @@ class Spec:
   test_per_class: int | None = None
   protocol: str
   source: str = 'download'
-  builder: str | None = None
+  builder: str = ''
   draw: Draw | None = None
   lossless: bool = False
   licence: str = 'not stated by the authors; research use'

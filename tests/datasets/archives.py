@@ -54,7 +54,7 @@ def joined(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def save(path: Path, arrays: dict[str, np.ndarray]) -> Path:
   """Writes an npz file."""
-  np.savez_compressed(path, **arrays)
+  np.savez_compressed(path, allow_pickle=True, **arrays)
   return path
 
 

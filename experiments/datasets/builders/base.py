@@ -50,7 +50,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _split_generators(
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Any]:
-    return {'all': self._generate_examples(*self._originals(dl_manager))}
+    return {'train': self._generate_examples(*self._originals(dl_manager))}
 
   def _generate_examples(self, path: Path) -> Examples:
     found = False
@@ -68,8 +68,11 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       DatasetError: one is missing and cannot be downloaded, or its checksum
         is wrong.
     """
-    # The manager's own manual_dir refuses where nothing needs a person.
-    manual_dir = Path(dl_manager.download_dir) / 'manual'
+    try:
+      manual_dir = Path(dl_manager.manual_dir)
+    # TFDS refuses an empty folder, and builders that need no person.
+    except (AssertionError, ValueError):
+      manual_dir = Path(dl_manager.download_dir) / 'manual'
     paths = []
     for archive in archives.ORIGINALS[self.name].archives:
       path = archives.place(self.name, archive, manual_dir)

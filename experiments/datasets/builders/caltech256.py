@@ -6,7 +6,7 @@ from experiments.datasets.builders.base import OriginalBuilder
 
 
 class Caltech256(OriginalBuilder):
-  """All 257 folders (256 categories and clutter), in one split."""
+  """All 257 folders (256 categories and clutter), in one split (`train`)."""
 
   # The archive also holds stray files, such as 056.dog/greg and
   # 198.spider/RENAME2.

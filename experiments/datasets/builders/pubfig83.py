@@ -7,7 +7,7 @@ from experiments.datasets.builders.base import OriginalBuilder
 
 
 class Pubfig83(OriginalBuilder):
-  """All people, in one split."""
+  """All people, in one split (`train`)."""
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = archives.instructions(
     'pubfig83', 'downloads/manual'

@@ -19,7 +19,7 @@ _LINE = re.compile(r'\s*(\d+)\s*#\s*(.*\S)\s*')
 
 
 class SufrW(OriginalBuilder):
-  """All people, in one split; the label is "ID NAME"."""
+  """All people, in one split (`train`); the label is "ID NAME"."""
 
   MANUAL_DOWNLOAD_INSTRUCTIONS = archives.instructions(
     'sufr_w', 'downloads/manual'
