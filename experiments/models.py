@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -159,7 +160,7 @@ class Network(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits ``(batch, classes)`` of inputs of the architecture."""
     layers = ARCHITECTURES[self.architecture]
-    options = dict(
+    options: dict[str, Any] = dict(
       feedback=self.rule,
       kernel_init=nn.initializers.normal(self.initial_std),
     )

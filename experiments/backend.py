@@ -1,0 +1,36 @@
+"""How JAX is started for the experiments; imported before JAX.
+
+On a CPU this jaxlib hands convolutions to a library that uses one core; the
+flag below gives them back to the code that uses all cores. What the user sets
+in the environment is never overridden.
+"""
+
+import os
+from pathlib import Path
+
+_CPU_FLAGS = {
+  '--xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT',
+}
+
+
+def cache_folder() -> Path:
+  """The user's cache folder for compiled programs and decoded images."""
+  from experiments.datasets.cache import default_dir
+
+  return default_dir()
+
+
+def configure() -> list[str]:
+  """Sets XLA's flags and the compilation cache; says what was set."""
+  said = []
+  flags = os.environ.get('XLA_FLAGS', '')
+  for flag, value in _CPU_FLAGS.items():
+    if flag not in flags:
+      flags = f'{flags} {flag}={value}'.strip()
+      said.append(f'XLA_FLAGS {flag}={value}')
+  os.environ['XLA_FLAGS'] = flags
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    folder = str(cache_folder() / 'compiled')
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
+    said.append(f'JAX_COMPILATION_CACHE_DIR {folder}')
+  return said
