@@ -104,6 +104,8 @@ def _build(spec: Spec, root: Path) -> None:
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
   if not _originals_in_place(spec, prepared.manual_dir(root)):
+    if spec.source == 'manual':
+      raise DatasetError(lookup.missing(spec, root))
     _require_tensorflow(spec)
   if spec.builder in archives.ORIGINALS:
     import experiments.datasets.builders  # noqa: F401  (registers)

@@ -56,8 +56,12 @@ def unfinished(root: Path, spec: Spec) -> list[Path]:
 
 
 def is_tfds(path: Path) -> bool:
-  """Whether a folder is one that TFDS keeps versions in."""
-  return bool(_versions(path)) or any(path.glob('incomplete.*'))
+  """Whether a folder is one that TFDS keeps versions in, or left empty."""
+  return (
+    bool(_versions(path))
+    or any(path.glob('incomplete.*'))
+    or not any(path.iterdir())
+  )
 
 
 def _versions(path: Path) -> list[Path]:
@@ -85,9 +89,7 @@ def source(path: Path, spec: Spec, seed: int) -> Source:
 
 
 def _files(path: Path, spec: Spec) -> list[Path]:
-  again = (
-    f'delete {path} and run `python -m experiments data prepare {spec.name}`'
-  )
+  again = _again(path, spec)
   try:
     info = json.loads((path / _INFO).read_text())
     form = info.get('fileFormat', 'tfrecord')
@@ -111,7 +113,25 @@ def _files(path: Path, spec: Spec) -> list[Path]:
   return files
 
 
+def _again(path: Path, spec: Spec) -> str:
+  return (
+    f'delete {path} and run `python -m experiments data prepare {spec.name}`'
+  )
+
+
 def _read(path: Path, spec: Spec, seed: int) -> Raw:
+  try:
+    return _split(path, spec, seed)
+  except DatasetError:
+    raise
+  # Damaged record files surface as anything, also as records of None.
+  except Exception as error:
+    raise DatasetError(
+      f'{path}: damaged record files ({error!r}); {_again(path, spec)}'
+    ) from error
+
+
+def _split(path: Path, spec: Spec, seed: int) -> Raw:
   import tensorflow_datasets as tfds
 
   # TFDS types the features of any builder as any feature.

@@ -92,17 +92,13 @@ def icub(manual: Path, train: int = 3, test: int = 2) -> None:
     for thing in range(3):
       for i in range(train):
         number += 1
-        name = f'{category}/{category}_{thing}/{i:08d}.ppm'
-        files[f'iCubWorld/train/{name}'] = archives.encoded(
-          archives.picture(number), 'PPM'
-        )
+        name = f'{category}/{category}_{thing}/{i:08d}.jpg'
+        files[f'iCubWorld/train/{name}'] = jpeg(number)
     for kind in ('categorization', 'demonstrator', 'robot'):
       for i in range(test):
         number += 1
-        name = f'{kind}/{category}/{category}_9/{i:08d}.ppm'
-        files[f'iCubWorld/test/{name}'] = archives.encoded(
-          archives.picture(number), 'PPM'
-        )
+        name = f'{kind}/{category}/{category}_9/{i:08d}.jpg'
+        files[f'iCubWorld/test/{name}'] = jpeg(number)
   zipped(manual / 'icub_world' / 'iCubWorld.zip', files)
 
 
@@ -192,3 +188,8 @@ def timit_files(phones: str = 'h# sh iy hv ae h#') -> dict[str, bytes]:
 def timit(manual: Path) -> None:
   """The disc as a folder."""
   folder(manual / 'timit_subphones', timit_files())
+
+
+def encoded_face(number: int) -> bytes:
+  """A picture of the size of LFW's."""
+  return archives.encoded(archives.picture(number, (250, 250)), 'JPEG')

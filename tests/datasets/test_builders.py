@@ -146,7 +146,7 @@ def test_too_few_people(tmp_path, manual):
   'name', ['iCub', 'PubFig83-ID', 'SUFR-W-ID', 'TIMIT80']
 )
 def test_without_originals_a_person_is_told_what_to_do(tmp_path, manual, name):
-  with pytest.raises(DatasetError, match='not there; .* put it') as caught:
+  with pytest.raises(DatasetError, match='First .* put it') as caught:
     _prepare(tmp_path, name)
   assert str(manual) in str(caught.value)
   assert 'http' in str(caught.value)

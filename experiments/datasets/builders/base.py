@@ -1,5 +1,6 @@
 """What our builders share: finding originals, and an image with its label."""
 
+import contextlib
 import io
 import re
 from collections.abc import Iterator
@@ -68,24 +69,28 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       DatasetError: one is missing and cannot be downloaded, or its checksum
         is wrong.
     """
-    try:
-      manual_dir = Path(dl_manager.manual_dir)
-    # TFDS refuses an empty folder, and builders that need no person.
-    except (AssertionError, ValueError):
-      manual_dir = Path(dl_manager.download_dir) / 'manual'
-    paths = []
+    manual_dir = Path(dl_manager.download_dir) / 'manual'
+    if self.MANUAL_DOWNLOAD_INSTRUCTIONS:
+      # TFDS refuses a folder that is empty; the error below says more.
+      with contextlib.suppress(AssertionError):
+        manual_dir = Path(dl_manager.manual_dir)
+    paths, urls = {}, {}
     for archive in archives.ORIGINALS[self.name].archives:
       path = archives.place(self.name, archive, manual_dir)
-      if not path.exists():
-        if archive.url is None:
-          raise DatasetError(
-            f'{path}: not there; '
-            + archives.instructions(self.name, manual_dir)
-          )
-        path = Path(dl_manager.download(archive.url))
-      archives.verify(path, archive)
-      paths.append(path)
-    return paths
+      if path.exists():
+        paths[archive] = path
+      elif archive.url is not None:
+        urls[archive.name] = archive.url
+      else:
+        raise DatasetError(
+          f'{path}: not there; ' + archives.instructions(self.name, manual_dir)
+        )
+    downloaded = dl_manager.download(urls) if urls else {}
+    for archive in archives.ORIGINALS[self.name].archives:
+      if archive not in paths:
+        paths[archive] = Path(downloaded[archive.name])
+      archives.verify(paths[archive], archive)
+    return [paths[a] for a in archives.ORIGINALS[self.name].archives]
 
   def _layout_error(self, path: Path, found: str) -> DatasetError:
     return DatasetError(

@@ -1,0 +1,120 @@
+"""`status`, `check` and `show_split` tell what is there."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import datasets
+from tests.datasets import archives, originals
+
+
+def _check(root, name='cifar10', **kwargs):
+  return datasets.check(name, root, cache_dir=root / 'cache', **kwargs)
+
+
+def test_counts_sizes_and_no_duplicates(tmp_path):
+  archives.save(tmp_path / 'cifar10.npz', archives.raw_arrays(size=40))
+  report = _check(tmp_path)
+  assert report.name == 'CIFAR'
+  assert report.train_counts == {f'class {i}': 4 for i in range(3)}
+  assert report.test_counts == {f'class {i}': 2 for i in range(3)}
+  # As stored, not as resized for the network.
+  assert report.sizes == {(40, 40): 18}
+  assert report.duplicates == ()
+  assert report.grid is None
+  assert "3 of the paper's 10 classes" in report.note
+
+
+def test_equal_pixels_in_train_and_test_are_found(tmp_path):
+  arrays = archives.raw_arrays()
+  arrays['x_test'][4] = arrays['x_train'][7]
+  archives.save(tmp_path / 'cifar10.npz', archives.joined(arrays))
+  report = _check(tmp_path)
+  assert report.duplicates == (('test/4.png', 'train/7.png'),)
+
+
+@pytest.mark.parametrize('name', ['cifar10', 'mnist', 'stl10'])
+def test_the_grid_shows_training_pictures(tmp_path, name):
+  arrays = archives.raw_arrays(classes=4, size=119)
+  archives.save(tmp_path / f'{name}.npz', arrays)
+  report = _check(tmp_path, name, grid=tmp_path / 'out' / 'grid.png')
+  assert report.grid == tmp_path / 'out' / 'grid.png'
+  data = datasets.load(name, data_dir=tmp_path, cache_dir=tmp_path / 'cache')
+  with Image.open(report.grid) as sheet:
+    pixels = np.asarray(sheet.convert('RGB'))
+  height, width = data.x_train.shape[1:3]
+  cell = (max(height, 32) + 12, max(width, 64))
+  # The second picture of the third class.
+  row = np.flatnonzero(data.y_train == 2)[1]
+  top, left = 2 * cell[0] + 12, cell[1]
+  shown = pixels[top : top + height, left : left + width]
+  np.testing.assert_array_equal(
+    shown, np.broadcast_to(data.x_train[row], shown.shape)
+  )
+  # Above it, text.
+  assert (pixels[2 * cell[0] : top, left : left + cell[1]] < 128).any()
+
+
+def test_the_grid_of_vectors(tmp_path):
+  arrays = archives.raw_arrays()
+  rng = np.random.default_rng(0)
+  for part, count in (('train', 12), ('test', 6)):
+    arrays[f'x_{part}'] = rng.standard_normal((count, 1845), np.float32)
+  archives.save(tmp_path / 'timit.npz', arrays)
+  report = _check(tmp_path, 'timit', grid=tmp_path / 'grid.png')
+  assert report.sizes == {}
+  with Image.open(tmp_path / 'grid.png') as sheet:
+    assert sheet.width == 10 * 123
+
+
+def test_the_split_lists_every_sample_once(tmp_path):
+  archives.save(
+    tmp_path / 'cifar10.npz', archives.joined(archives.raw_arrays())
+  )
+  lines = list(
+    datasets.show_split('cifar10', tmp_path, cache_dir=tmp_path / 'cache')
+  )
+  head = [line for line in lines if line.startswith('#')]
+  assert 'official train and test sets' in head[0]
+  digest = _check(tmp_path).digest
+  assert head[-1] == f'# digest {digest}'
+  rows = [line.split('\t') for line in lines if not line.startswith('#')]
+  assert len(rows) == len({row[2] for row in rows}) == 18
+  # Sample 5 has label 5 % 3.
+  assert ['train', 'class 2', 'train/5.png'] in rows
+  part = datasets.show_split(
+    'cifar10', tmp_path, cache_dir=tmp_path / 'cache', train_size=6
+  )
+  assert sum(line.startswith('train') for line in part) == 6
+
+
+def test_every_dataset_has_a_status(tmp_path):
+  states = {
+    name: datasets.status(name, tmp_path).state for name in datasets.SPECS
+  }
+  assert states.pop('digits') == 'ready'
+  manual = {name for name, s in states.items() if s == 'needs a manual step'}
+  assert manual == {'iCub', 'PubFig83-ID', 'SUFR-W-ID', 'TIMIT80'}
+  assert set(states.values()) == {'needs a manual step', 'downloadable'}
+
+
+def test_a_file_makes_it_ready(tmp_path):
+  path = archives.save(tmp_path / 'svhn.npz', archives.raw_arrays())
+  status = datasets.status('SVHN', tmp_path)
+  assert status.state == 'ready'
+  assert str(path) in status.text
+
+
+def test_a_broken_folder_is_not_ready(tmp_path):
+  (tmp_path / 'svhn' / 'train').mkdir(parents=True)
+  status = datasets.status('SVHN', tmp_path)
+  assert status.state == 'needs a manual step'
+  assert 'has no folder test' in status.text
+
+
+def test_originals_in_place_need_no_further_person(tmp_path, manual):
+  assert 'accept the terms' in datasets.status('PubFig83-ID', tmp_path).text
+  originals.pubfig83(manual)
+  status = datasets.status('PubFig83-ID', tmp_path)
+  assert status.state == 'downloadable'
+  assert 'data prepare PubFig83-ID' in status.text

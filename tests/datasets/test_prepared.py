@@ -1,0 +1,130 @@
+"""Prepared folders are read without TensorFlow, and only when whole."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from experiments import datasets
+from experiments.datasets import DatasetError
+from tests.datasets import originals
+
+
+def _load(root, name='Scene67', **kwargs):
+  return datasets.load(name, data_dir=root, cache_dir=root / 'cache', **kwargs)
+
+
+@pytest.fixture(name='whole', scope='module')
+def _whole(tmp_path_factory):
+  """A data folder in which Scene67 is prepared."""
+  root = tmp_path_factory.mktemp('prepared')
+  manual = root / 'downloads' / 'manual'
+  manual.mkdir(parents=True)
+  originals.scene67(manual)
+  datasets.prepare(
+    'Scene67', root, cache_dir=root / 'cache', progress=lambda _: None
+  )
+  return root
+
+
+@pytest.fixture(name='root')
+def _root(whole, tmp_path):
+  """A copy that a test may damage; its version folder is `root / FOLDER`."""
+  shutil.copytree(whole / 'mit_indoor67', tmp_path / 'mit_indoor67')
+  return tmp_path
+
+
+_FOLDER = 'mit_indoor67/1.0.0'
+
+
+def test_reading_imports_no_tensorflow(whole, tmp_path):
+  script = f"""
+import sys
+from experiments import datasets
+data = datasets.load('Scene67', data_dir={str(whole)!r},
+                     cache_dir={str(tmp_path)!r})
+print(data.x_train.shape, data.digest,
+      [m for m in ('tensorflow', 'jax') if m in sys.modules])
+"""
+  done = subprocess.run(
+    [sys.executable, '-W', 'error', '-c', script],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  expected = _load(whole).digest
+  assert done.stdout.strip() == f'(9, 119, 119, 3) {expected} []'
+
+
+def test_a_copy_has_the_same_digest(whole, root):
+  assert _load(root).digest == _load(whole).digest
+
+
+def test_the_own_folder_of_tfds_is_looked_at_last(
+  whole, root, monkeypatch, tmp_path
+):
+  from tensorflow_datasets.core import constants
+
+  monkeypatch.setattr(constants, 'DATA_DIR', str(whole))
+  empty = tmp_path / 'empty'
+  empty.mkdir()
+  assert str(whole) in _load(empty).source
+  assert str(whole) in datasets.load('Scene67', cache_dir=empty).source
+  assert str(root) in _load(root).source
+
+
+def test_an_unfinished_preparation_is_not_used(root):
+  version = root / _FOLDER
+  version.rename(version.with_name('incomplete.ABCDEF_1.0.0'))
+  with pytest.raises(DatasetError, match='unfinished preparation in .*ABCDEF'):
+    _load(root)
+  assert datasets.status('Scene67', root).state == 'downloadable'
+
+
+def test_a_missing_shard_is_named(root):
+  (shard,) = (root / _FOLDER).glob('*test*')
+  shard.unlink()
+  with pytest.raises(DatasetError, match='missing, half prepared') as caught:
+    _load(root)
+  assert shard.name in str(caught.value)
+  assert 'data prepare Scene67' in datasets.status('Scene67', root).text
+
+
+@pytest.mark.parametrize('content', ['', '{"splits": 3}', 'no json', '[]'])
+def test_a_damaged_description_is_named(root, content):
+  (root / _FOLDER / 'dataset_info.json').write_text(content)
+  with pytest.raises(DatasetError, match=r'dataset_info\.json: cannot be read'):
+    _load(root)
+
+
+def test_another_format_is_refused(root):
+  path = root / _FOLDER / 'dataset_info.json'
+  info = json.loads(path.read_text())
+  del info['fileFormat']
+  path.write_text(json.dumps(info))
+  with pytest.raises(DatasetError, match='prepared as tfrecord'):
+    _load(root)
+
+
+def test_a_truncated_shard_is_an_error(root):
+  (shard,) = (root / _FOLDER).glob('*train*')
+  shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+  with pytest.raises(DatasetError, match=str(root)):
+    _load(root)
+
+
+def test_the_newest_version_is_taken(root):
+  for version in ('1.10.0', '1.9.0'):
+    shutil.copytree(root / _FOLDER, root / 'mit_indoor67' / version)
+  assert '1.10.0' in _load(root).source
+
+
+def test_order_and_content_do_not_depend_on_the_cache(root):
+  first = _load(root)
+  shutil.rmtree(root / 'cache')
+  second = _load(root)
+  np.testing.assert_array_equal(first.x_train, second.x_train)
+  np.testing.assert_array_equal(first.files_test, second.files_test)
