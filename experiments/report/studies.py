@@ -1,0 +1,172 @@
+"""Runs grouped into studies (one per protocol) and cells.
+
+Two runs are comparable when their protocols are equal: such runs make a study,
+and different studies are never mixed. A cell is a condition on a dataset.
+"""
+
+import dataclasses
+import functools
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from experiments.report import naming, paper
+from experiments.report.cells import Cell
+from experiments.report.runs import Record, Run, read
+
+
+class EmptyStoreError(ValueError):
+  """There is nothing to report."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A dataset of a study; `label` tells two copies of one name apart."""
+
+  label: str
+  dataset: str
+  digest: str
+  sources: tuple[str, ...]
+  notes: tuple[str, ...]
+
+  @property
+  def in_paper(self) -> bool:
+    """Whether the paper has this dataset."""
+    return self.dataset in paper.datasets()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Study:
+  """All runs of one protocol.
+
+  Attributes:
+    number: 1 for the protocol with most runs.
+    fields: the protocol.
+    varying: the fields in which this store's protocols differ.
+    rows: its datasets by label, in the paper's order, others last.
+    cells: by (row label, condition).
+    runs: all of its runs.
+  """
+
+  number: int
+  fields: Mapping[str, Any]
+  varying: tuple[str, ...]
+  rows: Mapping[str, Row]
+  cells: Mapping[tuple[str, str], Cell]
+  runs: Sequence[Run]
+
+  @property
+  def title(self) -> str:
+    """Such as 'Protocol 1: 65 epochs, all training images'."""
+    size = self.fields.get('train_size')
+    parts = [
+      f'{self.fields.get("epochs", "?")} epochs',
+      'all training images' if size is None else f'{size} training images',
+      *(
+        f'{key.replace("_", " ")} {self.fields.get(key)}'
+        for key in self.varying
+        if key not in ('epochs', 'train_size')
+      ),
+    ]
+    return f'Protocol {self.number}: ' + ', '.join(parts)
+
+  @property
+  def unfinished(self) -> list[Run]:
+    """Runs that were interrupted or failed."""
+    return [run for run in self.runs if run.outcome is None]
+
+  def chance(self, label: str) -> float | None:
+    """Error of guessing on a row, in percent."""
+    return self._chances.get(label)
+
+  @functools.cached_property
+  def _chances(self) -> Mapping[str, float]:
+    return {
+      label: run.outcome.chance
+      for (label, _), cell in self.cells.items()
+      for run in cell.runs
+      if run.outcome
+    }
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Store:
+  """Everything a report shows: studies, most runs first, and warnings."""
+
+  studies: Sequence[Study]
+  warnings: Sequence[str]
+
+
+def gather(records: Iterable[Record]) -> Store:
+  """Reads, checks and groups the records of a results folder.
+
+  Raises:
+    EmptyStoreError: there is no readable run; says how to make one.
+  """
+  runs, warnings = read(records)
+  if not runs:
+    raise EmptyStoreError(
+      '\n'.join(
+        (
+          *warnings,
+          'the results folder has no runs to report. Fill it, for example '
+          'with `python -m experiments demo` (minutes, no downloads) or '
+          '`python -m experiments run --table 2 --dataset mnist`.',
+        )
+      )
+    )
+  groups = defaultdict(list)
+  for run in runs:
+    groups[run.protocol].append(run)
+  fields = {key: json.loads(key) for key in groups}
+  names = sorted({name for each in fields.values() for name in each})
+  varying = tuple(
+    name
+    for name in names
+    if len({json.dumps(each.get(name)) for each in fields.values()}) > 1
+  )
+  order = sorted(groups, key=lambda key: (-len(groups[key]), key))
+  studies = [
+    _study(number, fields[key], varying, groups[key])
+    for number, key in enumerate(order, start=1)
+  ]
+  return Store(studies, warnings)
+
+
+def _study(
+  number: int, fields: Mapping, varying: tuple[str, ...], runs: list[Run]
+) -> Study:
+  rows = _rows(runs)
+  labels = {(row.dataset, row.digest): row.label for row in rows}
+  content = defaultdict(list)
+  for run in runs:
+    for name in naming.condition_names(run):
+      content[labels[run.dataset, run.digest], name].append(run)
+  cells = {
+    (label, name): Cell(label, name, naming.plans(name), members)
+    for (label, name), members in content.items()
+  }
+  return Study(number, fields, varying, {r.label: r for r in rows}, cells, runs)
+
+
+def _rows(runs: Iterable[Run]) -> list[Row]:
+  digests = defaultdict(lambda: defaultdict(list))
+  for run in runs:
+    digests[run.dataset][run.digest].append(run)
+  known = {name: place for place, name in enumerate(paper.datasets())}
+  rows = []
+  for dataset in sorted(digests, key=lambda d: (known.get(d, len(known)), d)):
+    for digest in sorted(digests[dataset]):
+      members = digests[dataset][digest]
+      several = f' [{digest[:8]}]' if len(digests[dataset]) > 1 else ''
+      rows.append(
+        Row(
+          dataset + several,
+          dataset,
+          digest,
+          tuple(sorted({run.source for run in members} - {''})),
+          tuple(sorted({run.note for run in members} - {''})),
+        )
+      )
+  return rows
