@@ -7,6 +7,7 @@ imports JAX, so the command line can list conditions at once.
 
 import dataclasses
 import difflib
+import re
 
 # (epochs, batch size) in turn; None stands for all epochs that are left.
 BatchPlan = tuple[tuple[int | None, int], ...]
@@ -37,16 +38,25 @@ class Condition:
   frozen: str = 'nothing'
 
 
+_NAME = re.compile(
+  r'(SGD|BP|uSF|NuSF|[bf]rSF(?:-\d+(?:\.\d+)?%)?|RndF|(?=BN|BM))'
+  r'(?:\+?(BN))?(?:\+?BM([123])?)?'
+)
+
+
 def _condition(name: str, **changes) -> Condition:
-  """Reads the parts of a name such as ``brSF-25%+BN+BM`` (BM: setting 1)."""
-  parts = name.split('+')
-  rule = 'BP' if parts[0] in ('SGD', 'BM', 'BN') else parts[0]
+  """Reads a name such as ``brSF-25%+BN+BM``; BM alone is setting 1."""
+  match = _NAME.fullmatch(name)
+  if match is None:
+    raise ValueError(f'{name!r} is no name of a condition.')
+  rule, norm, setting = match.groups()
+  manhattan = int(setting or 1) if 'BM' in name else 0
   return Condition(
     name=name,
     **{
-      'rule': rule,
-      'batch_manhattan': int('BM' in parts),
-      'batch_norm': 'plain' if 'BN' in parts else 'none',
+      'rule': 'BP' if rule in ('', 'SGD') else rule,
+      'batch_manhattan': manhattan,
+      'batch_norm': 'plain' if norm else 'none',
       **changes,
     },
   )
@@ -86,15 +96,18 @@ _ROWS = (
   *_frozen('RndF'),
   *_frozen('RndF+BN+BM'),
   *_frozen('uSF+BN+BM'),
-  *(_condition(f'BM{k}', rule='BP', batch_manhattan=k) for k in (1, 2, 3)),
-  *(_condition(f'uSF+BN+BM{k}', batch_manhattan=k) for k in (1, 2, 3)),
+  *(_condition(f'BM{k}') for k in (1, 2, 3)),
+  *(_condition(f'uSF+BN+BM{k}') for k in (1, 2, 3)),
   *(
-    _condition(f'{update}-{size}', rule='BP', batch_manhattan=setting,
-               batch_plans=(((None, size),),))
-    for update, setting in (('SGD', 0), ('BM', 1))
+    dataclasses.replace(
+      _condition(update),
+      name=f'{update}-{size}',
+      batch_plans=(((None, size),),),
+    )
+    for update in ('SGD', 'BM')
     for size in (100, 30, 10, 5)
   ),
-)  # fmt: skip
+)
 
 CONDITIONS: dict[str, Condition] = {row.name: row for row in _ROWS}
 
@@ -168,16 +181,21 @@ TABLES: dict[str, Table] = {
 
 
 def find(name: str) -> Condition:
-  """Returns the condition of that name, in upper or lower case.
+  """Returns the condition of a name, in upper or lower case.
+
+  Besides the paper's own, any ``RULE[+BN][+BM[1-3]]`` is one, such as
+  ``frSF-10%+BN``.
 
   Raises:
     ValueError: if there is none; names the nearest.
   """
+  if name not in CONDITIONS and _NAME.fullmatch(name):
+    return _condition(name)
   return CONDITIONS[_nearest('condition', name, CONDITIONS)]
 
 
 def find_table(name: str) -> Table:
-  """Returns the table of that name; '4' is for both of its halves to ask.
+  """Returns the table of a name, in upper or lower case.
 
   Raises:
     ValueError: if there is none; names the nearest.

@@ -57,6 +57,10 @@ class Setup:
     )
 
 
+class Stopped(Exception):
+  """Asked to stop in the middle of an epoch, which is then as not begun."""
+
+
 class Images(NamedTuple):
   """One part of a dataset on the device."""
 
@@ -298,6 +302,7 @@ def epochs(
   state: State,
   first: int = 1,
   scan: bool | None = None,
+  stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[State, dict[str, Any]]]:
   """Trains epoch by epoch; ends early once a parameter is not finite.
 
@@ -308,10 +313,14 @@ def epochs(
     state: before epoch ``first``; its buffers are used up.
     first: number of the epoch to begin with, from 1.
     scan: whether an epoch is one compiled loop; default: not on a CPU.
+    stopping: asked before every step whether to stop.
 
   Yields:
     The state after each epoch and its line of metrics: errors in percent,
     losses in nats, seconds.
+
+  Raises:
+    Stopped: if ``stopping()`` says so.
   """
   functions = program(Setup.of(run, data))
   protocol = run.protocol
@@ -328,6 +337,8 @@ def epochs(
     else:
       steps = []
       for index in order:
+        if stopping():
+          raise Stopped
         state, step_scores = functions.step(state, parts, index, rate, key)
         steps.append(step_scores)
       scores = np.sum(jax.device_get(steps), axis=0, dtype=np.float32)

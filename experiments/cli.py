@@ -1,0 +1,163 @@
+"""The command line: every command is a dataclass, every option a field.
+
+Nothing here imports JAX, so ``--help`` is quick; the work is in
+``experiments.commands``.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from experiments.grid import RATES, Protocol
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Selection:
+  """Which cells of the grid.
+
+  Attributes:
+    table: tables of the paper (2, 3, 4-C1, 4-C2, 5, 6); all their conditions.
+    condition: conditions by name, such as uSF+BN or frSF-10%+BN+BM.
+    dataset: datasets by name, such as mnist; see `list`.
+    rate: multiples of the base rate.
+    seed: seeds; several give means and intervals.
+    data_dir: folder with NAME.npz files or image folders.
+  """
+
+  table: tuple[str, ...] = ()
+  condition: tuple[str, ...] = ()
+  dataset: tuple[str, ...] = ('digits',)
+  rate: tuple[float, ...] = RATES
+  seed: tuple[int, ...] = (0,)
+  data_dir: Path | None = None
+
+
+Results = Annotated[Path, tyro.conf.arg(metavar='DIR')]
+_Flat = tyro.conf.OmitArgPrefixes
+DEMO_PROTOCOL = Protocol(epochs=6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+  """From nothing to a table and a report, on embedded data, in a minute.
+
+  Attributes:
+    results: results folder.
+  """
+
+  results: Results = Path('results/demo')
+
+
+@dataclasses.dataclass(frozen=True)
+class RunCommand:
+  """Runs a part of the grid; what is finished is not run again.
+
+  Attributes:
+    selection: which cells.
+    protocol: what is common to all of them.
+    results: results folder.
+    scan: compile a whole epoch as one loop (default: not on a CPU).
+  """
+
+  selection: Selection = Selection()
+  protocol: Protocol = Protocol()
+  results: Results = Path('results')
+  scan: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Says which runs are missing and what they cost; runs nothing.
+
+  Attributes:
+    selection: which cells.
+    protocol: what is common to all of them.
+    results: results folder.
+    calibrate: time a few steps of each network and estimate hours.
+  """
+
+  selection: Selection = Selection()
+  protocol: Protocol = Protocol()
+  results: Results = Path('results')
+  calibrate: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class List:
+  """Lists datasets and where each would come from, conditions and tables.
+
+  Attributes:
+    data_dir: folder with NAME.npz files or image folders.
+  """
+
+  data_dir: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Prepares, checks or shows a dataset: data [prepare|check] NAME.
+
+  Attributes:
+    words: NAME, or what to do (prepare, check) and NAME.
+    data_dir: folder with NAME.npz files or image folders, and for prepared
+      ones.
+    show_split: print the chosen samples of each class.
+    grid: where `check` draws a grid of labelled pictures (PNG).
+  """
+
+  words: tyro.conf.Positional[tuple[str, ...]]
+  data_dir: Path | None = None
+  show_split: bool = False
+  grid: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Writes tables, plots and one HTML page from a results folder.
+
+  Attributes:
+    results: results folder.
+    out: where to write; default: the folder `report` in it.
+  """
+
+  results: tyro.conf.Positional[Results] = Path('results')
+  out: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims:
+  """Checks the paper's conclusions against a results folder.
+
+  Attributes:
+    results: results folder.
+  """
+
+  results: tyro.conf.Positional[Results] = Path('results')
+
+
+Command = (
+  Annotated[Demo, tyro.conf.subcommand('demo')]
+  | Annotated[RunCommand, tyro.conf.subcommand('run')]
+  | Annotated[Plan, tyro.conf.subcommand('plan')]
+  | Annotated[List, tyro.conf.subcommand('list')]
+  | Annotated[Data, tyro.conf.subcommand('data')]
+  | Annotated[Report, tyro.conf.subcommand('report')]
+  | Annotated[Claims, tyro.conf.subcommand('claims')]
+)
+
+
+def main() -> None:
+  """Parses the command line and carries it out."""
+  command = tyro.cli(
+    Command,  # type: ignore[arg-type]
+    prog='python -m experiments',
+    description='The paper "How Important Is Weight Symmetry in '
+    'Backpropagation?" as a program.',
+    config=(_Flat,),
+  )
+  from experiments import commands
+
+  sys.exit(commands.carry_out(command))

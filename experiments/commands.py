@@ -1,0 +1,250 @@
+"""What the commands do; see ``experiments.cli`` for their options."""
+
+import functools
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import backend, cli, conditions, datasets, grid
+from experiments.datasets import Dataset, DatasetError
+from experiments.grid import Run
+from experiments.store import Store, StoreError, load
+
+_DEMO_CONDITIONS = (
+  'SGD',
+  'uSF',
+  'uSF+BN',
+  'uSF+BN+BM',
+  'brSF-50%+BN+BM',
+  'RndF',
+  'RndF+BN+BM',
+)
+_DEMO_RATES = (10.0, 1.0)
+
+
+def carry_out(command: Any) -> int:
+  """Carries out a command; returns the exit status."""
+  try:
+    return _COMMANDS[type(command)](command) or 0
+  except (DatasetError, StoreError, ValueError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+
+
+@functools.cache
+def _dataset(
+  name: str, data_dir: Path | None, train_size: int | None
+) -> Dataset:
+  return datasets.load(name, data_dir=data_dir, train_size=train_size)
+
+
+def _loader(selection: cli.Selection) -> Callable[[Run], Dataset]:
+  def load_for(run: Run) -> Dataset:
+    return _dataset(run.dataset, selection.data_dir, run.protocol.train_size)
+
+  return load_for
+
+
+def selected_runs(
+  selection: cli.Selection, protocol: grid.Protocol
+) -> list[Run]:
+  """The runs of a selection, dataset by dataset, condition by condition.
+
+  Raises:
+    ValueError: for an unknown name or an impossible number.
+  """
+  chosen = [conditions.find(name) for name in selection.condition]
+  for table in selection.table:
+    chosen += map(conditions.find, conditions.find_table(table).columns)
+  if not chosen:
+    raise ValueError(
+      'nothing is selected: say --table (2, 3, 4-C1, ...) or --condition '
+      '(uSF+BN, ...); `python -m experiments list` shows all.'
+    )
+  for rate in selection.rate:
+    if not rate > 0:
+      raise ValueError(f'rate must be positive, not {rate!r}.')
+  runs = []
+  for name in selection.dataset:
+    spec = datasets.find(name)
+    data = _dataset(name, selection.data_dir, protocol.train_size)
+    for condition in chosen:
+      runs += grid.runs_of(
+        condition,
+        selection.rate,
+        selection.seed,
+        dataset=spec.name,
+        digest=data.digest,
+        source=data.source,
+        note=data.note,
+        protocol=protocol,
+      )
+  return grid.unique(runs)
+
+
+def _start_jax() -> None:
+  """Sets what JAX reads when it is imported, and says so."""
+  for line in backend.configure():
+    print(f'set {line}', flush=True)
+
+
+def _execute(
+  runs: Sequence[Run],
+  results: Path,
+  load_for: Callable[[Run], Dataset],
+  scan: bool | None = None,
+) -> int:
+  """Carries out runs with progress; returns the exit status."""
+  store = Store(results)
+  missing = [run for run in runs if not store.finished(run)]
+  if not missing:
+    print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
+    return 0
+  print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
+  _start_jax()
+  from experiments import runner, train
+  from experiments.progress import reporter
+
+  with reporter(len(missing)) as listener:
+    try:
+      summary = runner.carry_out(missing, store, load_for, listener, scan=scan)
+    except train.Stopped:
+      again = shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
+      listener.message(
+        f'stopped; nothing recorded is lost. Go on with: {again}'
+      )
+      return 130
+  if summary.elsewhere:
+    print(
+      f'{summary.elsewhere} runs are being done by another process; repeat '
+      'the command once it has finished.'
+    )
+  return 0
+
+
+def _demo(command: cli.Demo) -> int:
+  selection = cli.Selection(condition=_DEMO_CONDITIONS, rate=_DEMO_RATES)
+  runs = selected_runs(selection, cli.DEMO_PROTOCOL)
+  status = _execute(runs, command.results, _loader(selection))
+  if status == 0:
+    status = _report(cli.Report(command.results))
+    print(
+      "scikit-learn's digits, 6 epochs and 2 rates: a demonstration, not the "
+      'paper. Next: python -m experiments list'
+    )
+  return status
+
+
+def _run(command: cli.RunCommand) -> int:
+  runs = selected_runs(command.selection, command.protocol)
+  load_for = _loader(command.selection)
+  status = _execute(runs, command.results, load_for, command.scan)
+  if status == 0:
+    from experiments import report
+
+    wanted = {run.run_id for run in runs}
+    records = [r for r in load(command.results) if r.run_id in wanted]
+    print(report.text_tables(records, command.selection.table or None))
+    print(f'report: python -m experiments report {command.results}')
+  return status
+
+
+def _plan(command: cli.Plan) -> int:
+  _start_jax()
+  from experiments import planning
+
+  runs = selected_runs(command.selection, command.protocol)
+  store = Store(command.results)
+  missing = [run for run in runs if not store.finished(run)]
+  load_for = _loader(command.selection)
+  print(planning.plan_text(runs, missing, load_for, command.calibrate))
+  return 0
+
+
+def _list(command: cli.List) -> int:
+  print('datasets')
+  for name, spec in datasets.SPECS.items():
+    status = datasets.status(name, command.data_dir)
+    print(
+      f'  {name:<12} {spec.classes:>4} classes  {spec.architecture:<8} '
+      f'{status.state}: {status.text}'
+    )
+  print('\nconditions (any RULE[+BN][+BM[1-3]] works, such as frSF-10%+BN)')
+  for name in conditions.CONDITIONS:
+    print(f'  {name}')
+  print('\ntables')
+  for table in conditions.TABLES.values():
+    print(f'  {table.name:<5} {table.title}: {", ".join(table.columns)}')
+  return 0
+
+
+def _data(command: cli.Data) -> int:
+  *action, name = command.words or ('',)
+  if action not in ([], ['prepare'], ['check']) or not name:
+    raise ValueError(
+      'say `data NAME`, `data prepare NAME` or `data check NAME`, not '
+      f'`data {" ".join(command.words)}`.'
+    )
+  if action == ['prepare']:
+    datasets.prepare(name, command.data_dir)
+  if action == ['check']:
+    found = datasets.check(name, command.data_dir, grid=command.grid)
+    print('\n'.join(_check_lines(found)))
+    return 0
+  if command.show_split:
+    for line in datasets.show_split(name, command.data_dir):
+      print(line)
+    return 0
+  status = datasets.status(name, command.data_dir)
+  print(f'{datasets.find(name).name}: {status.state}: {status.text}')
+  return 0
+
+
+def _check_lines(found: datasets.Report) -> Iterator[str]:
+  yield f'{found.name}: {found.source}'
+  if found.note:
+    yield f'note: {found.note}'
+  yield f'digest: {found.digest}'
+  sizes = ', '.join(f'{h}x{w}: {n}' for (h, w), n in found.sizes.items())
+  yield f'stored sizes: {sizes or "vectors"}'
+  yield f'test samples that are training samples too: {len(found.duplicates)}'
+  yield from (f'  {test} = {train}' for test, train in found.duplicates)
+  yield 'class: train, test'
+  for name, count in found.train_counts.items():
+    yield f'  {name}: {count}, {found.test_counts.get(name, 0)}'
+  if found.grid is not None:
+    yield f'pictures: {found.grid}'
+
+
+def _report(command: cli.Report) -> int:
+  from experiments import report
+
+  records = load(command.results)
+  print(report.text_tables(records))
+  paths = report.write_report(
+    records, command.out or command.results / 'report'
+  )
+  print('written:')
+  for path in paths:
+    print(f'  {path}')
+  return 0
+
+
+def _claims(command: cli.Claims) -> int:
+  from experiments import report
+
+  print(report.claims_text(load(command.results)))
+  return 0
+
+
+_COMMANDS = {
+  cli.Demo: _demo,
+  cli.RunCommand: _run,
+  cli.Plan: _plan,
+  cli.List: _list,
+  cli.Data: _data,
+  cli.Report: _report,
+  cli.Claims: _claims,
+}
