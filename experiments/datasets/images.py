@@ -81,7 +81,9 @@ def _picture(shape: tuple[int, ...], sample: Sample) -> np.ndarray:
       picture = Image.open(io.BytesIO(sample))
     except Image.DecompressionBombError as error:
       raise ValueError(str(error)) from error
-  picture = picture.convert('L' if channels == 1 else 'RGB')
+  mode = 'L' if channels == 1 else 'RGB'
+  if picture.mode != mode:
+    picture = picture.convert(mode)
   if picture.size != (width, height):
     picture = picture.resize((width, height), Image.Resampling.BILINEAR)
   return np.asarray(picture).reshape(shape)
