@@ -18,8 +18,13 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jax.core import Tracer
 
-# The statistics kept for testing, before the first mini-batch.
-_INITIAL = {'mean': 0.0, 'std': 1.0, 'count': 0}
+from symjax_bp.batch_statistics import (
+  INITIAL,
+  batch_norm,
+  check_options,
+  initial_statistics,
+  num_features,
+)
 
 
 class BatchNorm(nn.Module):
@@ -113,7 +118,7 @@ class BatchNorm(nn.Module):
   axis_index_groups: Any = None
 
   def __post_init__(self) -> None:
-    _check_options(self.alpha, self.epsilon)
+    check_options(self.alpha, self.epsilon)
     super().__post_init__()
 
   @nn.compact
@@ -133,7 +138,7 @@ class BatchNorm(nn.Module):
     use_running_average = nn.merge_param(
       'use_running_average', self.use_running_average, use_running_average
     )
-    shape = (_num_features(x, self.axis),)
+    shape = (num_features(x, self.axis),)
     scale = bias = None
     if self.use_scale:
       scale = self.param('scale', self.scale_init, shape, self.param_dtype)
@@ -143,9 +148,9 @@ class BatchNorm(nn.Module):
     if use_running_average or self.is_mutable_collection('batch_stats'):
       variables = {
         name: self.variable('batch_stats', name, lambda v=value: v)
-        for name, value in _initial_statistics(shape).items()
+        for name, value in initial_statistics(shape).items()
       }
-    y, statistics = _batch_norm(
+    y, statistics = batch_norm(
       self,
       x,
       {name: variable.value for name, variable in variables.items()},
@@ -210,7 +215,7 @@ class NNXBatchNorm(nnx.Module):
     axis_index_groups: Any = None,
     rngs: nnx.Rngs | None = None,
   ):
-    _check_options(alpha, epsilon)
+    check_options(alpha, epsilon)
     if rngs is None and (use_scale or use_bias):
       raise ValueError(
         'rngs is None, but use_scale and use_bias draw their initial values '
@@ -223,7 +228,7 @@ class NNXBatchNorm(nnx.Module):
         return nnx.data(None)
       return nnx.Param(init(rngs.params(), shape, param_dtype))
 
-    initial = _initial_statistics(shape)
+    initial = initial_statistics(shape)
     self.mean = nnx.BatchStat(initial['mean'])
     self.std = nnx.BatchStat(initial['std'])
     self.count = nnx.BatchStat(initial['count'])
@@ -252,10 +257,10 @@ class NNXBatchNorm(nnx.Module):
         'use_running_average is None: pass True or False to NNXBatchNorm or to '
         'its call, or choose the mode by model.train() or model.eval()'
       )
-    y, statistics = _batch_norm(
+    y, statistics = batch_norm(
       self,
       x,
-      {name: getattr(self, name)[...] for name in _INITIAL},
+      {name: getattr(self, name)[...] for name in INITIAL},
       None if self.scale is None else self.scale[...],
       None if self.bias is None else self.bias[...],
       use_running_average,
@@ -429,13 +434,13 @@ def _restarted(statistics: Any) -> Any:
 
   def restart(path, value):
     name = jax.tree_util.keystr(path[-1:], simple=True)
-    if name not in _INITIAL:
+    if name not in INITIAL:
       raise ValueError(
         f'batch_stats holds {_path(path)}, which is not a statistic of '
         'symjax_bp.normalization.BatchNorm: calibrate starts averages anew '
         'and does not know how for this one'
       )
-    return jnp.full_like(value, _INITIAL[name])
+    return jnp.full_like(value, INITIAL[name])
 
   if not jax.tree.leaves(statistics):
     raise ValueError(
@@ -459,129 +464,3 @@ def _check_observed(statistics: Any) -> None:
 
 def _path(path: Any) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
-
-
-def _initial_statistics(shape: tuple[int, ...]) -> dict[str, jax.Array]:
-  """The statistics of `shape` features before the first mini-batch."""
-  return {
-    'mean': jnp.full(shape, _INITIAL['mean'], jnp.float32),
-    'std': jnp.full(shape, _INITIAL['std'], jnp.float32),
-    'count': jnp.array(_INITIAL['count'], jnp.int32),
-  }
-
-
-def _batch_norm(
-  options: BatchNorm | NNXBatchNorm,
-  x: jax.Array,
-  stored: Mapping[str, jax.Array],
-  scale: jax.Array | None,
-  bias: jax.Array | None,
-  use_running_average: bool,
-  axis_name: str | None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The layer as a function: (y, the statistics that move, or nothing)."""
-  x = jnp.asarray(x)
-  features = _num_features(x, options.axis)
-  if stored and stored['mean'].shape != (features,):
-    raise ValueError(
-      f'x has {features} features (shape {x.shape}, axis {options.axis}), but '
-      f"the layer's statistics are of {stored['mean'].size}"
-    )
-  dtype = options.dtype
-  if dtype is None:
-    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
-  # A half precision mean of many numbers would be no mean at all.
-  exact = dtype if jnp.finfo(dtype).bits > 16 else jnp.float32
-  x = x.astype(exact)
-  others = tuple(i for i in range(x.ndim) if i != options.axis % x.ndim)
-
-  moved = {}
-  if use_running_average:
-    mean, std = stored['mean'].astype(exact), stored['std'].astype(exact)
-  else:
-    if 0 in x.shape:
-      raise ValueError(f'x has shape {x.shape}: there is nothing to average')
-    mean, std = _batch_statistics(
-      x, others, options.epsilon, axis_name, options.axis_index_groups
-    )
-    if stored:
-      moved = _moved(stored, {'mean': mean, 'std': std}, options.alpha)
-
-  factor = 1.0 / std if scale is None else scale.astype(exact) / std
-  y = (x - jnp.expand_dims(mean, others)) * jnp.expand_dims(factor, others)
-  if bias is not None:
-    y = y + jnp.expand_dims(bias.astype(exact), others)
-  return y.astype(dtype), moved
-
-
-def _batch_statistics(
-  x: jax.Array,
-  axes: tuple[int, ...],
-  epsilon: float,
-  axis_name: str | None,
-  axis_index_groups: Any,
-) -> tuple[jax.Array, jax.Array]:
-  """Mean and standard deviation over `axes` (and devices), (features,) each."""
-
-  def average(values):
-    if axis_name is None:
-      return values
-    return jax.lax.pmean(values, axis_name, axis_index_groups=axis_index_groups)
-
-  # Measured from one of the examples, so that rounding is relative to the
-  # spread of a feature and not to its size, and exactly 0 if it is constant.
-  origin = jax.lax.stop_gradient(
-    x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
-  )
-  offset = jnp.mean(x - jnp.expand_dims(origin, axes), axes)
-  mean = average(origin + offset)
-  variance = average(
-    jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
-  )
-  return mean, jnp.sqrt(variance + epsilon)
-
-
-def _moved(
-  stored: Mapping[str, jax.Array],
-  observed: Mapping[str, jax.Array],
-  alpha: float,
-) -> dict[str, jax.Array]:
-  """The averages after one more mini-batch; not differentiated."""
-  count = stored['count'] + 1
-  # 1 - (1 - alpha)^count without cancellation for a small alpha.
-  decay = jnp.log1p(jnp.float32(-alpha)) * count.astype(jnp.float32)
-  weight = alpha / -jnp.expm1(decay)
-  # A rounded weight of 1 would leave a constant feature beside its mean.
-  moved = {}
-  for name, value in jax.lax.stop_gradient(observed).items():
-    old = stored[name]
-    new = value.astype(old.dtype)
-    moved[name] = jnp.where(count == 1, new, old + weight * (new - old))
-  return {**moved, 'count': count}
-
-
-def _num_features(x: Any, axis: int) -> int:
-  """Returns the size of x on `axis` after checking both."""
-  shape = jnp.shape(x)
-  if not -len(shape) <= axis < len(shape):
-    raise ValueError(
-      f'axis is {axis}, but x has shape {shape}: axis must be in '
-      f'[{-len(shape)}, {len(shape)})'
-    )
-  if jnp.iscomplexobj(x):
-    raise ValueError('x is complex, but must be real')
-  return shape[axis]
-
-
-def _check_options(alpha: float, epsilon: float) -> None:
-  """Raises unless the numbers are in their ranges."""
-  if not 0.0 < alpha <= 1.0:
-    raise ValueError(
-      f'alpha is {alpha}, but must be in (0, 1]: the weight of the newest '
-      "mini-batch, which is 1 - momentum of Flax's BatchNorm"
-    )
-  if not epsilon > 0.0:
-    raise ValueError(
-      f'epsilon is {epsilon}, but must be above 0, or a constant feature is '
-      'divided by 0'
-    )

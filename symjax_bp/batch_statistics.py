@@ -1,0 +1,141 @@
+"""Batch normalisation as functions of arrays; no Flax.
+
+``mean`` and ``std`` are per feature, of a mini-batch; their averages, which
+stand in for them in testing, are a dictionary of ``mean``, ``std`` and
+``count``, the number of mini-batches averaged.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# The averages before the first mini-batch.
+INITIAL = {'mean': 0.0, 'std': 1.0, 'count': 0}
+
+
+def initial_statistics(shape: tuple[int, ...]) -> dict[str, jax.Array]:
+  """The statistics of `shape` features before the first mini-batch."""
+  return {
+    'mean': jnp.full(shape, INITIAL['mean'], jnp.float32),
+    'std': jnp.full(shape, INITIAL['std'], jnp.float32),
+    'count': jnp.array(INITIAL['count'], jnp.int32),
+  }
+
+
+def batch_norm(
+  options: Any,
+  x: jax.Array,
+  stored: Mapping[str, jax.Array],
+  scale: jax.Array | None,
+  bias: jax.Array | None,
+  use_running_average: bool,
+  axis_name: str | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The layer as a function: (y, the statistics that move, or nothing)."""
+  x = jnp.asarray(x)
+  features = num_features(x, options.axis)
+  if stored and stored['mean'].shape != (features,):
+    raise ValueError(
+      f'x has {features} features (shape {x.shape}, axis {options.axis}), but '
+      f"the layer's statistics are of {stored['mean'].size}"
+    )
+  dtype = options.dtype
+  if dtype is None:
+    dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+  # A half precision mean of many numbers would be no mean at all.
+  exact = dtype if jnp.finfo(dtype).bits > 16 else jnp.float32
+  x = x.astype(exact)
+  others = tuple(i for i in range(x.ndim) if i != options.axis % x.ndim)
+
+  moved = {}
+  if use_running_average:
+    mean, std = stored['mean'].astype(exact), stored['std'].astype(exact)
+  else:
+    if 0 in x.shape:
+      raise ValueError(f'x has shape {x.shape}: there is nothing to average')
+    mean, std = _batch_statistics(
+      x, others, options.epsilon, axis_name, options.axis_index_groups
+    )
+    if stored:
+      moved = _moved(stored, {'mean': mean, 'std': std}, options.alpha)
+
+  factor = 1.0 / std if scale is None else scale.astype(exact) / std
+  y = (x - jnp.expand_dims(mean, others)) * jnp.expand_dims(factor, others)
+  if bias is not None:
+    y = y + jnp.expand_dims(bias.astype(exact), others)
+  return y.astype(dtype), moved
+
+
+def _batch_statistics(
+  x: jax.Array,
+  axes: tuple[int, ...],
+  epsilon: float,
+  axis_name: str | None,
+  axis_index_groups: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """Mean and standard deviation over `axes` (and devices), (features,) each."""
+
+  def average(values):
+    if axis_name is None:
+      return values
+    return jax.lax.pmean(values, axis_name, axis_index_groups=axis_index_groups)
+
+  # Measured from one of the examples, so that rounding is relative to the
+  # spread of a feature and not to its size, and exactly 0 if it is constant.
+  origin = jax.lax.stop_gradient(
+    x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
+  )
+  offset = jnp.mean(x - jnp.expand_dims(origin, axes), axes)
+  mean = average(origin + offset)
+  variance = average(
+    jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
+  )
+  return mean, jnp.sqrt(variance + epsilon)
+
+
+def _moved(
+  stored: Mapping[str, jax.Array],
+  observed: Mapping[str, jax.Array],
+  alpha: float,
+) -> dict[str, jax.Array]:
+  """The averages after one more mini-batch; not differentiated."""
+  count = stored['count'] + 1
+  # 1 - (1 - alpha)^count without cancellation for a small alpha.
+  decay = jnp.log1p(jnp.float32(-alpha)) * count.astype(jnp.float32)
+  weight = alpha / -jnp.expm1(decay)
+  # A rounded weight of 1 would leave a constant feature beside its mean.
+  moved = {}
+  for name, value in jax.lax.stop_gradient(observed).items():
+    old = stored[name]
+    new = value.astype(old.dtype)
+    moved[name] = jnp.where(count == 1, new, old + weight * (new - old))
+  return {**moved, 'count': count}
+
+
+def num_features(x: Any, axis: int) -> int:
+  """Returns the size of x on `axis` after checking both."""
+  shape = jnp.shape(x)
+  if not -len(shape) <= axis < len(shape):
+    raise ValueError(
+      f'axis is {axis}, but x has shape {shape}: axis must be in '
+      f'[{-len(shape)}, {len(shape)})'
+    )
+  if jnp.iscomplexobj(x):
+    raise ValueError('x is complex, but must be real')
+  return shape[axis]
+
+
+def check_options(alpha: float, epsilon: float) -> None:
+  """Raises unless the numbers are in their ranges."""
+  if not 0.0 < alpha <= 1.0:
+    raise ValueError(
+      f'alpha is {alpha}, but must be in (0, 1]: the weight of the newest '
+      "mini-batch, which is 1 - momentum of Flax's BatchNorm"
+    )
+  if not epsilon > 0.0:
+    raise ValueError(
+      f'epsilon is {epsilon}, but must be above 0, or a constant feature is '
+      'divided by 0'
+    )
