@@ -1,0 +1,40 @@
+"""The front page can not rot: its examples run, and it names what exists."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+import symjax_bp
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('name', ['README.md'])
+def test_examples_print_what_they_say(name):
+  result = doctest.testfile(
+    str(ROOT / name),
+    module_relative=False,
+    optionflags=doctest.NORMALIZE_WHITESPACE,
+  )
+  assert result.attempted > 10 and result.failed == 0
+
+
+def test_names_on_the_front_page_exist():
+  for name in re.findall(r'symjax_bp\.([a-z_]+(?:\.\w+)?)\(', README):
+    value = symjax_bp
+    for part in name.split('.'):
+      value = getattr(value, part)
+
+
+def test_the_two_commands_set_everything_up():
+  commands = [
+    line for line in README.splitlines() if line.startswith('python3 -m venv')
+  ]
+  assert len(commands) == 2
+  first_screen = README.split('## The library')[0]
+  assert all(command in first_screen for command in commands)
+  ci = (ROOT / '.ci' / 'run').read_text()
+  assert "command_of 'experiments demo'" in ci and 'command_of pytest' in ci
