@@ -398,7 +398,9 @@ def _nnx_call(model: Any, args, kwargs):
   graph, params, draws, rest = nnx.split(model, nnx.Param, is_draw, ...)
 
   def output(params, draws):
-    return nnx.merge(graph, params, draws, rest)(*args, **kwargs)
+    # A copy, whose batch statistics and keys the call may change.
+    own = nnx.merge(graph, params, draws, rest, copy=True)
+    return own(*args, **kwargs)
 
   return output, params, draws
 
