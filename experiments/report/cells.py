@@ -6,10 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from experiments.conditions import BatchPlan
+from experiments.grid import RATES
 from experiments.report import statistics
 from experiments.report.runs import Run
-
-RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
 
 
 @dataclasses.dataclass(frozen=True)

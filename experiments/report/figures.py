@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import matplotlib as mpl
@@ -130,6 +130,27 @@ class ErrorAxis:
     return max(error, self.floor)
 
 
+def error_colours(errors: Iterable[float]) -> Callable[[float], tuple]:
+  """From an error to its colour, dark for large, and one to write on it."""
+  from matplotlib import colors
+
+  errors = list(errors)
+  positive = [error for error in errors if error > 0] or [1.0]
+  low, high = min(positive), max(positive)
+  many = high > _LOGARITHMIC * low
+  norm = (colors.LogNorm if many else colors.Normalize)(
+    low, high if high > low else low * 1.01, clip=True
+  )
+  scale = mpl.colormaps['Blues']
+
+  def colour(error: float) -> tuple:
+    face = scale(0.05 + 0.85 * float(norm(max(error, low))))
+    luminance = 0.21 * face[0] + 0.72 * face[1] + 0.07 * face[2]
+    return face, 'black' if luminance > 0.45 else 'white'
+
+  return colour
+
+
 def spread(positions: Sequence[float], gap: float) -> list[float]:
   """Moves positions in [0, 1] apart, in their order, as little as needed."""
   from scipy import optimize
@@ -155,7 +176,9 @@ def label_ends(
     return
   to_axes = axes.transData + axes.transAxes.inverted()
   heights = [float(to_axes.transform((x, y))[1]) for x, y, *_ in ends]
-  inches = axes.get_window_extent().height / axes.get_figure(root=True).dpi
+  figure = axes.get_figure(root=True)
+  assert figure
+  inches = axes.get_window_extent().height / figure.dpi
   places = spread(heights, 0.165 / inches)
   for (x, y, text, colour), place in zip(ends, places, strict=True):
     axes.annotate(
@@ -196,7 +219,7 @@ def panels(
   width, height = size
   across = min(count, across)
   down = -(-count // across)
-  bottom = min(between, 0.55)
+  bottom = min(between, 0.62)
   whole = (
     across * (width + left) + 0.2,
     top + down * height + (down - 1) * between + bottom,

@@ -1,5 +1,6 @@
 """Which columns a run belongs to: the store knows contents, not names."""
 
+import dataclasses
 import functools
 from collections import defaultdict
 from collections.abc import Mapping
@@ -33,6 +34,23 @@ def plans(name: str) -> int:
   return len(CONDITIONS[name].batch_plans) if name in CONDITIONS else 1
 
 
+def same(name: str) -> Condition | str:
+  """Equal for names of the same condition, such as BM, BM1 and BM-100."""
+  if name not in CONDITIONS:
+    return name
+  return dataclasses.replace(CONDITIONS[name], name='')
+
+
+@functools.cache
+def _first_names() -> Mapping[Condition | str, str]:
+  return {same(name): name for name in reversed(CONDITIONS)}
+
+
+def first_name(name: str) -> str:
+  """The first of a condition's names, in the order of the tables."""
+  return _first_names().get(same(name), name)
+
+
 def condition_names(run: Run) -> tuple[str, ...]:
   """Every column the run belongs to; one that is no column gets a name."""
   return _index().get(_content(run, run.batch_plan)) or (_free_name(run),)
@@ -43,11 +61,9 @@ def _free_name(run: Run) -> str:
   symmetric = run.rule == 'BP'
   plain = 'SGD' if run.batch_norm == 'plain' else ''
   rule = plain if symmetric else run.rule
-  norm = {
-    'none': '',
-    'plain': 'BN',
-    'affine': 'BN' if symmetric else 'BN(affine)',
-  }.get(run.batch_norm, run.batch_norm)
+  norm = {'none': '', 'plain': 'BN', 'affine': 'BN(affine)'}.get(
+    run.batch_norm, run.batch_norm
+  )
   setting = run.batch_manhattan
   update = f'BM{"" if setting == 1 else setting}' if setting else ''
   name = '+'.join(part for part in (rule, norm, update) if part) or 'SGD'

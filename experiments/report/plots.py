@@ -3,15 +3,16 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from experiments.grid import RATES
 from experiments.report import paper
-from experiments.report.cells import RATES, Cell, mean_error
+from experiments.report.cells import Cell, mean_error
 from experiments.report.figures import (
-  OURS,
   ErrorAxis,
   Picture,
+  error_colours,
   label_ends,
   labelled_axes,
   looks,
@@ -113,44 +114,38 @@ def _by_rate(cell: Cell) -> dict[float, tuple[float, bool]]:
 
 
 def _rates(name: str, about: str, cells: Mapping[str, Cell]) -> Picture:
-  """A panel per condition, the other conditions in grey behind it."""
+  """A row per condition, a column per rate, the best one framed."""
   lines = {condition: _by_rate(cell) for condition, cell in cells.items()}
   title = f'Best validation error (%) by learning rate: {about}'
   rates = sorted({*RATES, *(rate for line in lines.values() for rate in line)})
   errors = [error for line in lines.values() for error, _ in line.values()]
+  colour = error_colours(errors)
+  room = 0.25 + 0.075 * max(len(short(condition)) for condition in lines)
+  size = 0.72 * len(rates), 0.27 * len(lines)
   with style(name):
-    figure, all_axes = panels(
-      len(lines), (1.55, 1.15), across=4, left=0.42, top=0.92, between=0.62
-    )
-    for axes, condition in zip(all_axes, lines, strict=True):
-      axis = ErrorAxis(axes, errors)
-      for other in sorted(lines, key=lambda other: other == condition):
-        points = [(rates.index(rate), axis.at(error), diverged)
-                  for rate, (error, diverged) in lines[other].items()]
-        _rate_line(axes, points, other == condition)
-      axes.set_xlim(-0.3, len(rates) - 0.7)
-      axes.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
-      axes.tick_params(labelsize=7.5)
-      axes.set_title(short(condition, 22), fontsize=9, fontweight='bold')
-    figure.text(
-      *top_left(figure, 0.1),
-      f'{title}\nRates in multiples of the base rate; ×: a run diverged',
-      va='top', linespacing=1.4,
-    )  # fmt: skip
+    figure, (axes,) = panels(1, size, across=1, left=room, top=0.5, between=1)
+    for row, line in enumerate(lines.values()):
+      best = min(error for error, _ in line.values())
+      for rate, (error, diverged) in line.items():
+        face, ink = colour(error)
+        at = rates.index(rate)
+        axes.add_patch(Rectangle((at - 0.5, row - 0.5), 1, 1, color=face))
+        axes.text(at, row, f'{error:.2f}{" ×" * diverged}', color=ink,
+                  ha='center', va='center', fontsize=8.5,
+                  fontweight='bold' if error == best else 'normal')  # fmt: skip
+        if error == best:
+          axes.add_patch(Rectangle((at - 0.47, row - 0.45), 0.94, 0.9,
+                                   fill=False, ec=ink, lw=1.3))  # fmt: skip
+    axes.set_xlim(-0.5, len(rates) - 0.5)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
+    axes.set_yticks(range(len(lines)), [short(c) for c in lines])
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    axes.set_xlabel('learning rate, times the base rate\n'
+                    'framed: the best; ×: a run diverged')  # fmt: skip
+    figure.text(*top_left(figure, 0.1), title, va='top', fontsize=10)
     return picture(figure, name, title)
-
-
-def _rate_line(
-  axes: Axes, points: Sequence[tuple[float, float, bool]], focus: bool
-) -> None:
-  places, errors, _ = zip(*points, strict=True)
-  if not focus:
-    axes.plot(places, errors, color='#c4c4c4', linewidth=0.7)
-    return
-  axes.plot(places, errors, color=OURS, linewidth=1.4)
-  for place, error, diverged in points:
-    look = ('x', 7) if diverged else ('o', 4)
-    axes.plot(place, error, look[0], color=OURS, markersize=look[1])
 
 
 P_RULE = re.compile(r'(brSF|frSF)(?:-([0-9.]+)%)?\+BN\+BM')

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments.conditions import CONDITIONS, TABLES, Condition, Table
-from experiments.report import paper, statistics
+from experiments.conditions import CONDITIONS, TABLES, Table
+from experiments.report import naming, paper, statistics
 from experiments.report.cells import Cell, Result
 from experiments.report.studies import Study
 
@@ -70,6 +70,11 @@ class Line:
   agreement: Agreement | None
 
   @property
+  def title(self) -> str:
+    """The dataset, labelled if it is not one of the paper's."""
+    return self.label + ('' if self.in_paper else " (not the paper's)")
+
+  @property
   def ours(self) -> bool:
     """Whether any of our results is in it."""
     return any(entry.best_validation for entry in self.entries)
@@ -123,14 +128,8 @@ def own_columns(table: Table) -> tuple[str, ...]:
   for other in TABLES.values():
     if other.name == table.name:
       break
-    earlier |= {_content(name) for name in other.columns}
-  return tuple(c for c in table.columns if _content(c) not in earlier)
-
-
-def _content(name: str) -> Condition | str:
-  if name not in CONDITIONS:
-    return name
-  return dataclasses.replace(CONDITIONS[name], name='')
+    earlier |= {naming.same(name) for name in other.columns}
+  return tuple(c for c in table.columns if naming.same(c) not in earlier)
 
 
 def fill(study: Study, table: Table) -> Grid:

@@ -58,7 +58,7 @@ def _grid(grid: Grid, all_rows: bool, width: int) -> list[str]:
   lines = [line for line in grid.lines if all_rows or line.ours]
   head = f'Table {grid.table.name}. {grid.table.title}'
   parts = [head, '-' * len(head)]
-  stub = max([len(line.label) for line in lines] + [len('  incomplete')])
+  stub = max([len(line.title) for line in lines] + [len('  incomplete')])
   columns = [
     [name] + [text for line in lines for text in _entry(line, at)]
     for at, name in enumerate(grid.table.columns)
@@ -106,7 +106,7 @@ def _extras(line: Line) -> dict[str, list[str]]:
 
 
 def _labels(line: Line) -> list[str]:
-  return [line.label, *_extras(line)]
+  return [line.title, *_extras(line)]
 
 
 def _entry(line: Line, at: int) -> list[str]:
@@ -179,9 +179,7 @@ def _claim(claim: Claim) -> list[str]:
     f'({claim.conclusion}) {claim.statement}',
     f'  {claim.how}',
     f'  best validation: {claim.best_validation.summary(unit)}',
-    *(
-      f'    {f.dataset}: {f.text(unit)}' for f in findings if len(findings) > 1
-    ),
+    *each,
     f'  held-out:        {claim.held_out.summary(unit)}',
     f"  paper's numbers: {claim.paper.summary(unit)}",
   ]

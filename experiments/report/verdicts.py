@@ -93,15 +93,21 @@ class Judgement:
       return self.findings[0].interval
     return statistics.mean_interval(tuple(f.effect for f in self.findings))
 
+  @property
+  def brief(self) -> str:
+    """Such as 'holds (12 of 15 datasets)'."""
+    if not self.findings:
+      return self.verdict
+    if len(self.findings) == 1:
+      return f'{self.verdict} ({self.findings[0].dataset})'
+    return f'{self.verdict} ({self.held} of {len(self.findings)} datasets)'
+
   def summary(self, unit: str) -> str:
     """Such as 'holds (12 of 15 datasets), mean 1.20 points [0.51, 1.86]'."""
     if self.effect is None:
-      return self.verdict
-    amount = _amount(self.effect, self.interval, unit)
-    if len(self.findings) == 1:
-      return f'{self.verdict} ({self.findings[0].dataset}), {amount}'
-    of = f'{self.held} of {len(self.findings)} datasets'
-    return f'{self.verdict} ({of}), mean {amount}'
+      return self.brief
+    mean = 'mean ' if len(self.findings) > 1 else ''
+    return f'{self.brief}, {mean}{_amount(self.effect, self.interval, unit)}'
 
 
 def _amount(effect: float, interval: Interval | None, unit: str) -> str:

@@ -1,0 +1,76 @@
+"""Everything a report shows, computed once for all of its files."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+from experiments.report import comparisons, disagreement, plots
+from experiments.report.figures import Picture
+from experiments.report.studies import Store, Study
+from experiments.report.tables import Grid, grids
+from experiments.report.verdicts import Claim, claims_of
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Section:
+  """A study's part of the report.
+
+  Attributes:
+    study: the protocol and its cells.
+    grids: tables that have results.
+    claims: the paper's conclusions.
+    sentences: what does not agree with the paper.
+    against_p: error against p, if Experiment B was run.
+    pictures: by (table, row label): learning curves and error by rate.
+  """
+
+  study: Study
+  grids: Sequence[Grid]
+  claims: Sequence[Claim]
+  sentences: Sequence[str]
+  against_p: Picture | None
+  pictures: Mapping[tuple[str, str], Sequence[Picture]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contents:
+  """A whole report."""
+
+  store: Store
+  story: Picture | None
+  sections: Sequence[Section]
+
+  def pictures(self) -> Iterator[Picture]:
+    """Every picture, once."""
+    if self.story:
+      yield self.story
+    for section in self.sections:
+      if section.against_p:
+        yield section.against_p
+      for made in section.pictures.values():
+        yield from made
+
+
+def contents(store: Store) -> Contents:
+  """Computes tables, claims, sentences and pictures."""
+  return Contents(
+    store,
+    comparisons.story(store),
+    [_section(study) for study in store.studies],
+  )
+
+
+def _section(study: Study) -> Section:
+  found, claims = grids(study), claims_of(study)
+  return Section(
+    study,
+    found,
+    claims,
+    disagreement.sentences(study, found, claims),
+    comparisons.against_p(study),
+    {
+      (grid.table.name, line.label): plots.for_line(study, grid, line)
+      for grid in found
+      for line in grid.lines
+      if line.ours
+    },
+  )

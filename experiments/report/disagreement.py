@@ -1,0 +1,142 @@
+"""What does not agree with the paper, in sentences made from the data."""
+
+from collections.abc import Iterable, Sequence
+
+from experiments.report.studies import Study
+from experiments.report.tables import Entry, Grid, Line
+from experiments.report.verdicts import OPEN, Claim
+
+_SHOWN = 8
+_WEAK = 0.7  # rank correlations below it are worth a sentence
+
+
+def sentences(
+  study: Study, grids: Sequence[Grid], claims: Sequence[Claim]
+) -> list[str]:
+  """Plain sentences on a study, most general first."""
+  cells = list(_cells(grids))
+  if not cells:
+    return [
+      'None of these cells is in the paper, so there is nothing to compare.'
+    ]
+  return [
+    *_on_claims(claims),
+    *_on_flags(cells),
+    *_on_ranks(grids),
+    *_on_errors(cells),
+    *_on_choice(cells),
+    *_on_missing(study),
+  ]
+
+
+def _cells(grids: Iterable[Grid]) -> Iterable[tuple[Line, Entry]]:
+  """Cells that we and the paper have, each once."""
+  seen = set()
+  for grid in grids:
+    for line in grid.lines:
+      for entry in line.entries:
+        key = line.label, entry.condition
+        both = entry.best_validation and entry.paper is not None
+        if both and key not in seen:
+          seen.add(key)
+          yield line, entry
+
+
+def _some(items: Sequence[str]) -> str:
+  shown = '; '.join(items[:_SHOWN])
+  more = len(items) - _SHOWN
+  return shown + (f'; and {more} more' if more > 0 else '')
+
+
+def _on_claims(claims: Sequence[Claim]) -> list[str]:
+  decided = [claim for claim in claims if claim.verdict != OPEN]
+  other = [c for c in decided if c.verdict != c.paper.verdict]
+  if not decided:
+    return ["These runs decide none of the paper's conclusions yet."]
+  text = (
+    f'Of the {len(decided)} statements these runs decide, '
+    f"{len(decided) - len(other)} get the verdict that the paper's own numbers "
+    'give.'
+  )
+  if not other:
+    return [text]
+  listed = [
+    f'({c.conclusion}) "{c.statement}" {c.best_validation.brief}, in the paper '
+    f'{c.paper.brief}'
+    for c in other
+  ]
+  return [f'{text} Different: {_some(listed)}.']
+
+
+def _on_flags(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
+  other = [
+    f'{line.label} {entry.condition} ({entry.flag or "alike"}, in the paper '
+    f'{entry.flag_paper or "alike"})'
+    for line, entry in cells
+    if entry.flag != entry.flag_paper
+  ]
+  if not other:
+    return [
+      f'All {len(cells)} compared cells are better than, worse than or like '
+      'the baseline as in the paper.'
+    ]
+  return [
+    f'{len(other)} of {len(cells)} compared cells stand otherwise to the '
+    f'baseline than in the paper: {_some(other)}.'
+  ]
+
+
+def _on_ranks(grids: Sequence[Grid]) -> list[str]:
+  weak = [
+    f'{line.label} in table {grid.table.name} ({line.agreement.rank:.2f})'
+    for grid in grids
+    for line in grid.lines
+    if line.agreement
+    and line.agreement.rank is not None
+    and line.agreement.rank < _WEAK
+  ]
+  if not weak:
+    return []
+  return [f'The order of the columns is another one in: {_some(weak)}.']
+
+
+def _on_errors(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
+  gaps = [
+    (entry.best_validation.mean - entry.paper, line.label, entry.condition)
+    for line, entry in cells
+    if entry.best_validation and entry.paper is not None
+  ]
+  gaps.sort(key=lambda gap: (-abs(gap[0]), gap[1:]))
+  mean = sum(abs(gap) for gap, *_ in gaps) / len(gaps)
+  listed = [
+    f'{label} {condition} ({gap:+.2f})' for gap, label, condition in gaps[:5]
+  ]
+  return [
+    f"Our errors are {mean:.2f} points from the paper's in the mean (absolute) "
+    f'of {len(gaps)} cells, farthest in: {"; ".join(listed)}.'
+  ]
+
+
+def _on_choice(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
+  other = [
+    f'{line.label} {entry.condition} ({entry.flag or "alike"}, held-out '
+    f'{entry.flag_held_out or "alike"})'
+    for line, entry in cells
+    if entry.held_out and entry.flag != entry.flag_held_out
+  ]
+  if not other:
+    return []
+  return [
+    'Choosing rate and epoch on held-out images changes how a cell stands to '
+    f'the baseline in: {_some(other)}.'
+  ]
+
+
+def _on_missing(study: Study) -> list[str]:
+  open_cells = sum(not cell.complete for cell in study.cells.values())
+  if not open_cells:
+    return []
+  return [
+    f'{open_cells} of {len(study.cells)} cells lack some of their runs; they '
+    'are marked, and decide no claim until one seed has all of them.'
+  ]
