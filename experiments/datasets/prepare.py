@@ -70,8 +70,8 @@ def prepare(
 
   Args:
     name: the paper's name or an alias.
-    data_dir: folder to write to; default: that of tensorflow-datasets. Original
-      files that a person puts into its `downloads/manual` are used.
+    data_dir: folder to write to, made if needed; default: that of TFDS.
+      Original files that a person puts into its `downloads/manual` are used.
     cache_dir: folder for decoded arrays, as in `load`.
     progress: called with a line of text at each stage.
 
@@ -80,6 +80,14 @@ def prepare(
       the download failed, or TensorFlow is needed and not installed.
   """
   spec = names.find(name)
+  if data_dir is not None:
+    try:
+      Path(data_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise DatasetError(
+        f'data_dir {str(data_dir)!r} cannot be made: {error}; name a folder '
+        'that can be written'
+      ) from error
   if lookup.find_source(name, data_dir, seed=0) is None:
     root = prepared.roots(data_dir)[0]
     progress(f'{spec.name}: preparing {spec.builder} in {root}')

@@ -1,7 +1,5 @@
 """The 15 datasets of the paper, and an embedded one, as a literal table.
 
-Importing this module imports no numerical library: `--help` and `list` read it.
-
 Counts are those of the paper's technical report (section 5.1). Where its text
 leaves the test set open, the error rates it prints decide: every number of a
 row must be a multiple of 1 / (test samples). That gives 6149 for Flowers102
@@ -139,8 +137,8 @@ _ROWS = (
     train_per_class=600,
     test_per_class=200,
     protocol=(
-      'iCubWorld1.0 categorization: the published training folders (3 objects '
-      'per category, 200 images each) and test folders (one other object)'
+      'iCubWorld 1.0: its training set (3 objects per category, 200 images '
+      'each) and its test set "categorization" (one other object)'
     ),
     source='manual',
     builder='icub_world',
@@ -265,10 +263,11 @@ _ROWS = (
     train_per_class=400,
     test_per_class=100,
     protocol=(
-      '80 of the sub-phonetic classes (61 phones, a third of each segment) '
-      'with at least 500 frames drawn, then 400 training and 100 test frames '
-      'of each; 40 log mel filter banks and log energy with first and second '
-      'differences (123), 7 frames of context on each side (15 x 123 = 1845)'
+      'development set (50 speakers, no SA sentences); 80 of the sub-phonetic '
+      'classes (61 phones in thirds) with at least 500 frames drawn, then 400 '
+      'training and 100 test frames of each; 40 log mel filter banks and log '
+      'energy with first and second differences (123), normalised over the '
+      'training frames, with 7 frames of context on each side (15 x 123)'
     ),
     source='manual',
     builder='timit_subphones',

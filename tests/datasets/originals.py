@@ -1,10 +1,12 @@
 """Small archives in the original formats of the sets with builders of ours."""
 
+import functools
 import io
 import tarfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import scipy.io
@@ -15,12 +17,17 @@ from experiments.datasets.builders.timit import SPEAKERS
 from tests.datasets import archives
 
 
+@functools.cache
 def jpeg(number: int) -> bytes:
   """A small JPEG file, different for each number."""
   return archives.encoded(archives.picture(number, (8, 9)), 'JPEG')
 
 
-def tar(path: Path, files: Mapping[str, bytes], mode: str = 'w') -> Path:
+def tar(
+  path: Path,
+  files: Mapping[str, bytes],
+  mode: Literal['w', 'w:gz'] = 'w',
+) -> Path:
   """A tar archive with the files in the given order."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tarfile.open(path, mode) as packed:

@@ -272,3 +272,12 @@ def test_preparing_again_does_nothing(tmp_path):
   archives.image_folder(tmp_path / 'stl10', archives.raw_arrays(10))
   _prepare(tmp_path, 'STL10')
   assert sorted(path.name for path in tmp_path.iterdir()) == ['cache', 'stl10']
+
+
+def test_the_data_folder_is_made(tmp_path):
+  with pytest.raises(DatasetError, match='First accept the terms'):
+    _prepare(tmp_path / 'new' / 'folder', 'PubFig83-ID')
+  assert (tmp_path / 'new' / 'folder').is_dir()
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(DatasetError, match="file' cannot be made"):
+    _prepare(tmp_path / 'file', 'PubFig83-ID')
