@@ -74,8 +74,7 @@ def grid(found: Grid, *, all_rows: bool) -> list[str]:
     for line in found.lines
     if all_rows or line.ours
   ]
-  title = f'### Table {found.table.name}. {escape(found.table.title)}'
-  return [title, '', *table(header, rows)]
+  return [f'### {escape(found.heading)}', '', *table(header, rows)]
 
 
 def _entry(entry: Entry) -> str:

@@ -88,6 +88,12 @@ class Grid:
   lines: Sequence[Line]
 
   @property
+  def heading(self) -> str:
+    """The table's name and title."""
+    name = f'Table {self.table.name}. ' if self.table.name in TABLES else ''
+    return name + self.table.title
+
+  @property
   def ours(self) -> bool:
     """Whether any of our results is in one of the table's own columns."""
     own = own_columns(self.table)
@@ -215,9 +221,9 @@ def notes(study: Study) -> list[str]:
     lines += [f'{row.label}: {note}.' for note in row.notes]
   failed = sum(run.failure is not None for run in study.unfinished)
   if failed:
-    lines.append(f'{failed} runs failed and are not in the tables.')
+    lines.append(f'Failed runs, not in the tables: {failed}.')
   if waiting := len(study.unfinished) - failed:
-    lines.append(f'{waiting} runs are unfinished and not in the tables.')
+    lines.append(f'Unfinished runs, not in the tables: {waiting}.')
   return lines
 
 

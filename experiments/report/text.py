@@ -1,5 +1,6 @@
 """Tables and claims as plain text, for the terminal and for files."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from experiments.conditions import find_table
@@ -17,10 +18,11 @@ from experiments.report.tables import (
 from experiments.report.verdicts import OPEN, Claim, claims_of
 
 HOW = (
-  "Error in %, ours | the paper's number. First line: best validation, the "
-  "paper's way (lowest test error over epochs and rates).\n"
-  'Held-out: rate and epoch chosen on a held-out part of the training set, '
-  'test error at that point. [a, b]: 95 % bootstrap interval over seeds.'
+  "Error in %, ours | the paper's number. The first line of a row is the best "
+  "validation error, chosen the paper's way: the lowest test error over epochs "
+  'and rates. Held-out: rate and epoch chosen on a held-out part of the '
+  'training set, test error at that point. [a, b]: 95 % bootstrap interval '
+  f'over seeds. {LEGEND}.'
 )
 
 
@@ -44,7 +46,7 @@ def tables(
   """
   if names is not None:
     names = [find_table(name).name for name in names]
-  parts = [*store.warnings, HOW, LEGEND + '.', '']
+  parts = [*store.warnings, textwrap.fill(HOW, min(width, 80)), '']
   for study in store.studies:
     parts += [study.title, '=' * len(study.title), '']
     parts += notes(study)
@@ -56,8 +58,7 @@ def tables(
 
 def _grid(grid: Grid, all_rows: bool, width: int) -> list[str]:
   lines = [line for line in grid.lines if all_rows or line.ours]
-  head = f'Table {grid.table.name}. {grid.table.title}'
-  parts = [head, '-' * len(head)]
+  parts = [grid.heading, '-' * len(grid.heading)]
   stub = max([len(line.title) for line in lines] + [len('  incomplete')])
   columns = [
     [name] + [text for line in lines for text in _entry(line, at)]
@@ -72,7 +73,8 @@ def _grid(grid: Grid, all_rows: bool, width: int) -> list[str]:
     parts.append('')
   missing = [line.label for line in grid.lines if line not in lines]
   if missing:
-    parts.append(f'No results yet: {", ".join(missing)}.')
+    text = f'No results yet: {", ".join(missing)}.'
+    parts.append(textwrap.fill(text, width, break_on_hyphens=False))
   agreeing = [
     f'  {line.label}: {agreement(line.agreement)}'
     for line in lines
@@ -120,7 +122,7 @@ def _both(entry: Entry) -> str:
     ours = number(entry.best_validation.mean) + MARKS[entry.flag]
   if entry.paper is not None:
     paper = number(entry.paper) + MARKS[entry.flag_paper]
-  return f'{ours:>6} | {paper}'.rstrip() if ours or paper else ''
+  return f'{ours:>6} | {paper}' if paper else f'{ours:>6}'.rstrip()
 
 
 def _held_out(entry: Entry) -> str:

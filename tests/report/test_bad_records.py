@@ -1,0 +1,102 @@
+"""Torn records: named, left out, never fatal; an empty store says so."""
+
+import dataclasses
+
+import pytest
+
+from experiments import report
+from experiments.report.studies import EmptyStoreError, gather
+from tests.report.records import cell, record
+
+
+@pytest.mark.parametrize('function', [report.text_tables, report.claims_text])
+def test_an_empty_store_says_how_to_fill_it(function):
+  with pytest.raises(EmptyStoreError, match='python -m experiments demo'):
+    function([])
+
+
+def test_an_empty_store_writes_nothing(tmp_path):
+  with pytest.raises(EmptyStoreError, match='no runs'):
+    report.write_report([], tmp_path / 'report')
+  assert not (tmp_path / 'report').exists()
+
+
+def broken(part, field, value):
+  made = record('BM', 5.0)
+  holder = {'config': made.config, 'result': made.result,
+            'metrics': made.metrics[0]}[part]  # fmt: skip
+  if value is KeyError:
+    del holder[field]
+  else:
+    holder[field] = value
+  return made
+
+
+@pytest.mark.parametrize(
+  'part, field, value, message',
+  [
+    ('config', 'dataset', KeyError, 'config.dataset is missing'),
+    ('config', 'rule', 3, 'config.rule is 3, not a text'),
+    ('config', 'seed', '0', "config.seed is '0', not an integer"),
+    ('config', 'seed', True, 'config.seed is True, not an integer'),
+    ('config', 'rate', 'ten', "config.rate is 'ten', not a number"),
+    ('config', 'rate', float('nan'), 'config.rate is nan, not a finite'),
+    ('config', 'batch_plan', [], r'config.batch_plan is \[\], not a list'),
+    ('config', 'batch_plan', 'xy', "config.batch_plan is 'xy', not a list"),
+    ('config', 'batch_plan', KeyError, 'config.batch_plan is missing'),
+    ('result', 'paper_error', KeyError, 'result.paper_error is missing'),
+    ('result', 'paper_error', '5', "result.paper_error is '5', not a number"),
+    ('result', 'paper_error', None, 'result.paper_error is None, not a finite'),
+    ('result', 'chance_error', None, 'result.chance_error is None'),
+    ('result', 'diverged', 'no', "result.diverged is 'no', not true or false"),
+    ('result', 'honest_epoch', 1.5, 'result.honest_epoch is 1.5, not an int'),
+    ('metrics', 'epoch', KeyError, r'metrics\[0\].epoch is missing'),
+    ('metrics', 'test_error', 'x', r"metrics\[0\].test_error is 'x', not a"),
+  ],
+)
+def test_a_torn_record_is_left_out_and_named(part, field, value, message):
+  bad = broken(part, field, value)
+  store = gather([bad, *cell('SGD', 2.0)])
+  (warning,) = store.warnings
+  assert warning.startswith(f'run {bad.run_id} is left out: ')
+  with pytest.raises(AssertionError, match=message):
+    raise AssertionError(warning)
+  assert len(store.studies[0].runs) == 5
+  shown = report.text_tables([bad, *cell('SGD', 2.0)])
+  assert warning in shown
+
+
+@pytest.mark.parametrize('part', ['config', 'metrics', 'result'])
+def test_parts_of_a_wrong_type_are_named(part):
+  bad = dataclasses.replace(record('BM', 5.0), **{part: 'torn'})
+  (warning,) = gather([bad, *cell('SGD', 2.0)]).warnings
+  assert f"{part} is 'torn', not " in warning
+
+
+def test_warnings_are_in_every_file(tmp_path):
+  bad = broken('result', 'paper_error', '<b>5</b>')
+  report.write_report([bad, *cell('SGD', 2.0)], tmp_path)
+  for name in ('report.html', 'RESULTS.md', 'tables.txt', 'tables.md'):
+    text = (tmp_path / name).read_text()
+    assert bad.run_id in text, name
+  assert '<b>5' not in (tmp_path / 'report.html').read_text()
+
+
+def test_when_all_records_are_torn_the_error_names_them():
+  bad = broken('result', 'paper_error', 'x')
+  with pytest.raises(EmptyStoreError, match=bad.run_id):
+    report.text_tables([bad])
+
+
+def test_missing_losses_and_extra_keys_are_no_trouble():
+  made = record('SGD', 2.0)
+  made.metrics[0].update(test_loss=None, layers={'conv': {'angle': 1.0}})
+  made.metrics[1]['test_error'] = None
+  made.result['extra'] = 'x'
+  assert gather([made]).warnings == []
+
+
+def test_control_characters_never_reach_the_terminal():
+  shown = report.text_tables(cell('SGD', 5.0, dataset='a\x1b[31mb\nc'))
+  assert '\x1b' not in shown
+  assert 'a�[31mb�c' in shown
