@@ -8,6 +8,7 @@ for the operation that they apply. For the time of a call the field holds an
 import contextlib
 import contextvars
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,10 +27,26 @@ _OPERATIONS = {
 }
 LAYERS = tuple(_OPERATIONS)
 
-# Filled while `linen.layer_rules` traces a model: {module path: rule in use}.
-RECORD: contextvars.ContextVar[dict[str, FeedbackRule] | None] = (
-  contextvars.ContextVar('record', default=None)
+_RECORDINGS = itertools.count(1)
+_RECORDING: contextvars.ContextVar[tuple[int, dict[str, FeedbackRule]]] = (
+  contextvars.ContextVar('recording')
 )
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[dict[str, FeedbackRule]]:
+  """Notes {module path: rule in use} of every layer traced meanwhile."""
+  rules: dict[str, FeedbackRule] = {}
+  token = _RECORDING.set((next(_RECORDINGS), rules))
+  try:
+    yield rules
+  finally:
+    _RECORDING.reset(token)
+
+
+def recording_number() -> int:
+  """A number of its own for every recording; 0 where there is none."""
+  return _RECORDING.get((0, {}))[0]
 
 
 def _path(module: Any) -> str:
@@ -91,9 +108,7 @@ def _feedback_weights(module, rule: FeedbackRule, W) -> jax.Array:
   mask = getattr(module, 'mask', None)
   if mask is not None:
     V = V * mask.astype(V.dtype)
-  record = RECORD.get()
-  if record is not None:
-    record[_path(module)] = rule
+  _RECORDING.get((0, {}))[1][_path(module)] = rule
   if not module.is_initializing():
     module.sow(
       'feedback_weights',

@@ -33,11 +33,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import meta
+from flax.core import FrozenDict, meta
 
 from symjax_bp import metrics
 from symjax_bp.feedback import FeedbackRule, symmetric
-from symjax_bp.injection import LAYERS, RECORD, injected
+from symjax_bp.injection import LAYERS, injected, recording, recording_number
 from symjax_bp.matching import Patterns, check_rule, rule_table
 
 
@@ -172,8 +172,14 @@ class WithFeedback(nn.Module):
 
   def _call(self, method: str, *args, **kwargs):
     # On this very scope, so that variables and keys are those of the model.
-    scope: Any = self.scope
-    model = self.model.copy(parent=scope.rewound())
+    unbound: Any = self.scope
+    scope = unbound.rewound()
+    # nn.jit keeps traces by the flags of a scope, among other things: without
+    # this one a model traced before, in plain form, would stay plain.
+    above = scope.flags.get('feedback', ())
+    here = (self.patterns, self.strict, recording_number())
+    scope.flags = FrozenDict({**scope.flags, 'feedback': (*above, here)})
+    model = self.model.copy(parent=scope)
     seen: set[str] = set()
     with nn.intercept_methods(functools.partial(self._intercept, seen)):
       result = getattr(model, method)(*args, **kwargs)
@@ -313,13 +319,14 @@ def layer_rules(
     ``{path: (kernel shape, rule)}`` for every parameter of two or more axes.
     The path is the module's, without the parameter's name, for a layer.
   """
-  record: dict[str, FeedbackRule] = {}
-  token = RECORD.set(record)
-  try:
-    init = functools.partial(model.init, **kwargs)
+  # A wrapper that leaves every layer as it is, so that nothing traced before
+  # is taken for what the model does.
+  probe = WithFeedback(
+    _Detached(model), Patterns.create(symmetric(), exclude=''), strict=False
+  )
+  init = functools.partial(probe.init, **kwargs)
+  with recording() as record:
     variables = jax.eval_shape(init, jax.random.key(0), *args)
-  finally:
-    RECORD.reset(token)
   rows = {}
   for (module, name), value in _by_path(variables['params']).items():
     rule = record.get(module)

@@ -552,6 +552,35 @@ def test_a_step_that_is_already_jitted_uses_V():
   assert not np.allclose(actual['Conv_0']['kernel'], plain['Conv_0']['kernel'])
 
 
+JitDense = nn.jit(nn.Dense)
+
+
+class Jitted(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return JitDense(3)(jnp.tanh(JitDense(5)(x)))
+
+
+def test_nn_jit_does_not_keep_the_trace_of_another_rule():
+  x = normal(0, (4, 5))
+  variables = Jitted().init(KEY, x)
+  plain = gradient(Jitted(), variables, x)
+  models = [
+    linen.with_feedback(Jitted(), rule) for rule in (sbp.usf(), sbp.nusf())
+  ]
+  first, second = (gradient(model, variables, x) for model in models)
+  below = lambda grads: grads['JitDense_1']['kernel']
+  assert not np.allclose(below(first), below(plain))
+  np.testing.assert_allclose(below(first), 5 * below(second), rtol=1e-5)
+  assert_same_bits(gradient(linen.plain_twin(models[0]), variables, x), plain)
+  for model, rule in zip(models, (sbp.usf(), sbp.nusf()), strict=True):
+    rules = [rule for _, rule in linen.layer_rules(model, x).values()]
+    assert rules == [rule, rule]
+  assert [rule for _, rule in linen.layer_rules(Jitted(), x).values()] == [
+    None, None,
+  ]  # fmt: skip
+
+
 def test_masked_weights_have_no_feedback():
   mask = jnp.ones((3, 3, 2, 4)).at[0].set(0.0)
   layer = linen.Conv(4, (3, 3), mask=mask, feedback=sbp.rndf())
