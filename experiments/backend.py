@@ -1,16 +1,19 @@
 """How JAX is started for the experiments; imported before JAX.
 
-On a CPU this jaxlib hands convolutions to a library that uses one core; the
+On a CPU jaxlib 0.10 hands convolutions to a library that uses one core; the
 flag below gives them back to the code that uses all cores. What the user sets
 in the environment is never overridden.
 """
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 _CPU_FLAGS = {
   '--xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT',
 }
+# XLA ends the process on a flag that it doesn't know.
+_KNOWS_THEM = '0.10.'
 
 
 def cache_folder() -> Path:
@@ -24,11 +27,13 @@ def configure() -> list[str]:
   """Sets XLA's flags and the compilation cache; says what was set."""
   said = []
   flags = os.environ.get('XLA_FLAGS', '')
+  version = importlib.metadata.version('jaxlib')
   for flag, value in _CPU_FLAGS.items():
-    if flag not in flags:
+    if flag not in flags and version.startswith(_KNOWS_THEM):
       flags = f'{flags} {flag}={value}'.strip()
       said.append(f'XLA_FLAGS {flag}={value}')
-  os.environ['XLA_FLAGS'] = flags
+  if flags:
+    os.environ['XLA_FLAGS'] = flags
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     folder = str(cache_folder() / 'compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder

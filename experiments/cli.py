@@ -20,6 +20,7 @@ class Selection:
 
   Attributes:
     table: tables of the paper (2, 3, 4-C1, 4-C2, 5, 6); all their conditions.
+      4 is both halves.
     condition: conditions by name, such as uSF+BN or frSF-10%+BN+BM.
     dataset: datasets by name, such as mnist; see `list`.
     rate: multiples of the base rate.
@@ -33,6 +34,22 @@ class Selection:
   rate: tuple[float, ...] = RATES
   seed: tuple[int, ...] = (0,)
   data_dir: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProtocolOptions(Protocol):
+  """What is common to all runs of a comparison."""
+
+  def __post_init__(self):
+    """Checks nothing: `checked` does, so that its message is the program's."""
+
+  def checked(self) -> Protocol:
+    """The protocol.
+
+    Raises:
+      ValueError: if a number is out of its range.
+    """
+    return Protocol(**dataclasses.asdict(self))
 
 
 Results = Annotated[Path, tyro.conf.arg(metavar='DIR')]
@@ -60,12 +77,15 @@ class RunCommand:
     protocol: what is common to all of them.
     results: results folder.
     scan: compile a whole epoch as one loop (default: not on a CPU).
+    checkpoint_share: share of a run's time that checkpoints may take; 1 writes
+      one after every epoch.
   """
 
   selection: Selection = Selection()
-  protocol: Protocol = Protocol()
+  protocol: ProtocolOptions = ProtocolOptions()
   results: Results = Path('results')
   scan: bool | None = None
+  checkpoint_share: float = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +100,7 @@ class Plan:
   """
 
   selection: Selection = Selection()
-  protocol: Protocol = Protocol()
+  protocol: ProtocolOptions = ProtocolOptions()
   results: Results = Path('results')
   calibrate: bool = False
 
@@ -151,13 +171,17 @@ Command = (
 
 def main() -> None:
   """Parses the command line and carries it out."""
-  command = tyro.cli(
-    Command,  # type: ignore[arg-type]
-    prog='python -m experiments',
-    description='The paper "How Important Is Weight Symmetry in '
-    'Backpropagation?" as a program.',
-    config=(_Flat,),
-  )
-  from experiments import commands
+  try:
+    command = tyro.cli(
+      Command,  # type: ignore[arg-type]
+      prog='python -m experiments',
+      description='The paper "How Important Is Weight Symmetry in '
+      'Backpropagation?" as a program.',
+      config=(_Flat,),
+    )
+    from experiments import commands
 
-  sys.exit(commands.carry_out(command))
+    sys.exit(commands.carry_out(command))
+  except KeyboardInterrupt:
+    print('stopped; what is finished is kept.', file=sys.stderr)
+    sys.exit(130)

@@ -10,6 +10,7 @@ from typing import Any
 from experiments import backend, cli, conditions, datasets, grid
 from experiments.datasets import Dataset, DatasetError
 from experiments.grid import Run
+from experiments.holdout import check_holdout
 from experiments.store import Store, StoreError, load
 
 _DEMO_CONDITIONS = (
@@ -33,18 +34,30 @@ def carry_out(command: Any) -> int:
     return 2
 
 
-@functools.cache
-def _dataset(
-  name: str, data_dir: Path | None, train_size: int | None
-) -> Dataset:
-  return datasets.load(name, data_dir=data_dir, train_size=train_size)
-
-
 def _loader(selection: cli.Selection) -> Callable[[Run], Dataset]:
+  """Loads the dataset of a run; nothing is kept in memory."""
+
   def load_for(run: Run) -> Dataset:
-    return _dataset(run.dataset, selection.data_dir, run.protocol.train_size)
+    return datasets.load(
+      run.dataset,
+      data_dir=selection.data_dir,
+      train_size=run.protocol.train_size,
+    )
 
   return load_for
+
+
+def selected_tables(selection: cli.Selection) -> list[conditions.Table]:
+  """The tables of a selection.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  return [
+    table
+    for name in selection.table
+    for table in conditions.find_tables(name)
+  ]
 
 
 def selected_runs(
@@ -56,32 +69,49 @@ def selected_runs(
     ValueError: for an unknown name or an impossible number.
   """
   chosen = [conditions.find(name) for name in selection.condition]
-  for table in selection.table:
-    chosen += map(conditions.find, conditions.find_table(table).columns)
+  for table in selected_tables(selection):
+    chosen += map(conditions.find, table.columns)
+  specs = [datasets.find(name) for name in selection.dataset]
   if not chosen:
     raise ValueError(
       'nothing is selected: say --table (2, 3, 4-C1, ...) or --condition '
       '(uSF+BN, ...); `python -m experiments list` shows all.'
     )
-  for rate in selection.rate:
-    if not rate > 0:
-      raise ValueError(f'rate must be positive, not {rate!r}.')
-  runs = []
-  for name in selection.dataset:
-    spec = datasets.find(name)
-    data = _dataset(name, selection.data_dir, protocol.train_size)
-    for condition in chosen:
-      runs += grid.runs_of(
-        condition,
-        selection.rate,
-        selection.seed,
-        dataset=spec.name,
-        digest=data.digest,
-        source=data.source,
-        note=data.note,
-        protocol=protocol,
-      )
-  return grid.unique(runs)
+  for option in ('dataset', 'rate', 'seed'):
+    if not getattr(selection, option):
+      raise ValueError(f'nothing is selected: --{option} names none.')
+  return grid.unique(
+    run
+    for name, spec in zip(selection.dataset, specs, strict=True)
+    for run in _runs_on(name, spec.name, selection, protocol, chosen)
+  )
+
+
+def _runs_on(
+  name: str,
+  dataset: str,
+  selection: cli.Selection,
+  protocol: grid.Protocol,
+  chosen: Sequence[conditions.Condition],
+) -> Iterator[Run]:
+  """The runs on one dataset, once it is sure that they can be done."""
+  data = datasets.load(
+    name, data_dir=selection.data_dir, train_size=protocol.train_size
+  )
+  for condition in chosen:
+    runs = grid.runs_of(
+      condition,
+      selection.rate,
+      selection.seed,
+      dataset=dataset,
+      digest=data.digest,
+      source=data.source,
+      note=data.note,
+      protocol=protocol,
+    )
+    for run in runs:
+      check_holdout(data.y_train, run)
+      yield run
 
 
 def _start_jax() -> None:
@@ -94,28 +124,29 @@ def _execute(
   runs: Sequence[Run],
   results: Path,
   load_for: Callable[[Run], Dataset],
-  scan: bool | None = None,
+  **options: Any,
 ) -> int:
   """Carries out runs with progress; returns the exit status."""
   store = Store(results)
-  missing = [run for run in runs if not store.finished(run)]
+  missing = store.missing(runs)
   if not missing:
     print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
     return 0
+  store.create()
   print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
   _start_jax()
-  from experiments import runner, train
+  from experiments import runner
   from experiments.progress import reporter
 
   with reporter(len(missing)) as listener:
     try:
-      summary = runner.carry_out(missing, store, load_for, listener, scan=scan)
-    except train.Stopped:
+      summary = runner.carry_out(missing, store, load_for, listener, **options)
+    except runner.Stopped as stopped:
       again = shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
       listener.message(
-        f'stopped; nothing recorded is lost. Go on with: {again}'
+        f'{stopped}; nothing recorded is lost. Go on with: {again}'
       )
-      return 130
+      return 128 + stopped.signal
   if summary.elsewhere:
     print(
       f'{summary.elsewhere} runs are being done by another process; repeat '
@@ -138,27 +169,36 @@ def _demo(command: cli.Demo) -> int:
 
 
 def _run(command: cli.RunCommand) -> int:
-  runs = selected_runs(command.selection, command.protocol)
-  load_for = _loader(command.selection)
-  status = _execute(runs, command.results, load_for, command.scan)
+  share = command.checkpoint_share
+  if not 0 <= share <= 1:
+    raise ValueError(f'checkpoint_share must be in [0, 1], not {share!r}.')
+  runs = selected_runs(command.selection, command.protocol.checked())
+  status = _execute(
+    runs,
+    command.results,
+    _loader(command.selection),
+    scan=command.scan,
+    checkpoint_share=share,
+  )
   if status == 0:
     from experiments import report
 
     wanted = {run.run_id for run in runs}
     records = [r for r in load(command.results) if r.run_id in wanted]
-    print(report.text_tables(records, command.selection.table or None))
+    tables = [table.name for table in selected_tables(command.selection)]
+    print(report.text_tables(records, tables or None))
     print(f'report: python -m experiments report {command.results}')
   return status
 
 
 def _plan(command: cli.Plan) -> int:
+  runs = selected_runs(command.selection, command.protocol.checked())
+  missing = Store(command.results).missing(runs)
   _start_jax()
   from experiments import planning
 
-  runs = selected_runs(command.selection, command.protocol)
-  store = Store(command.results)
-  missing = [run for run in runs if not store.finished(run)]
-  load_for = _loader(command.selection)
+  # Runs come dataset by dataset.
+  load_for = functools.lru_cache(maxsize=1)(_loader(command.selection))
   print(planning.plan_text(runs, missing, load_for, command.calibrate))
   return 0
 
@@ -172,12 +212,31 @@ def _list(command: cli.List) -> int:
       f'{status.state}: {status.text}'
     )
   print('\nconditions (any RULE[+BN][+BM[1-3]] works, such as frSF-10%+BN)')
-  for name in conditions.CONDITIONS:
-    print(f'  {name}')
+  for condition in conditions.CONDITIONS.values():
+    print(f'  {_condition_line(condition)}')
   print('\ntables')
   for table in conditions.TABLES.values():
     print(f'  {table.name:<5} {table.title}: {", ".join(table.columns)}')
   return 0
+
+
+def _condition_line(condition: conditions.Condition) -> str:
+  plans = ' or '.join(
+    ', then '.join(
+      f'{size}' if epochs is None else f'{size} for {epochs} epochs'
+      for epochs, size in plan
+    )
+    for plan in condition.batch_plans
+  )
+  norm = {'none': 'no BN', 'plain': 'BN', 'affine': 'BN, learnable'}
+  update = condition.batch_manhattan
+  text = (
+    f'{condition.name:<18} {condition.rule:<10} '
+    f'{f"BM setting {update}" if update else "SGD":<12} '
+    f'{norm[condition.batch_norm]:<13} batch {plans}'
+  )
+  frozen = condition.frozen
+  return text + ('' if frozen == 'nothing' else f', {frozen} frozen')
 
 
 def _data(command: cli.Data) -> int:

@@ -1,19 +1,38 @@
 """Every column of the paper's tables 2 to 6 as one row of data.
 
 A condition says what is asymmetric, how weights are updated, whether there is
-batch normalisation, which batches are used and what is frozen. Nothing here
-imports JAX, so the command line can list conditions at once.
+batch normalisation, which batches are used and what is frozen. The names that
+the paper gives to its columns state all of that but one detail, so a column is
+its name; ``find`` reads it. Nothing here imports JAX, so the command line can
+list conditions at once.
 """
 
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
+from typing import Protocol
 
 # (epochs, batch size) in turn; None stands for all epochs that are left.
 BatchPlan = tuple[tuple[int | None, int], ...]
 
 BATCH_100: BatchPlan = ((None, 100),)
 THEN_500: BatchPlan = ((3, 100), (None, 500))
+
+
+class Content(Protocol):
+  """What a run has of a condition, whatever its name."""
+
+  @property
+  def rule(self) -> str: ...  # noqa: D102
+  @property
+  def batch_manhattan(self) -> int: ...  # noqa: D102
+  @property
+  def batch_norm(self) -> str: ...  # noqa: D102
+  @property
+  def batch_plan(self) -> BatchPlan: ...  # noqa: D102
+  @property
+  def frozen(self) -> str: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,78 +57,53 @@ class Condition:
   frozen: str = 'nothing'
 
 
+_RULES = {
+  rule.lower(): rule for rule in ('uSF', 'NuSF', 'brSF', 'frSF', 'RndF')
+} | {'': '', 'sgd': 'SGD', 'bp': 'SGD'}
+_PARTS = {'bottom': 'last layer', 'top': 'before last layer'}
+# A name that begins with BN or BM is read with a plus in front. After brSF and
+# frSF a number without % is refused: a percentage, or a batch size?
 _NAME = re.compile(
-  r'(SGD|BP|uSF|NuSF|[bf]rSF(?:-\d+(?:\.\d+)?%)?|RndF|(?=BN|BM))'
-  r'(?:\+?(BN))?(?:\+?BM([123])?)?'
+  r"""
+  (?P<rule> SGD | BP | N?uSF | [bf]rSF (-(?P<percent>\d+(\.\d+)?)%)? | RndF )?
+  (?P<norm> \+BN )?
+  (?P<manhattan> \+BM (?P<setting>[123])? )?
+  (?: (?<!rSF)-(?P<size>[1-9]\d*) )?
+  (?: \ (?P<part>Bottom|Top) )?
+  """,
+  re.IGNORECASE | re.VERBOSE,
 )
 
 
-def _condition(name: str, **changes) -> Condition:
-  """Reads a name such as ``brSF-25%+BN+BM``; BM alone is setting 1."""
-  match = _NAME.fullmatch(name)
-  if match is None:
-    raise ValueError(f'{name!r} is no name of a condition.')
-  rule, norm, setting = match.groups()
-  manhattan = int(setting or 1) if 'BM' in name else 0
+def _read(name: str) -> Condition | None:
+  """The condition that a name states, or None if it states none."""
+  plus = '+' if name[:2].upper() in ('BN', 'BM') else ''
+  match = _NAME.fullmatch(plus + name)
+  if match is None or not name[:1].isalpha():
+    return None
+  percent = float(match['percent'] or 0)
+  if percent > 100:
+    return None
+  rule = _RULES[(match['rule'] or '').lower().partition('-')[0]]
+  if percent:
+    rule += f'-{percent:g}%'
+  setting, size, part = match['setting'], match['size'], match['part']
+  terms = (
+    rule,
+    'BN' if match['norm'] else '',
+    f'BM{setting or ""}' if match['manhattan'] else '',
+  )
   return Condition(
-    name=name,
-    **{
-      'rule': 'BP' if rule in ('', 'SGD') else rule,
-      'batch_manhattan': manhattan,
-      'batch_norm': 'plain' if norm else 'none',
-      **changes,
-    },
+    name='+'.join(filter(None, terms))
+    + (f'-{size}' if size else '')
+    + (f' {part.capitalize()}' if part else ''),
+    rule='BP' if rule in ('', 'SGD') else rule,
+    batch_manhattan=int(setting or 1) if match['manhattan'] else 0,
+    # The paper's columns BN and BN+BM alone have learnable parameters.
+    batch_norm=('plain' if rule else 'affine') if match['norm'] else 'none',
+    batch_plans=(((None, int(size)),) if size else BATCH_100,),
+    frozen=_PARTS[part.lower()] if part else 'nothing',
   )
-
-
-def _frozen(name: str) -> tuple[Condition, Condition]:
-  """The two controls of experiment C2."""
-  whole = _condition(name)
-  return (
-    dataclasses.replace(whole, name=f'{name} Bottom', frozen='last layer'),
-    dataclasses.replace(whole, name=f'{name} Top', frozen='before last layer'),
-  )
-
-
-_ROWS = (
-  _condition('SGD'),
-  _condition('BM'),
-  _condition('BN', batch_norm='affine'),
-  _condition('BN+BM', batch_norm='affine'),
-  _condition('uSF'),
-  _condition('NuSF'),
-  _condition('uSF+BM', batch_plans=(BATCH_100, THEN_500)),
-  _condition('uSF+BN'),
-  _condition('uSF+BN+BM'),
-  _condition('brSF+BN+BM'),
-  _condition('frSF+BN+BM'),
-  *(
-    _condition(f'{rule}-{percent}%+BN+BM')
-    for rule in ('brSF', 'frSF')
-    for percent in (100, 75, 50, 25)
-  ),
-  _condition('RndF'),
-  _condition('RndF+BN'),
-  _condition('RndF+BM'),
-  _condition('RndF+BN+BM'),
-  *_frozen('SGD'),
-  *_frozen('RndF'),
-  *_frozen('RndF+BN+BM'),
-  *_frozen('uSF+BN+BM'),
-  *(_condition(f'BM{k}') for k in (1, 2, 3)),
-  *(_condition(f'uSF+BN+BM{k}') for k in (1, 2, 3)),
-  *(
-    dataclasses.replace(
-      _condition(update),
-      name=f'{update}-{size}',
-      batch_plans=(((None, size),),),
-    )
-    for update in ('SGD', 'BM')
-    for size in (100, 30, 10, 5)
-  ),
-)
-
-CONDITIONS: dict[str, Condition] = {row.name: row for row in _ROWS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,22 +174,89 @@ TABLES: dict[str, Table] = {
 }  # fmt: skip
 
 
+def _column(name: str) -> Condition:
+  condition = _read(name)
+  assert condition is not None, name
+  if name == 'uSF+BM':  # the only column with two training procedures
+    condition = dataclasses.replace(
+      condition, batch_plans=(BATCH_100, THEN_500)
+    )
+  return dataclasses.replace(condition, name=name)
+
+
+CONDITIONS: dict[str, Condition] = {
+  name: _column(name) for table in TABLES.values() for name in table.columns
+}
+
+
 def find(name: str) -> Condition:
   """Returns the condition of a name, in upper or lower case.
 
-  Besides the paper's own, any ``RULE[+BN][+BM[1-3]]`` is one, such as
-  ``frSF-10%+BN``.
+  Besides the paper's own, any ``RULE[+BN][+BM[1-3]][-BATCH SIZE][ Bottom|Top]``
+  is one, such as ``frSF-10%+BN`` or ``uSF+BN+BM-30``.
 
   Raises:
     ValueError: if there is none; names the nearest.
   """
-  if name not in CONDITIONS and _NAME.fullmatch(name):
-    return _condition(name)
+  by_lower = {known.lower(): known for known in CONDITIONS}
+  condition = _read(name)
+  if name.lower() not in by_lower and condition is not None:
+    return CONDITIONS.get(condition.name, condition)
   return CONDITIONS[_nearest('condition', name, CONDITIONS)]
 
 
+def names_of(content: Content) -> tuple[str, ...]:
+  """All columns that a run belongs to, or a name made up like theirs.
+
+  The paper repeats columns: the same run is BM, BM1 and BM-100.
+  """
+  found = tuple(
+    name
+    for name, known in CONDITIONS.items()
+    if content.batch_plan in known.batch_plans
+    and known.rule == content.rule
+    and known.batch_manhattan == content.batch_manhattan
+    and known.batch_norm == content.batch_norm
+    and known.frozen == content.frozen
+  )
+  return found or (_free_name(content),)
+
+
+def _free_name(content: Content) -> str:
+  """A name that ``find`` reads wherever it can state the content."""
+  norm, terms = content.batch_norm, []
+  if content.rule != 'BP':
+    terms = [content.rule]
+  elif norm == 'plain':
+    terms = ['SGD']
+  if norm != 'none':
+    usual = ('plain', 'affine') if content.rule == 'BP' else ('plain',)
+    terms.append('BN' if norm in usual else f'BN({norm})')
+  if content.batch_manhattan:
+    setting = content.batch_manhattan
+    terms.append('BM' if setting == 1 else f'BM{setting}')
+  name = '+'.join(terms) or 'SGD'
+  if content.batch_plan != BATCH_100:
+    name += '-' + ','.join(
+      f'{size}' if epochs is None else f'{size}x{epochs}'
+      for epochs, size in content.batch_plan
+    )
+  parts = {frozen: f' {part.capitalize()}' for part, frozen in _PARTS.items()}
+  return name + parts.get(content.frozen, '')
+
+
+def find_tables(name: str) -> tuple[Table, ...]:
+  """Returns the tables of a name, in upper or lower case; 4 is both halves.
+
+  Raises:
+    ValueError: if there is none; names the nearest.
+  """
+  halves = [t for key, t in TABLES.items() if key.partition('-')[0] == name]
+  return tuple(halves) or (find_table(name),)
+
+
 def find_table(name: str) -> Table:
-  """Returns the table of a name, in upper or lower case.
+  """Returns the one table of a name, in upper or lower case.
 
   Raises:
     ValueError: if there is none; names the nearest.
@@ -203,7 +264,7 @@ def find_table(name: str) -> Table:
   return TABLES[_nearest('table', name, TABLES)]
 
 
-def _nearest(kind: str, name: str, known) -> str:
+def _nearest(kind: str, name: str, known: Iterable[str]) -> str:
   by_lower = {key.lower(): key for key in known}
   if name.lower() in by_lower:
     return by_lower[name.lower()]

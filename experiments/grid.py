@@ -3,13 +3,22 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from experiments.conditions import BatchPlan, Condition
 
 VERSION = 1
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
+
+
+def _check(
+  name: str, value: float, allowed: str, holds: Callable[[float], bool]
+) -> None:
+  """Raises unless ``value`` is a finite number of which ``holds`` is true."""
+  if not (math.isfinite(value) and holds(value)):
+    raise ValueError(f'{name} must be {allowed}, not {value!r}.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,25 +60,15 @@ class Protocol:
       'batch_norm_epsilon', 'calibration_batches',
     )  # fmt: skip
     for name in positive:
-      if not getattr(self, name) > 0:
-        raise ValueError(
-          f'{name} must be positive, not {getattr(self, name)!r}.'
-        )
-    if not 0 <= self.holdout < 1:
-      raise ValueError(f'holdout must be in [0, 1), not {self.holdout!r}.')
-    if not 0 <= self.momentum < 1:
-      raise ValueError(f'momentum must be in [0, 1), not {self.momentum!r}.')
-    if not self.weight_decay >= 0:
-      raise ValueError(
-        f'weight_decay must not be negative, not {self.weight_decay!r}.'
-      )
+      _check(name, getattr(self, name), 'positive', lambda x: x > 0)
+    for name in ('holdout', 'momentum'):
+      _check(name, getattr(self, name), 'in [0, 1)', lambda x: 0 <= x < 1)
+    _check('weight_decay', self.weight_decay, 'at least 0', lambda x: x >= 0)
+    if self.train_size is not None:
+      _check('train_size', self.train_size, 'at least 2', lambda x: x >= 2)
     if self.reduction not in ('mean', 'sum'):
       raise ValueError(
         f"reduction must be 'mean' or 'sum', not {self.reduction!r}."
-      )
-    if self.train_size is not None and self.train_size < 2:
-      raise ValueError(
-        f'train_size must be at least 2, not {self.train_size!r}.'
       )
 
   def rate_factor(self, epoch: int) -> float:
@@ -119,6 +118,10 @@ class Run:
   seed: int = 0
   protocol: Protocol
 
+  def __post_init__(self):
+    _check('rate', self.rate, 'positive', lambda x: x > 0)
+    _check('seed', self.seed, 'from 0 to 2**32 - 1', lambda x: 0 <= x < 2**32)
+
   def config(self) -> dict[str, Any]:
     """The configuration as JSON has it, flat."""
     values = dataclasses.asdict(self)
@@ -132,6 +135,8 @@ class Run:
     config = self.config()
     for words in ('source', 'note'):
       del config[words]
+    # 1 and 1.0 are the same number, and the same run.
+    config = json.loads(json.dumps(config), parse_int=float)
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 

@@ -3,9 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 
+import jax
+import numpy as np
+
+from experiments import placement, train
+from experiments.conditions import names_of
 from experiments.datasets import Dataset
 from experiments.grid import Run
+from experiments.holdout import held_out_size
 from experiments.models import multiply_adds, training_flops
+from experiments.program import Setup, program
 
 _STEPS = 5
 
@@ -13,8 +20,11 @@ _STEPS = 5
 def run_flops(run: Run, data: Dataset) -> float:
   """Operations of all training steps and evaluations of a run."""
   architecture, classes = data.spec.architecture, len(data.classes)
-  trained = len(data.y_train) * (1 - run.protocol.holdout)
-  evaluated = len(data.y_test) + len(data.y_train) - trained
+  evaluated = held_out_size(len(data.y_train), run.protocol)
+  trained = len(data.y_train) - evaluated
+  evaluated += len(data.y_test)
+  if run.batch_norm != 'none':
+    evaluated += run.protocol.calibration_batches * run.batch_size(1)
   forward = 2 * sum(multiply_adds(architecture, classes))
   return run.protocol.epochs * (
     trained * training_flops(architecture, classes) + evaluated * forward
@@ -23,28 +33,23 @@ def run_flops(run: Run, data: Dataset) -> float:
 
 def flops_per_second(run: Run, data: Dataset) -> float:
   """Measures a few training steps of a run's network."""
-  import jax
-  import numpy as np
-
-  from experiments import train
-
-  parts = train.place(data, run)
-  functions = train.program(train.Setup.of(run, data))
-  state = train.start(run, data, parts)
-  size = min(run.batch_size(1), len(parts.train.y))
-  index = np.arange(size, dtype=np.int32)
+  placed = placement.place(placement.upload(data), run)
+  functions = program(Setup.of(run, placed))
+  state = train.start(run, placed)
+  index = placement.mini_batches(run, 1, placed.trained)[0]
   began = 0.0
   for step in range(_STEPS + 1):
     if step == 1:  # the first one compiles
       jax.block_until_ready(state)
       began = time.perf_counter()
     state, _ = functions.step(
-      state, parts, index, np.float32(0), jax.random.key(0)
+      state, placed.parts, index, np.float32(0), jax.random.key(0)
     )
   jax.block_until_ready(state)
   seconds = (time.perf_counter() - began) / _STEPS
-  flops = size * training_flops(data.spec.architecture, len(data.classes))
-  return flops / seconds
+  return index.size * training_flops(placed.architecture, placed.classes) / (
+    seconds
+  )
 
 
 def plan_text(
@@ -53,7 +58,7 @@ def plan_text(
   load_for: Callable[[Run], Dataset],
   calibrate: bool,
 ) -> str:
-  """A line for every dataset and rule that has runs missing, and the sum.
+  """A line for every dataset and condition with runs missing, and the sum.
 
   Args:
     runs: all runs that are wanted.
@@ -61,18 +66,16 @@ def plan_text(
     load_for: gives the dataset of a run.
     calibrate: whether to time some steps, for an estimate of hours.
   """
-  groups: dict[tuple[str, ...], list[Run]] = {}
+  groups: dict[tuple[str, str], list[Run]] = {}
   for run in missing:
-    key = (run.dataset, run.rule, run.batch_norm, str(run.batch_manhattan))
-    groups.setdefault(key, []).append(run)
+    groups.setdefault((run.dataset, names_of(run)[0]), []).append(run)
   lines = [f'{len(runs) - len(missing)} of {len(runs)} runs are finished']
   total_flops = total_hours = 0.0
-  for (dataset, rule, norm, setting), members in groups.items():
+  for (dataset, condition), members in groups.items():
     flops = sum(run_flops(run, load_for(run)) for run in members)
     total_flops += flops
     text = (
-      f'{dataset:<12} {rule:<10} BN {norm:<7} BM {setting}  '
-      f'{len(members):>4} runs  {flops:.2e} FLOP'
+      f'{dataset:<12} {condition:<18} {len(members):>4} runs  {flops:.2e} FLOP'
     )
     if calibrate:
       speed = flops_per_second(members[0], load_for(members[0]))

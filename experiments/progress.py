@@ -15,27 +15,20 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
+from experiments.conditions import names_of
 from experiments.grid import Run
 
 _LINE_EVERY = 10.0  # seconds between lines when the output is no terminal
 
 
 def describe(run: Run) -> str:
-  """A run in a few words, by its content."""
-  parts = [] if run.rule == 'BP' else [run.rule]
-  if run.batch_norm != 'none':
-    parts.append('BN' if run.batch_norm == 'plain' else 'BN (affine)')
-  if run.batch_manhattan:
-    parts.append(f'BM{run.batch_manhattan}')
-  text = f'{run.dataset} {"+".join(parts) or "SGD"}'
-  if run.frozen != 'nothing':
-    text += f', {run.frozen} frozen'
-  if run.batch_plan != ((None, 100),):
-    plan = ' then '.join(
+  """A run in a few words, by the paper's name of its condition."""
+  text = f'{run.dataset} {names_of(run)[0]}'
+  if len(run.batch_plan) > 1:
+    text += ', batch ' + ' then '.join(
       f'{size}' if epochs is None else f'{size} for {epochs} epochs'
       for epochs, size in run.batch_plan
     )
-    text += f', batch {plan}'
   return f'{text}, rate x{run.rate:g}, seed {run.seed}'
 
 

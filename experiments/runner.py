@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import filelock
+import jax
+import numpy as np
 
-from experiments import train
-from experiments.datasets import Dataset
+from experiments import placement, train
+from experiments.datasets import Dataset, DatasetError
 from experiments.grid import Run
-from experiments.store import Store
+from experiments.placement import Placed
+from experiments.program import State
+from experiments.store import RunFolder, Store
 
-# A checkpoint is due when all of them so far cost less than this share.
-_CHECKPOINT_SHARE = 0.03
+CHECKPOINT_SHARE = 0.03
+_FIRST_CHECKPOINT = 0.5  # seconds; what one costs before any was written
 
 
 class Listener(Protocol):
@@ -49,13 +53,15 @@ class Summary:
 class StopRequest:
   """Turns SIGINT and SIGTERM into a question to be asked between steps.
 
-  What a stop loses is the epoch at hand and those since the last checkpoint: by
-  the rule for when one is due, an epoch or a second or two.
+  What a stop loses is the epoch at hand.
+
+  Attributes:
+    asked: number of the signal; None if there was none.
   """
 
   def __init__(self):
     """Nothing asked yet."""
-    self.asked = False
+    self.asked: int | None = None
 
   def __enter__(self) -> 'StopRequest':
     """Listens; a second signal ends the program at once."""
@@ -72,28 +78,71 @@ class StopRequest:
 
   def _ask(self, number, frame) -> None:
     del frame
-    if self.asked:
-      raise KeyboardInterrupt(number)
-    self.asked = True
+    if self.asked is not None:
+      raise KeyboardInterrupt
+    self.asked = number
 
 
-class _Placed:
-  """The last dataset that was put on the device, for the runs that share it."""
+class Stopped(Exception):
+  """A signal asked to stop.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, number: int):
+    super().__init__(f'stopped by {signal.Signals(number).name}')
+    self.signal = number
+
+
+class _Checkpoints:
+  """When a checkpoint is due: as often as a share of the time allows."""
+
+  def __init__(self, share: float):
+    self._share = share
+    self._cost = _FIRST_CHECKPOINT  # seconds, of the last one
+    self.begin()
+
+  def begin(self) -> None:
+    """A run begins."""
+    self._began, self._spent = time.perf_counter(), 0.0
+
+  def due(self) -> bool:
+    """Whether one more stays within the share."""
+    elapsed = time.perf_counter() - self._began
+    within = self._spent + self._cost <= self._share * elapsed
+    return within or self._share >= 1
+
+  def save(self, folder: RunFolder, epoch: int, state: State) -> None:
+    """Writes one."""
+    began = time.perf_counter()
+    folder.save(epoch, state)
+    self._cost = time.perf_counter() - began
+    self._spent += self._cost
+
+
+class _Data:
+  """The last dataset on the device, for the runs that share it."""
 
   def __init__(self, load: Callable[[Run], Dataset]):
     self._load = load
-    self._key = None
-    self._value: Any = None
+    self._uploaded: tuple[str, placement.Uploaded] | None = None
+    self._placed: tuple[tuple, Placed] | None = None
 
-  def __call__(self, run: Run) -> tuple[Dataset, train.Parts]:
-    protocol = run.protocol
-    key = (run.digest, run.seed, protocol.train_size, protocol.holdout)
-    if key != self._key:
-      self._value = None  # frees the memory first
+  def __call__(self, run: Run) -> Placed:
+    if self._uploaded is None or self._uploaded[0] != run.digest:
+      self._uploaded = self._placed = None  # frees the memory first
       data = self._load(run)
-      self._value = (data, train.place(data, run))
-      self._key = key
-    return self._value
+      if data.digest != run.digest:
+        raise DatasetError(
+          f'{run.dataset}: {data.source} has changed since this command '
+          'started; repeat the command.'
+        )
+      self._uploaded = (run.digest, placement.upload(data))
+    key = (run.digest, run.seed, run.protocol.holdout)
+    if self._placed is None or self._placed[0] != key:
+      self._placed = (key, placement.place(self._uploaded[1], run))
+    return self._placed[1]
 
 
 def carry_out(
@@ -103,6 +152,7 @@ def carry_out(
   listener: Listener,
   *,
   scan: bool | None = None,
+  checkpoint_share: float = CHECKPOINT_SHARE,
 ) -> Summary:
   """Does every run that has no result yet.
 
@@ -112,54 +162,70 @@ def carry_out(
     load: gives the dataset of a run.
     listener: is told of every step.
     scan: as for ``train.epochs``.
+    checkpoint_share: of a run's time that checkpoints may take; 1 writes one
+      after every epoch.
 
   Raises:
-    train.Stopped: after SIGINT or SIGTERM; nothing recorded is lost.
+    Stopped: after SIGINT or SIGTERM; all finished epochs are recorded.
+    StoreError: if the store can't be read or written.
+    DatasetError: if a dataset can't be loaded.
   """
   summary = Summary()
-  placed = _Placed(load)
+  data, checkpoints = _Data(load), _Checkpoints(checkpoint_share)
   with StopRequest() as stop:
     for run in runs:
-      if stop.asked:
-        raise train.Stopped
-      if store.finished(run):
-        summary.skipped += 1
-        continue
+      if stop.asked is not None:
+        raise Stopped(stop.asked)
       try:
         with store.lock(run):
           if store.finished(run):
             summary.skipped += 1
             continue
-          _one(run, store, placed, listener, stop, scan)
+          _one(run, store, data(run), listener, stop, scan, checkpoints)
           summary.done += 1
       except filelock.Timeout:
         summary.elsewhere += 1
   return summary
 
 
-def _one(run, store, placed, listener, stop, scan) -> None:
+def _one(
+  run: Run,
+  store: Store,
+  placed: Placed,
+  listener: Listener,
+  stop: StopRequest,
+  scan: bool | None,
+  checkpoints: _Checkpoints,
+) -> None:
+  """Carries out a run, from where it was interrupted."""
   folder = store.open(run)
-  data, parts = placed(run)
-  state = train.start(run, data, parts)
-  epoch, state, problems = folder.restore(state)
+  epoch, state, problems = folder.restore(train.start(run, placed))
   for problem in problems:
-    listener.message(problem + '; going back to what is whole.')
+    listener.message(problem)
   listener.run_started(run, epoch + 1)
+  checkpoints.begin()
   lines = folder.metrics()
-  began, spent = time.perf_counter(), 0.0
-  ended = bool(lines) and not lines[-1]['finite']
+  unsaved: tuple[int, Any] | None = None
   epochs = train.epochs(
-    run, data, parts, state, epoch + 1, scan, lambda: stop.asked
+    run, placed, state, epoch + 1, scan, lambda: stop.asked is not None
   )
-  for state, line in () if ended else epochs:
-    folder.append(line)
-    lines.append(line)
-    listener.epoch_finished(run, line)
-    now = time.perf_counter()
-    last = line['epoch'] == run.protocol.epochs or not line['finite']
-    if not last and spent <= _CHECKPOINT_SHARE * (now - began):
-      folder.save(line['epoch'], state)
-      spent += time.perf_counter() - now
-  result = train.result(run, len(data.classes), lines)
+  try:
+    for state, line in epochs:
+      folder.append(line)
+      lines.append(line)
+      listener.epoch_finished(run, line)
+      if line['epoch'] == run.protocol.epochs or not line['finite']:
+        break
+      unsaved = None
+      if checkpoints.due():
+        checkpoints.save(folder, line['epoch'], state)
+      else:  # a copy, for the next epoch uses the state up
+        unsaved = line['epoch'], jax.tree.map(np.array, state)
+  except train.Stopped:
+    if unsaved is not None:
+      checkpoints.save(folder, *unsaved)
+    assert stop.asked is not None
+    raise Stopped(stop.asked) from None
+  result = train.result(run, placed.classes, lines)
   folder.finish(result)
   listener.run_finished(run, result)

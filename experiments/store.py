@@ -4,13 +4,14 @@
 
   RESULTS/RUN_ID/config.json     the full configuration
                  metrics.jsonl   a line per epoch
-                 checkpoints/    the state after the last epochs (Orbax)
+                 checkpoints/    the state after the last epochs
                  result.json     written last, atomically: the run is finished
 
 Files are written beside their place and moved there, so a reader never sees
 half a file. A line of metrics that was torn by a crash is dropped; a checkpoint
 that can't be read gives way to the one before. Everything here may come from
-someone else: it is read as JSON and arrays, never as code.
+someone else: it is read as JSON and arrays, never as code, and links, which
+could lead out of the folder, are refused.
 """
 
 import dataclasses
@@ -20,20 +21,23 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
 
+from experiments.files import (
+  UNFINISHED,
+  StoreError,
+  not_written,
+  read_json,
+  read_text,
+  write_atomically,
+)
 from experiments.grid import VERSION, Run
 
 _RUN_ID = re.compile('[0-9a-f]{20}')
-_KEPT_CHECKPOINTS = 2
-
-
-class StoreError(ValueError):
-  """A results folder, or a file in it, that can't be used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,92 +59,90 @@ class Record:
   error: str | None = None
 
 
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a whole file or nothing.
-
-  Raises:
-    StoreError: if it can't be written; what was there is still there.
-  """
-  try:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix='.writing-')
-    try:
-      with os.fdopen(descriptor, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-      os.chmod(name, 0o644)
-      os.replace(name, path)
-    except BaseException:
-      Path(name).unlink(missing_ok=True)
-      raise
-  except OSError as error:
-    raise StoreError(
-      f'{path} could not be written: {error.strerror}. Nothing finished is '
-      'lost; make room or choose another folder with --results and repeat '
-      'the command.'
-    ) from error
-
-
-def _json(path: Path) -> Any:
-  try:
-    return json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError) as error:
-    raise StoreError(
-      f'{path} can not be read ({error}). Remove the folder '
-      f'{path.parent} to do that run again.'
-    ) from error
-
-
 def _metrics(path: Path) -> list[dict[str, Any]]:
   """The lines up to the first that is torn or out of turn."""
   lines: list[dict[str, Any]] = []
-  try:
-    text = path.read_text(encoding='utf-8', errors='replace')
-  except FileNotFoundError:
-    return lines
-  except OSError as error:
-    raise StoreError(f'{path} can not be read: {error.strerror}.') from error
-  for row in text.split('\n'):
+  for row in (read_text(path) or '').split('\n'):
     try:
       line = json.loads(row)
-    except ValueError:
+    except (ValueError, RecursionError):
       break
-    if not isinstance(line, dict) or line.get('epoch') != len(lines) + 1:
+    if not _is_line(line, len(lines) + 1):
       break
     lines.append(line)
   return lines
+
+
+def _is_line(line: Any, epoch: int) -> bool:
+  return (
+    isinstance(line, dict)
+    and line.get('epoch') == epoch
+    and _is_number(line.get('test_error'))
+    and _is_number(line.get('holdout_error', 0.0))
+    and isinstance(line.get('finite'), bool)
+  )
+
+
+def _result(path: Path) -> dict[str, Any] | None:
+  """The result in a run's folder, or None if there is none."""
+  result = read_json(path / 'result.json')
+  if result is None:
+    return None
+  if not isinstance(result, dict) or not _is_number(result.get('paper_error')):
+    raise StoreError(
+      f'{path}/result.json is no result: remove {path} to do that run again.'
+    )
+  return result
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+  """The configuration in a run's folder, or None if there is none."""
+  config = read_json(path / 'config.json')
+  if config is None:
+    return None
+  if not isinstance(config, dict) or config.get('version') != VERSION:
+    raise StoreError(
+      f'{path}/config.json is not of version {VERSION}: it was written by '
+      'another version of this program, or is no configuration. Use that '
+      'version, or another folder with --results, or move it away.'
+    )
+  return config
 
 
 class RunFolder:
   """The folder of one run, for the process that holds its lock."""
 
   def __init__(self, path: Path, run: Run):
-    """Creates the folder or checks that it is this run's."""
+    """Creates the folder or checks that it is this run's.
+
+    Raises:
+      StoreError: if it can't be made, or is not this run's.
+    """
     self.path = path
-    config = run.config()
+    if path.is_symlink():
+      raise StoreError(f'{path} is a link, which is not followed. Remove it.')
     try:
       path.mkdir(parents=True, exist_ok=True)
+      for torn in path.glob(f'{UNFINISHED}*'):
+        torn.unlink()
     except OSError as error:
       raise StoreError(
         f'{path} could not be made: {error.strerror}. Choose another folder '
         'with --results.'
       ) from error
-    found = _json(path / 'config.json')
+    config, found = run.config(), _config(path)
     if found is None:
       text = json.dumps(config, indent=1, sort_keys=True) + '\n'
       write_atomically(path / 'config.json', text)
-    elif found.get('version') != VERSION:
+    elif _without_words(found) != _without_words(config):
       raise StoreError(
-        f'{path}/config.json is of version {found.get("version")!r}; this '
-        f'program writes version {VERSION}. Use another folder with --results.'
+        f'{path}/config.json is the configuration of another run. Remove '
+        f'{path} to do this run again.'
       )
-
-  @property
-  def finished(self) -> bool:
-    """Whether there is a result."""
-    return (self.path / 'result.json').exists()
 
   def metrics(self) -> list[dict[str, Any]]:
     """The lines of metrics so far."""
@@ -153,37 +155,19 @@ class RunFolder:
       with path.open('a', encoding='utf-8') as file:
         file.write(json.dumps(line, allow_nan=False) + '\n')
     except OSError as error:
-      raise StoreError(
-        f'{path} can not be written: {error.strerror}.'
-      ) from error
+      raise not_written(path, error) from error
 
   def finish(self, result: dict[str, Any]) -> None:
     """Writes the result; checkpoints are no longer needed."""
     text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     write_atomically(self.path / 'result.json', text + '\n')
-    shutil.rmtree(self.path / 'checkpoints', ignore_errors=True)
+    _tidy(self.path)
 
   def save(self, epoch: int, state: Any) -> None:
     """Writes the state after an epoch and drops all but the last two."""
-    import orbax.checkpoint as ocp
+    from experiments import checkpoints
 
-    folder = (self.path / 'checkpoints').absolute()
-    try:
-      folder.mkdir(exist_ok=True)
-      with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / str(epoch), state, force=True)
-    except Exception as error:  # Orbax and its storage have errors of their own
-      raise StoreError(
-        f'the checkpoint {folder / str(epoch)} could not be written: {error}'
-      ) from error
-    for old in self._checkpoints()[_KEPT_CHECKPOINTS:]:
-      shutil.rmtree(folder / str(old), ignore_errors=True)
-
-  def _checkpoints(self) -> list[int]:
-    """Epochs that have a checkpoint, the last first."""
-    folder = self.path / 'checkpoints'
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    checkpoints.save(self.path / 'checkpoints', epoch, state)
 
   def restore(self, like: Any) -> tuple[int, Any, list[str]]:
     """The last epoch whose state and metrics are whole.
@@ -197,49 +181,74 @@ class RunFolder:
       The epoch (0 if there is none), the state (``like`` then), and what could
       not be used, in words.
     """
-    import jax
-    import orbax.checkpoint as ocp
+    from experiments import checkpoints
 
-    lines, problems = self.metrics(), []
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    epoch, state = 0, like
-    for candidate in self._checkpoints():
-      if candidate > len(lines):
-        continue
-      folder = (self.path / 'checkpoints' / str(candidate)).absolute()
-      try:
-        with ocp.StandardCheckpointer() as checkpointer:
-          state = checkpointer.restore(folder, abstract)
-        epoch = candidate
-        break
-      except Exception as error:  # torn files raise whatever they lead to
-        reason = str(error).split('\n')[0]
-        problems.append(f'{folder} can not be restored: {reason}')
-        shutil.rmtree(folder, ignore_errors=True)
+    lines = self.metrics()
+    epoch, state, problems = checkpoints.restore(
+      self.path / 'checkpoints', like, last=len(lines)
+    )
     rows = ''.join(json.dumps(line) + '\n' for line in lines[:epoch])
     write_atomically(self.path / 'metrics.jsonl', rows)
     return epoch, state, problems
 
 
+def _without_words(config: dict[str, Any]) -> dict[str, Any]:
+  return {k: v for k, v in config.items() if k not in ('source', 'note')}
+
+
+def _tidy(path: Path) -> None:
+  """Removes what a finished run no longer needs."""
+  shutil.rmtree(path / 'checkpoints', ignore_errors=True)
+  for torn in path.glob(f'{UNFINISHED}*'):
+    torn.unlink(missing_ok=True)
+
+
 class Store:
-  """A results folder."""
+  """A results folder; nothing is written before ``create``."""
 
   def __init__(self, folder: str | os.PathLike[str]):
-    """Makes the folder if need be."""
+    """Names the folder."""
     self.folder = Path(folder)
+
+  def create(self) -> None:
+    """Makes the folder if need be, and checks that it can be written.
+
+    Raises:
+      StoreError: if it can't.
+    """
     try:
-      self.folder.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryFile(dir=self.folder):
-        pass
+      (self.folder / '.locks').mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryFile(dir=self.folder) as file:
+        file.write(b'0')
     except OSError as error:
       raise StoreError(
         f'results folder {self.folder} can not be written: {error.strerror}. '
-        'Choose another with --results.'
+        'Make room, or choose another with --results.'
       ) from error
 
   def finished(self, run: Run) -> bool:
-    """Whether the run has a result."""
-    return (self.folder / run.run_id / 'result.json').exists()
+    """Whether the run has a result.
+
+    Raises:
+      StoreError: if what is there is no result.
+    """
+    return _result(self.folder / run.run_id) is not None
+
+  def missing(self, runs: Iterable[Run]) -> list[Run]:
+    """The runs without a result.
+
+    Of the others, what a crash at their very end left is removed.
+
+    Raises:
+      StoreError: if what is there is no result.
+    """
+    missing = []
+    for run in runs:
+      if self.finished(run):
+        _tidy(self.folder / run.run_id)
+      else:
+        missing.append(run)
+    return missing
 
   def open(self, run: Run) -> RunFolder:
     """The folder of a run; hold its lock."""
@@ -247,9 +256,8 @@ class Store:
 
   def lock(self, run: Run) -> filelock.BaseFileLock:
     """A lock that the system frees when the process that holds it dies."""
-    folder = self.folder / '.locks'
-    folder.mkdir(exist_ok=True)
-    return filelock.FileLock(folder / f'{run.run_id}.lock', timeout=0)
+    path = self.folder / '.locks' / f'{run.run_id}.lock'
+    return filelock.FileLock(path, timeout=0)
 
 
 def load(folder: str | os.PathLike[str]) -> list[Record]:
@@ -268,31 +276,19 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
 
 
 def _records(root: Path) -> Iterator[Record]:
-  for path in sorted(root.iterdir()):
+  try:
+    paths = sorted(root.iterdir())
+  except OSError as error:
+    raise StoreError(f'{root} can not be read: {error.strerror}.') from error
+  for path in paths:
     if not _RUN_ID.fullmatch(path.name) or path.is_symlink():
       continue
-    config = _json(path / 'config.json')
+    config = _config(path)
     if config is None:
       continue
-    if not isinstance(config, dict) or config.get('version') != VERSION:
-      raise StoreError(
-        f'{path}/config.json is not of version {VERSION}: it was written by '
-        'another version of this program, or is no configuration. Report it '
-        'with that version, or move it away.'
-      )
-    result = _json(path / 'result.json')
-    if result is not None and not _is_result(result):
-      raise StoreError(
-        f'{path}/result.json is no result: remove {path} to do that run again.'
-      )
     yield Record(
       run_id=path.name,
       config=config,
       metrics=_metrics(path / 'metrics.jsonl'),
-      result=result,
+      result=_result(path),
     )
-
-
-def _is_result(result: Any) -> bool:
-  error = result.get('paper_error') if isinstance(result, dict) else None
-  return isinstance(error, int | float) and math.isfinite(error)

@@ -1,0 +1,78 @@
+"""Files of the results folder: written whole or not at all, read with care."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+UNFINISHED = '.writing-'  # begins the names of files that are being written
+
+
+class StoreError(ValueError):
+  """A results folder, or a file in it, that can't be used."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Writes a whole file or nothing.
+
+  Raises:
+    StoreError: if it can't be written; what was there is still there.
+  """
+  try:
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
+    try:
+      with os.fdopen(descriptor, 'w', encoding='utf-8') as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+      os.chmod(name, 0o644)
+      os.replace(name, path)
+    except BaseException:
+      Path(name).unlink(missing_ok=True)
+      raise
+  except OSError as error:
+    raise not_written(path, error) from error
+
+
+def not_written(path: Path, error: OSError) -> StoreError:
+  """The error to raise where a file could not be written."""
+  return StoreError(
+    f'{path} could not be written: {error.strerror}. Nothing finished is lost; '
+    'make room or choose another folder with --results, and repeat the '
+    'command.'
+  )
+
+
+def read_text(path: Path) -> str | None:
+  """What a file holds; None if there is none.
+
+  Raises:
+    StoreError: if it can't be read, or is a link.
+  """
+  try:
+    if path.is_symlink():
+      raise StoreError(f'{path} is a link, which is not followed. Remove it.')
+    return path.read_text(encoding='utf-8', errors='replace')
+  except FileNotFoundError:
+    return None
+  except OSError as error:
+    raise StoreError(f'{path} can not be read: {error.strerror}.') from error
+
+
+def read_json(path: Path) -> Any:
+  """What a JSON file holds; None if there is none.
+
+  Raises:
+    StoreError: if it can't be read, or is no JSON.
+  """
+  text = read_text(path)
+  if text is None:
+    return None
+  try:
+    return json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise StoreError(
+      f'{path} is broken ({error}). Remove the folder {path.parent} to do that '
+      'run again.'
+    ) from error

@@ -1,0 +1,228 @@
+"""The compiled functions of a run: training step, evaluation, statistics.
+
+``program(setup)`` compiles once for all runs that differ in rate, seed or
+images only. A step is told the rows of its mini-batch and the rate.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.datasets import SHAPES
+from experiments.grid import Run
+from experiments.models import Network
+from experiments.placement import Images, Parts, Placed
+from symjax_bp import from_name, linen, metrics, optim
+from symjax_bp.normalization import calibrate
+
+State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
+_KEPT_PROGRAMS = 4  # in memory; runs come in an order that needs one or two
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """All of a run that its compiled functions depend on."""
+
+  architecture: str
+  classes: int
+  rule: str
+  batch_manhattan: int
+  batch_norm: str
+  frozen: str
+  momentum: float
+  weight_decay: float
+  initial_std: float
+  input_scale: float
+  reduction: str
+  batch_norm_epsilon: float
+
+  @classmethod
+  def of(cls, run: Run, placed: Placed) -> 'Setup':
+    """The setup of a run on a dataset."""
+    config = run.config()
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls(
+      architecture=placed.architecture,
+      classes=placed.classes,
+      **{name: config[name] for name in names & config.keys()},
+    )
+
+
+class Program(NamedTuple):
+  """The compiled functions of a setup.
+
+  ``index`` is int32, rows of the images; ``key`` one for all steps of a run;
+  scores are sums of the loss (nats) and of the errors over the examples.
+
+  Attributes:
+    initialize: (key, parts) -> state before the first update.
+    step: (state, parts, index, rate, key) -> (state, scores of before); uses
+      the state up.
+    scan: the same for an epoch, with an index per mini-batch.
+    evaluate: (variables, parts, images, index, weight) -> scores; weight 0
+      leaves an example out.
+    statistics: (params, parts, an index per mini-batch) -> variables for
+      ``evaluate``.
+    align: (state, parts, index, key) -> {layer: ``metrics.Alignment``}.
+    finite: (tree) -> whether each array is.
+  """
+
+  initialize: Callable[..., State]
+  step: Callable[..., tuple[State, jax.Array]]
+  scan: Callable[..., tuple[State, jax.Array]]
+  evaluate: Callable[..., jax.Array]
+  statistics: Callable[..., Any]
+  align: Callable[..., dict[str, metrics.Alignment]]
+  finite: Callable[..., jax.Array]
+
+
+def _optimizer(setup: Setup) -> optax.GradientTransformation:
+  """The update without its rate; what is frozen does not move."""
+
+  def decays(params):
+    return jax.tree.map_with_path(
+      lambda path, _: 'BatchNorm' not in jax.tree_util.keystr(path), params
+    )
+
+  def labels(params):
+    frozen = {
+      'nothing': (),
+      'last layer': ('output',),
+      'before last layer': tuple(set(params) - {'output'}),
+    }[setup.frozen]
+    return {name: 'frozen' if name in frozen else 'learns' for name in params}
+
+  update = optim.scale_by_batch_manhattan(
+    setup.batch_manhattan, setup.momentum, setup.weight_decay, decays
+  )
+  if setup.frozen == 'nothing':
+    return update
+  return optax.multi_transform(
+    {'learns': update, 'frozen': optax.set_to_zero()}, labels
+  )
+
+
+@functools.lru_cache(maxsize=_KEPT_PROGRAMS)
+def program(setup: Setup) -> Program:
+  """The functions of a setup; one compilation for all rates and seeds."""
+  model = Network(
+    architecture=setup.architecture,
+    classes=setup.classes,
+    rule=from_name(setup.rule),
+    batch_norm=setup.batch_norm,
+    initial_std=setup.initial_std,
+    epsilon=setup.batch_norm_epsilon,
+  )
+  twin = linen.plain_twin(model)  # evaluates without feedback
+  optimizer = _optimizer(setup)
+
+  def inputs(parts: Parts, images: Images, index):
+    x = images.x[index].astype(jnp.float32) - parts.mean[None]
+    return x * jnp.float32(setup.input_scale)
+
+  jitted_inputs = jax.jit(inputs)
+
+  def initialize(key, parts):
+    index = jnp.zeros(1, jnp.int32)
+    variables = dict(model.init(key, inputs(parts, parts.train, index), True))
+    params = variables.pop('params')
+    return {
+      'params': params,
+      'feedback': variables.get('feedback', {}),
+      'optimizer': optimizer.init(params),
+      'updates': jnp.int32(0),
+    }
+
+  def losses(logits, y):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+  def score(logits, y):
+    errors = jnp.argmax(logits, -1) != y
+    return jnp.stack([losses(logits, y), errors.astype(jnp.float32)])
+
+  def step(state, parts, index, rate, key):
+    x = inputs(parts, parts.train, index)
+    y = parts.train.y[index]
+    rngs = {'feedback': jax.random.fold_in(key, state['updates'])}
+
+    def loss(params):
+      variables = {'params': params, 'feedback': state['feedback']}
+      logits = model.apply(variables, x, True, rngs=rngs)
+      reduce = jnp.mean if setup.reduction == 'mean' else jnp.sum
+      return reduce(losses(logits, y)), score(logits, y).sum(1)
+
+    gradient, scores = jax.grad(loss, has_aux=True)(state['params'])
+    updates, optimizer_state = optimizer.update(
+      gradient, state['optimizer'], state['params']
+    )
+    params = jax.tree.map(
+      lambda w, minus_tau: w - rate * minus_tau, state['params'], updates
+    )
+    new = {
+      'params': params,
+      'feedback': state['feedback'],
+      'optimizer': optimizer_state,
+      'updates': state['updates'] + 1,
+    }
+    return new, scores
+
+  def scan(state, parts, order, rate, key):
+    def body(state, index):
+      return step(state, parts, index, rate, key)
+
+    state, scores = jax.lax.scan(body, state, order)
+    return state, scores.sum(0)
+
+  def evaluate(variables, parts, images, index, weight):
+    logits = twin.apply(variables, inputs(parts, images, index), False)
+    return (score(logits, images.y[index]) * weight[None]).sum(1)
+
+  @functools.cache
+  def no_statistics():
+    x = jax.ShapeDtypeStruct((1, *SHAPES[setup.architecture]), jnp.float32)
+    shapes = jax.eval_shape(
+      lambda x: model.init(jax.random.key(0), x, True)['batch_stats'], x
+    )
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+  def statistics(params, parts, order):
+    if setup.batch_norm == 'none':
+      return {'params': params}
+    return calibrate(
+      twin,
+      {'params': params, 'batch_stats': no_statistics()},
+      (jitted_inputs(parts, parts.train, index) for index in order),
+      len(order),
+      train=True,
+    )
+
+  def align(state, parts, index, key):
+    rngs = {'feedback': jax.random.fold_in(key, state['updates'])}
+    y = parts.train.y[index]
+    return linen.layer_alignment(
+      model,
+      {'params': state['params'], 'feedback': state['feedback']},
+      lambda logits: losses(logits, y).mean(),
+      inputs(parts, parts.train, index),
+      True,
+      rngs=rngs,
+    )
+
+  def finite(tree):
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
+
+  return Program(
+    initialize=jax.jit(initialize),
+    step=jax.jit(step, donate_argnums=0),
+    scan=jax.jit(scan, donate_argnums=0),
+    evaluate=jax.jit(evaluate),
+    statistics=statistics,
+    align=jax.jit(align),
+    finite=jax.jit(finite),
+  )
