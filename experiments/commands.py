@@ -70,7 +70,7 @@ def selected_runs(
   """
   chosen = [conditions.find(name) for name in selection.condition]
   for table in selected_tables(selection):
-    chosen += map(conditions.find, table.columns)
+    chosen += map(conditions.find, (table.baseline, *table.columns))
   specs = [datasets.find(name) for name in selection.dataset]
   if not chosen:
     raise ValueError(

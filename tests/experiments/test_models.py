@@ -1,0 +1,242 @@
+"""The five architectures: counted by hand, pooling against a loop."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.datasets import SHAPES, SPECS
+from experiments.models import (
+  ARCHITECTURES,
+  Network,
+  Pool,
+  multiply_adds,
+  pool,
+  training_flops,
+)
+from symjax_bp import symmetric
+
+# Weights and features of the layers up to the last, by hand from Table 1.
+# 28 -5+1-> 24 /2-> 12 -5+1-> 8 /2-> 4
+_MNIST = {
+  'weights': 5 * 5 * 1 * 20 + 5 * 5 * 20 * 50 + 4 * 4 * 50 * 500,
+  'hidden': 20 + 50 + 500,
+  'last': 500,
+}
+# 32 (same) 32 /2-> 16 /2-> 8 /2-> 4; padding on one side keeps the halves
+_CIFAR = {
+  'weights': 5 * 5 * 3 * 32
+  + 5 * 5 * 32 * 64
+  + 5 * 5 * 64 * 64
+  + 4 * 4 * 64 * 128,
+  'hidden': 32 + 64 + 64 + 128,
+  'last': 128,
+}
+# 32 -5+1-> 28 /2-> 14 -7+1-> 8 /2-> 4
+_SVHN = {
+  'weights': 5 * 5 * 3 * 20 + 7 * 7 * 20 * 512 + 4 * 4 * 512 * 40,
+  'hidden': 20 + 512 + 40,
+  'last': 40,
+}
+_TIMIT = {
+  'weights': 1845 * 512 + 512 * 256,
+  'hidden': 512 + 256,
+  'last': 256,
+}
+
+
+# 119 (-9)//2+1-> 56 /2-> 28 -5+1-> 24 /2-> 12
+def _general(wide: int, narrow: int) -> dict[str, int]:
+  return {
+    'weights': 9 * 9 * 3 * 48
+    + 5 * 5 * 48 * 128
+    + 12 * 12 * 128 * wide
+    + wide * narrow,
+    'hidden': 48 + 128 + wide + narrow,
+    'last': narrow,
+  }
+
+
+# max(256, 3 K) and 2 K of the first fully connected layers
+_GENERAL = {
+  10: _general(256, 20),
+  17: _general(256, 34),
+  67: _general(256, 134),
+  80: _general(256, 160),
+  102: _general(306, 204),
+}
+_BY_DATASET = {
+  'MNIST': (_MNIST, 10),
+  'CIFAR': (_CIFAR, 10),
+  'CIFAR100': (_CIFAR, 100),
+  'SVHN': (_SVHN, 10),
+  'STL10': (_GENERAL[10], 10),
+  'Cal101': (_GENERAL[102], 102),
+  'Cal256-101': (_GENERAL[102], 102),
+  'iCub': (_GENERAL[10], 10),
+  'Flowers17': (_GENERAL[17], 17),
+  'Flowers102': (_GENERAL[102], 102),
+  'PubFig83-ID': (_GENERAL[80], 80),
+  'SUFR-W-ID': (_GENERAL[80], 80),
+  'LFW-ID': (_GENERAL[80], 80),
+  'Scene67': (_GENERAL[67], 67),
+  'TIMIT80': (_TIMIT, 80),
+}
+
+
+def _network(architecture: str, classes: int, batch_norm: str = 'none'):
+  return Network(
+    architecture=architecture,
+    classes=classes,
+    rule=symmetric(),
+    batch_norm=batch_norm,
+  )
+
+
+def test_the_counted_datasets_are_the_papers():
+  assert set(_BY_DATASET) == {s.name for s in SPECS.values() if s.in_paper}
+
+
+@pytest.mark.parametrize('batch_norm', ['none', 'plain', 'affine'])
+@pytest.mark.parametrize('name', _BY_DATASET)
+def test_shapes_and_parameter_counts(name, batch_norm):
+  counted, classes = _BY_DATASET[name]
+  spec = SPECS[name]
+  assert spec.classes == classes
+  model = _network(spec.architecture, classes, batch_norm)
+  x = jax.ShapeDtypeStruct((3, *spec.shape), jnp.float32)
+  logits, variables = jax.eval_shape(
+    lambda x: model.init_with_output(jax.random.key(0), x, True), x
+  )
+  assert logits.shape == (3, classes)
+  leaves = jax.tree.leaves(variables['params'])
+  # In front of batch normalisation there is no bias; affine ones have two.
+  per_hidden_unit = {'none': 1, 'plain': 0, 'affine': 2}[batch_norm]
+  assert sum(math.prod(leaf.shape) for leaf in leaves) == (
+    counted['weights']
+    + counted['last'] * classes
+    + classes
+    + per_hidden_unit * counted['hidden']
+  )
+
+
+def test_initial_weights():
+  model = Network('timit', 80, symmetric(), initial_std=0.02)
+  x = jnp.zeros((1, *SHAPES['timit']))
+  params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
+  for path, leaf in jax.tree.leaves_with_path(params['params']):
+    if jax.tree_util.keystr(path).endswith("['bias']"):
+      np.testing.assert_array_equal(leaf, 0)
+    elif leaf.size > 10_000:
+      assert abs(float(leaf.std()) / 0.02 - 1) < 0.02
+      assert abs(float(leaf.mean())) < 4 * 0.02 / math.sqrt(leaf.size)
+
+
+def test_multiply_adds_by_hand():
+  assert multiply_adds('mnist', 10) == [
+    24 * 24 * 20 * 25,  # 288,000
+    8 * 8 * 50 * 25 * 20,  # 1,600,000
+    800 * 500,
+    500 * 10,
+  ]
+  assert multiply_adds('general', 102) == [
+    56 * 56 * 48 * 81 * 3,  # 36,578,304
+    24 * 24 * 128 * 25 * 48,  # 88,473,600
+    18432 * 306,
+    306 * 204,
+    204 * 102,
+  ]
+  assert multiply_adds('timit', 80) == [1845 * 512, 512 * 256, 256 * 80]
+  # No gradient of the first layer's input.
+  assert training_flops('mnist', 10) == 2 * (
+    2 * 288_000 + 3 * (1_600_000 + 400_000 + 5_000)
+  )
+
+
+def _pool_loop(x: np.ndarray, layer: Pool, g: np.ndarray | None = None):
+  """Pooling as MatConvNet documents it: output, and gradient of x for g."""
+  count, height, width, channels = x.shape
+  rows = (height + layer.padding - layer.size) // layer.stride + 1
+  columns = (width + layer.padding - layer.size) // layer.stride + 1
+  y = np.zeros((count, rows, columns, channels), x.dtype)
+  dx = np.zeros_like(x)
+  for n, i, j, c in np.ndindex(*y.shape):
+    top, left = i * layer.stride, j * layer.stride
+    window = [
+      (a, b)
+      for a in range(top, min(top + layer.size, height))
+      for b in range(left, min(left + layer.size, width))
+    ]
+    values = [x[n, a, b, c] for a, b in window]
+    if layer.kind == 'max':
+      y[n, i, j, c] = max(values)
+      share = {window[values.index(max(values))]: 1.0}  # the first one
+    else:
+      y[n, i, j, c] = sum(values) / len(values)
+      share = dict.fromkeys(window, 1 / len(values))
+    if g is not None:
+      for (a, b), weight in share.items():
+        dx[n, a, b, c] += weight * g[n, i, j, c]
+  return y, dx
+
+
+@pytest.mark.parametrize('size', [8, 9])
+@pytest.mark.parametrize(
+  'layer',
+  sorted(
+    {
+      layer
+      for layers in ARCHITECTURES.values()
+      for layer in layers
+      if isinstance(layer, Pool)
+    },
+    key=repr,
+  ),
+  ids=repr,
+)
+def test_pooling_and_its_gradient(layer, size):
+  random = np.random.default_rng(0)
+  # Few different values, all negative: many ties, and padding would show.
+  x = random.integers(-5, -1, (2, size, size + 1, 3)).astype(np.float32)
+  y, _ = _pool_loop(x, layer)
+  g = random.normal(size=y.shape).astype(np.float32)
+  y, dx = _pool_loop(x, layer, g)
+  found, transpose = jax.vjp(lambda x: pool(x, layer), jnp.asarray(x))
+  np.testing.assert_allclose(found, y, rtol=1e-6)
+  np.testing.assert_allclose(transpose(g)[0], dx, rtol=1e-5, atol=1e-6)
+
+
+def test_the_pools_of_table_1():
+  assert {
+    name: [
+      (p.kind, p.size, p.stride, p.padding)
+      for p in layers
+      if isinstance(p, Pool)
+    ]
+    for name, layers in ARCHITECTURES.items()
+  } == {
+    'general': [('max', 2, 2, 0)] * 2,
+    'mnist': [('max', 2, 2, 0)] * 2,
+    'cifar': [('max', 3, 2, 1), *[('average', 3, 2, 1)] * 2],
+    'svhn': [('max', 2, 2, 0)] * 2,
+    'timit': [],
+  }
+
+
+def test_batch_norm_comes_before_the_rectifier_and_not_last():
+  model = _network('mnist', 10, 'plain')
+  random = np.random.default_rng(1)
+  x = random.normal(size=(32, *SHAPES['mnist'])).astype(np.float32)
+  logits, state = jax.jit(
+    lambda x: model.init_with_output(jax.random.key(0), x, True)
+  )(x)
+  assert sorted(state['batch_stats']) == [
+    'BatchNorm_0', 'BatchNorm_1', 'BatchNorm_2',
+  ]  # fmt: skip
+  # 500 rectified units of standard normal inputs: mean square 1 / 2 each, so
+  # logits of weights N(0, 0.01^2) have a variance of 500 / 2 * 0.01^2. If the
+  # rectifier came first, it would be twice that; normalised logits have 1.
+  variance = float(jnp.square(logits).mean())
+  assert 0.7 < variance / (250 * 0.01**2) < 1.4
