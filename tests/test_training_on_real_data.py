@@ -1,0 +1,54 @@
+"""Every real set that is at hand trains through the loader and the program."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import conditions, datasets, grid, placement, train
+from experiments.program import Setup, program
+
+DATA = Path(
+  os.environ.get(
+    'SYMJAX_BP_DATA', Path(__file__).parents[2] / 'shared' / 'data'
+  )
+)
+SETS = (
+  'mnist',
+  'cifar10',
+  'cifar100_clean10k',
+  'caltech101',
+  'caltech256_10',
+  'flowers102',
+)
+
+
+@pytest.mark.parametrize('name', SETS)
+def test_a_few_steps_lower_the_loss(name, tmp_path_factory):
+  if not (DATA / f'{name}.npz').exists():
+    pytest.skip(
+      f'{DATA / name}.npz is not there (SYMJAX_BP_DATA names a folder)'
+    )
+  cache = tmp_path_factory.getbasetemp() / 'decoded'
+  data = datasets.load(name, data_dir=DATA, cache_dir=cache, train_size=204)
+  (run,) = grid.runs_of(
+    conditions.find('uSF+BN+BM'),
+    rates=[1.0],
+    dataset=data.spec.name,
+    digest=data.digest,
+    protocol=grid.Protocol(epochs=1, train_size=204, holdout=0.0),
+  )
+  placed = placement.place(placement.upload(data), run)
+  functions = program(Setup.of(run, placed))
+  state = train.start(run, placed)
+  index, key = placed.trained[:20], jax.random.key(0)
+  losses = []
+  for _ in range(3):
+    state, (loss, _) = functions.step(
+      state, placed.parts, index, np.float32(5e-4), key
+    )
+    losses.append(float(loss) / len(index))
+  assert abs(losses[0] - np.log(len(data.classes))) < 0.5
+  assert losses[-1] < losses[0]
