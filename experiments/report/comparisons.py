@@ -52,25 +52,37 @@ def story(store: Store) -> Picture | None:
   with style(name):
     figure, all_axes = panels(
       len(found), (2.5, 0.26 * len(shown) + 0.1),
-      across=3, left=1.45, top=1.15, between=0.95,
+      across=3, left=1.45, top=1.15 + 0.2 * (len(found) == 1),
+      between=1.1,
     )  # fmt: skip
     for axes, (study, label) in zip(all_axes, found, strict=True):
       _story_panel(axes, study, label, shown)
     figure.text(
-      *top_left(figure, 0.12), f'{title}\nTest error in %, best validation',
+      *top_left(figure, 0.12), f'{title}\nBest validation error by condition',
       va='top', fontsize=10, linespacing=1.4,
     )  # fmt: skip
     figure.legend(
       handles=[
         Line2D([], [], color=OURS, marker='o', linestyle='', label='ours'),
+        *_missing(study.cells.get((label, c)) for study, label in found
+                  for c in shown),
         Line2D([], [], color=PAPER, marker='D', linestyle='', mfc='white',
                label="paper's"),
         Line2D([], [], color=QUIET, linestyle=':', label='chance'),
       ],
-      loc='upper left', ncols=3, borderaxespad=0,
+      loc='upper left', ncols=2 if len(found) == 1 else 4, borderaxespad=0,
       bbox_to_anchor=top_left(figure, 0.5),
     )  # fmt: skip
     return picture(figure, name, title)
+
+
+def _missing(cells: Iterable[Cell | None]) -> list[Line2D]:
+  """The legend's line for hollow dots, if there are any."""
+  if not any(cell and cell.best_validation and not cell.complete
+             for cell in cells):  # fmt: skip
+    return []
+  return [Line2D([], [], color=OURS, marker='o', linestyle='', mfc='none',
+                 label='ours, some runs missing')]  # fmt: skip
 
 
 def _story_panel(
@@ -95,6 +107,7 @@ def _story_panel(
   axes.set_yticks(range(len(shown)), shown)
   axes.set_ylim(len(shown) - 0.4, -0.6)
   axes.tick_params(axis='y', length=0, labelcolor='#222222')
+  axes.set_xlabel('error (%)')
   axes.set_title(short(label, 30), pad=18, fontweight='bold')
   size = study.fields.get('train_size')
   about = f'{study.fields.get("epochs", "?")} epochs, ' + (

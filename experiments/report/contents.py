@@ -20,7 +20,7 @@ class Section:
     claims: the paper's conclusions.
     sentences: what does not agree with the paper.
     against_p: error against p, if Experiment B was run.
-    pictures: by (table, row label): learning curves and error by rate.
+    pictures: by (table's name, row label): learning curves and error by rate.
   """
 
   study: Study
@@ -68,7 +68,7 @@ def _section(study: Study) -> Section:
     disagreement.sentences(study, found, claims),
     comparisons.against_p(study),
     {
-      (grid.table.name, line.label): plots.for_line(study, grid, line)
+      (grid.name, line.label): plots.for_line(study, grid, line)
       for grid in found
       for line in grid.lines
       if line.ours

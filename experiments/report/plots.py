@@ -47,7 +47,7 @@ def for_line(study: Study, grid: Grid, line: Line) -> list[Picture]:
   if not cells:
     return []
   name = f'protocol-{study.number}-{slug(line.label)}-table-{grid.table.name}'
-  about = f'{short(line.label)}, {grid.heading.split(". ")[0]}'
+  about = f'{short(line.label)}, {grid.name}'
   return [
     made
     for made in (

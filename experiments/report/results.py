@@ -71,11 +71,12 @@ def _section(section: Section, plots: str) -> list[str]:
       'How each is computed, and each dataset', markdown.details(decided)
     )]  # fmt: skip
   if undecided:
-    parts += [
-      f'Not enough runs for {len(undecided)} more: '
-      + escape('; '.join(f'({c.conclusion}) {c.statement}' for c in undecided)),
-      '',
-    ]
+    parts += _folded(
+      f'Not enough runs for {len(undecided)} of {len(section.claims)} '
+      'statements',
+      [f'- ({escape(c.conclusion)}) {escape(c.statement)} Needs all rates of '
+       f'{escape(", ".join(c.needs))}.' for c in undecided],
+    )  # fmt: skip
   for grid in section.grids:
     parts += [*markdown.grid(grid, all_rows=False), '']
   if section.against_p:
@@ -83,7 +84,7 @@ def _section(section: Section, plots: str) -> list[str]:
   for (table, label), pictures in section.pictures.items():
     if pictures:
       parts += _folded(
-        f'Learning curves and rates: {label}, table {table}',
+        f'Learning curves and rates: {label}, {table}',
         [_picture(picture, plots) for picture in pictures],
       )
   return parts

@@ -88,10 +88,16 @@ class Grid:
   lines: Sequence[Line]
 
   @property
+  def name(self) -> str:
+    """Such as 'Table 2'."""
+    if self.table.name not in TABLES:
+      return 'Other conditions'
+    return f'Table {self.table.name}'
+
+  @property
   def heading(self) -> str:
-    """The table's name and title."""
-    name = f'Table {self.table.name}. ' if self.table.name in TABLES else ''
-    return name + self.table.title
+    """Name and title."""
+    return f'{self.name}. {self.table.title}'
 
   @property
   def ours(self) -> bool:
@@ -125,7 +131,7 @@ def grids(study: Study, names: Iterable[str] | None = None) -> list[Grid]:
 def _others(study: Study) -> Table:
   """Conditions that are no column of the paper's."""
   names = sorted({name for _, name in study.cells} - set(CONDITIONS))
-  return Table('other', "Conditions of your own, not the paper's", tuple(names))
+  return Table('other', "Not the paper's", tuple(names))
 
 
 def own_columns(table: Table) -> tuple[str, ...]:
@@ -224,7 +230,7 @@ def notes(study: Study) -> list[str]:
     lines.append(f'Failed runs, not in the tables: {failed}.')
   if waiting := len(study.unfinished) - failed:
     lines.append(f'Unfinished runs, not in the tables: {waiting}.')
-  return lines
+  return list(dict.fromkeys(lines))
 
 
 def shown_cells(study: Study) -> Mapping[tuple[str, str], Cell]:

@@ -65,7 +65,8 @@ def _grid(grid: Grid, all_rows: bool, width: int) -> list[str]:
     for at, name in enumerate(grid.table.columns)
   ]
   labels = [''] + [text for line in lines for text in _labels(line)]
-  for block in _blocks(columns, width - stub):
+  filled = [column for column in columns if all_rows or any(column[1:])]
+  for block in _blocks(filled, width - stub):
     sizes = [max(map(len, column)) for column in block]
     for at, label in enumerate(labels):
       cells = (c[at].ljust(size) for c, size in zip(block, sizes, strict=True))

@@ -28,6 +28,11 @@ def test_three_points_make_a_colour(error, expected):
   assert flag(error, 52.15) == expected
 
 
+def test_a_difference_of_three_is_three_in_floating_point_too():
+  assert 64.02 - 61.02 < 3
+  assert flag(64.02, 61.02) == 'worse'
+
+
 def test_no_baseline_no_colour():
   assert flag(90.0, None) == ''
   assert flag(None, 3.0) == ''
@@ -77,7 +82,14 @@ def test_conditions_of_ones_own_get_a_table():
   (study,) = gather([record('uSF+BN', 5.0, rule='uSF-x')]).studies
   (grid,) = grids(study)
   assert grid.table.columns == ('uSF-x+BN',)
-  assert "not the paper's" in grid.heading
+  assert grid.heading == "Other conditions. Not the paper's"
+
+
+def test_columns_without_anything_to_show_are_left_out_of_the_terminal():
+  shown = report.text_tables(cell('SGD', 5.0, dataset='digits'))
+  assert 'SGD' in shown
+  assert 'NuSF' not in shown
+  assert 'NuSF' in report.text_tables(cell('SGD', 5.0))
 
 
 def test_agreement_counts_shared_columns_and_equal_flags():
