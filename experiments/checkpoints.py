@@ -1,22 +1,29 @@
-"""Checkpoints: the state after an epoch, by Orbax, whole or not used.
+"""Checkpoints: the state after an epoch, whole or not used.
 
-Orbax writes a folder beside its place and moves it there; with the state it
-keeps a digest of it, so that a file that was damaged later is noticed, too.
+::
+
+  checkpoints/EPOCH/         the arrays, by Orbax
+              EPOCH.sha256   digests of its files, written last (sha256sum -c)
+
+Orbax writes a folder beside its place and moves it there; the digests tell
+whether a file was damaged later, so that nothing damaged is ever parsed.
 """
 
+import contextlib
 import hashlib
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments.files import StoreError
+from experiments.files import StoreError, read_text, write_atomically
 
 _KEPT = 2
+_SPARE_BYTES = 2**20  # what Orbax writes beside the arrays, and more
 
 
 def save(folder: Path, epoch: int, state: Any) -> None:
@@ -28,21 +35,26 @@ def save(folder: Path, epoch: int, state: Any) -> None:
   import orbax.checkpoint as ocp
 
   folder = folder.absolute()
-  state = jax.device_get(state)
+  path = folder / str(epoch)
+  arrays = _by_name(jax.device_get(state))
   try:
     folder.mkdir(exist_ok=True)
-    with ocp.StandardCheckpointer() as checkpointer:
-      tree = {'state': state, 'digest': _digest(state)}
-      checkpointer.save(folder / str(epoch), tree, force=True)
+    # Orbax on a full disk says more than it is asked, from several threads.
+    wanted = sum(array.nbytes for array in arrays.values()) + _SPARE_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+      raise OSError(f'it needs {wanted} bytes, of which {free} are left')
+    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(path, arrays, force=True)
   except Exception as error:  # Orbax and its storage have errors of their own
-    _remove_unfinished(folder)
+    _remove(folder, keep=_epochs(folder))
     raise StoreError(
-      f'the checkpoint {folder / str(epoch)} could not be written: '
-      f'{_first_line(error)}. Nothing finished is lost; make room or choose '
-      'another folder with --results, and repeat the command.'
+      f'the checkpoint {path} could not be written: {_first_line(error)}. '
+      'Nothing finished is lost; make room or choose another folder with '
+      '--results, and repeat the command.'
     ) from error
-  for old in _epochs(folder)[_KEPT:]:
-    shutil.rmtree(folder / str(old), ignore_errors=True)
+  write_atomically(_digest_path(path), _digests(path))
+  _remove(folder, keep=_epochs(folder)[:_KEPT])
 
 
 def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
@@ -63,17 +75,20 @@ def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
   if folder.is_symlink():
     raise StoreError(f'{folder} is a link, which is not followed. Remove it.')
   folder = folder.absolute()
-  _remove_unfinished(folder)
   problems = []
-  for epoch in _epochs(folder):
+  epochs = _epochs(folder)
+  for i, epoch in enumerate(epochs):
     path = folder / str(epoch)
     try:
       if epoch > last:
         raise ValueError(f'there are metrics of {last} epochs only')
-      return epoch, _read(path, like), problems
+      state = _read(path, like)
     except Exception as error:  # damaged files raise whatever they lead to
       problems.append(f'checkpoint {path} is not used: {_first_line(error)}')
-      shutil.rmtree(path, ignore_errors=True)
+      continue
+    _remove(folder, keep=epochs[i:])
+    return epoch, state, problems
+  _remove(folder, keep=[])
   return 0, like, problems
 
 
@@ -81,36 +96,82 @@ def _read(path: Path, like: Any) -> Any:
   """The state in a checkpoint, checked."""
   import orbax.checkpoint as ocp
 
-  wanted = {'state': like, 'digest': jnp.zeros(32, jnp.uint8)}
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, wanted)
-  with ocp.StandardCheckpointer() as checkpointer:
-    found = checkpointer.restore(path, abstract)
-  chex.assert_trees_all_equal_shapes_and_dtypes(found, wanted)
-  if not np.array_equal(found['digest'], _digest(found['state'])):
-    raise ValueError('its arrays are damaged')
-  return found['state']
+  if read_text(_digest_path(path)) != _digests(path):
+    raise ValueError('its files are damaged')
+  with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+    found = checkpointer.restore(path)
+
+  def checked(name, wanted):
+    array = found[name]
+    if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
+      raise ValueError(
+        f'{name} is {array.dtype} of shape {array.shape}, not {wanted.dtype} '
+        f'of shape {wanted.shape}'
+      )
+    return jax.device_put(array, wanted.sharding)
+
+  state = [checked(name, array) for name, array in _by_name(like).items()]
+  return jax.tree.unflatten(jax.tree.structure(like), state)
+
+
+def _by_name(state: Any) -> dict[str, Any]:
+  """All arrays by their place in the state."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
+    if isinstance(leaf, jax.Array)
+    else np.asarray(leaf)
+    for path, leaf in jax.tree.leaves_with_path(state)
+  }
 
 
 def _epochs(folder: Path) -> list[int]:
-  """Epochs that have a checkpoint, the last first."""
-  names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-  return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+  """Epochs that have a checkpoint with its digests, the last first."""
+  names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+  whole = [
+    name for name in names if name.isdigit() and f'{name}.sha256' in names
+  ]
+  return sorted(map(int, whole), reverse=True)
 
 
-def _remove_unfinished(folder: Path) -> None:
-  """Removes what Orbax had not yet moved to its place."""
+def _remove(folder: Path, keep: list[int]) -> None:
+  """Removes other checkpoints, and what was never finished."""
+  kept = {name for epoch in keep for name in (f'{epoch}', f'{epoch}.sha256')}
   for path in folder.iterdir() if folder.is_dir() else ():
-    if not path.name.isdigit():
+    if path.name in kept:
+      continue
+    if path.is_dir() and not path.is_symlink():
       shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
+def _digest_path(path: Path) -> Path:
+  return path.with_name(f'{path.name}.sha256')
+
+
+def _digests(path: Path) -> str:
+  """A line for each file in a folder, as sha256sum writes it."""
+  lines = []
+  for file in sorted(path.rglob('*')):
+    if file.is_symlink():
+      raise ValueError(f'{file.name} is a link')
+    if file.is_file():
+      digest = hashlib.sha256(file.read_bytes()).hexdigest()
+      lines.append(f'{digest}  {file.relative_to(path.parent).as_posix()}\n')
+  return ''.join(lines)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """What goes wrong is raised, and need not be logged as well."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _first_line(error: Exception) -> str:
   return (str(error).strip() or type(error).__name__).split('\n')[0]
-
-
-def _digest(state: Any) -> np.ndarray:
-  """SHA-256 of all arrays, uint8 (32,)."""
-  total = hashlib.sha256()
-  for leaf in jax.tree.leaves(state):
-    total.update(np.ascontiguousarray(leaf).tobytes())
-  return np.frombuffer(total.digest(), np.uint8)

@@ -54,7 +54,7 @@ def read_text(path: Path) -> str | None:
     if path.is_symlink():
       raise StoreError(f'{path} is a link, which is not followed. Remove it.')
     return path.read_text(encoding='utf-8', errors='replace')
-  except FileNotFoundError:
+  except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
     raise StoreError(f'{path} can not be read: {error.strerror}.') from error

@@ -18,11 +18,11 @@ from experiments.datasets import SHAPES
 from experiments.grid import Run
 from experiments.models import Network
 from experiments.placement import Images, Parts, Placed
-from symjax_bp import from_name, linen, metrics, optim
+from symjax_bp import from_name, linen, metrics, optim, symmetric
 from symjax_bp.normalization import calibrate
 
 State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
-_KEPT_PROGRAMS = 4  # in memory; runs come in an order that needs one or two
+_KEPT_PROGRAMS = 8  # in memory; runs come in an order that needs one or two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Program(NamedTuple):
   scores are sums of the loss (nats) and of the errors over the examples.
 
   Attributes:
-    initialize: (key, parts) -> state before the first update.
+    initialize: (key) -> state before the first update.
     step: (state, parts, index, rate, key) -> (state, scores of before); uses
       the state up.
     scan: the same for an epoch, with an index per mini-batch.
@@ -108,13 +108,25 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
   )
 
 
+def _init(model: Network, key: jax.Array) -> dict[str, Any]:
+  """All variables of a model; what is not used is not computed under jit."""
+  x = jnp.zeros((1, *SHAPES[model.architecture]), jnp.float32)
+  return dict(model.init(key, x, True))
+
+
+@functools.lru_cache(maxsize=_KEPT_PROGRAMS)
+def _initial_params(model: Network) -> Callable[[jax.Array], Any]:
+  return jax.jit(lambda key: _init(model, key)['params'])
+
+
 @functools.lru_cache(maxsize=_KEPT_PROGRAMS)
 def program(setup: Setup) -> Program:
   """The functions of a setup; one compilation for all rates and seeds."""
+  rule = from_name(setup.rule)
   model = Network(
     architecture=setup.architecture,
     classes=setup.classes,
-    rule=from_name(setup.rule),
+    rule=rule,
     batch_norm=setup.batch_norm,
     initial_std=setup.initial_std,
     epsilon=setup.batch_norm_epsilon,
@@ -128,16 +140,18 @@ def program(setup: Setup) -> Program:
 
   jitted_inputs = jax.jit(inputs)
 
-  def initialize(key, parts):
-    index = jnp.zeros(1, jnp.int32)
-    variables = dict(model.init(key, inputs(parts, parts.train, index), True))
-    params = variables.pop('params')
+  def initialize(key):
+    # Random numbers compile slowly, so all rules share the initial weights.
+    params = _initial_params(model.clone(rule=symmetric()))(key)
+    keeps_a_draw = rule.draws and not rule.redraws
     return {
       'params': params,
-      'feedback': variables.get('feedback', {}),
+      'feedback': draw(key) if keeps_a_draw else {},
       'optimizer': optimizer.init(params),
       'updates': jnp.int32(0),
     }
+
+  draw = jax.jit(lambda key: _init(model, key)['feedback'])
 
   def losses(logits, y):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y)
@@ -185,9 +199,8 @@ def program(setup: Setup) -> Program:
 
   @functools.cache
   def no_statistics():
-    x = jax.ShapeDtypeStruct((1, *SHAPES[setup.architecture]), jnp.float32)
     shapes = jax.eval_shape(
-      lambda x: model.init(jax.random.key(0), x, True)['batch_stats'], x
+      lambda: _init(model, jax.random.key(0))['batch_stats']
     )
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -218,7 +231,7 @@ def program(setup: Setup) -> Program:
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])
 
   return Program(
-    initialize=jax.jit(initialize),
+    initialize=initialize,
     step=jax.jit(step, donate_argnums=0),
     scan=jax.jit(scan, donate_argnums=0),
     evaluate=jax.jit(evaluate),

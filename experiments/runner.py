@@ -14,7 +14,7 @@ from experiments import placement, train
 from experiments.datasets import Dataset, DatasetError
 from experiments.grid import Run
 from experiments.placement import Placed
-from experiments.program import State
+from experiments.program import State, program
 from experiments.store import RunFolder, Store
 
 CHECKPOINT_SHARE = 0.03
@@ -131,7 +131,10 @@ class _Data:
 
   def __call__(self, run: Run) -> Placed:
     if self._uploaded is None or self._uploaded[0] != run.digest:
-      self._uploaded = self._placed = None  # frees the memory first
+      # Frees the memory first, of compiled programs for the last one too.
+      self._uploaded = self._placed = None
+      program.cache_clear()
+      jax.clear_caches()
       data = self._load(run)
       if data.digest != run.digest:
         raise DatasetError(

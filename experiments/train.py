@@ -34,7 +34,7 @@ class Stopped(Exception):
 def start(run: Run, placed: Placed) -> State:
   """The state before the first epoch."""
   key = jax.random.key(run.seed)
-  return program(Setup.of(run, placed)).initialize(key, placed.parts)
+  return program(Setup.of(run, placed)).initialize(key)
 
 
 def epochs(

@@ -1,0 +1,108 @@
+"""The held-out part, the mean image and the mini-batches."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import placement, train
+from experiments.holdout import held_out_rows
+from experiments.placement import calibration_batches, mini_batches
+from tests.experiments import tiny
+
+
+def test_the_held_out_tenth_is_balanced_disjoint_and_seeded():
+  data, run = tiny.dataset(), tiny.run()
+  placed = tiny.placed(run, data)
+  assert len(placed.held_out) == 24
+  counts = np.bincount(data.y_train[placed.held_out], minlength=tiny.CLASSES)
+  assert counts.max() - counts.min() <= 1
+  both = np.concatenate([placed.held_out, placed.trained])
+  np.testing.assert_array_equal(np.sort(both), np.arange(240))
+  again = held_out_rows(data.y_train, dataclasses.replace(run, rate=100.0))
+  np.testing.assert_array_equal(again, placed.held_out)
+  other = held_out_rows(data.y_train, dataclasses.replace(run, seed=1))
+  assert set(other) != set(placed.held_out)
+
+
+def test_nothing_is_held_out_at_0():
+  placed = tiny.placed(tiny.run(holdout=0.0))
+  assert len(placed.held_out) == 0
+  np.testing.assert_array_equal(placed.trained, np.arange(240))
+
+
+@pytest.mark.parametrize('share', [0.03, 0.99])
+def test_too_few_for_both_sides(share):
+  run = tiny.run(holdout=share)
+  with pytest.raises(ValueError, match=f'holdout is {share}.*10 classes.*--tr'):
+    held_out_rows(tiny.dataset().y_train, run)
+
+
+def test_the_mean_is_of_the_images_trained_on(monkeypatch):
+  monkeypatch.setattr(placement, '_ROWS_AT_ONCE', 100)
+  data = tiny.dataset()
+  placed = tiny.placed(tiny.run(), data)
+  wanted = data.x_train[placed.trained].astype(np.float64).mean(0)
+  np.testing.assert_allclose(placed.parts.mean, wanted, rtol=1e-6, atol=1e-7)
+  everything = data.x_train.mean(0)
+  assert np.abs(np.asarray(placed.parts.mean) - everything).max() > 0.01
+
+
+@pytest.mark.parametrize('condition', ['uSF', 'uSF+BN+BM'])
+def test_what_is_held_out_is_never_trained_on(condition):
+  run = tiny.run(condition)
+  placed = tiny.placed(run)
+  x, y = map(np.array, placed.parts.train)
+  x[placed.held_out] = np.nan
+  y[placed.held_out] = (y[placed.held_out] + 1) % tiny.CLASSES
+  images = placement.Images(jnp.asarray(x), jnp.asarray(y))
+  poisoned = dataclasses.replace(
+    placed, parts=placed.parts._replace(train=images)
+  )
+  clean, dirty = (
+    [*train.epochs(run, p, train.start(run, p))][-1] for p in (placed, poisoned)
+  )
+  jax.tree.map(np.testing.assert_array_equal, clean[0], dirty[0])
+  assert clean[1]['test_error'] == dirty[1]['test_error']
+  assert clean[1]['train_loss'] == dirty[1]['train_loss']
+  assert dirty[1]['holdout_loss'] is None  # they are looked at, though
+
+
+def test_mini_batches():
+  rows = np.arange(1000, 1216, dtype=np.int32)
+  run = tiny.run('BM-30')
+  order = mini_batches(run, 1, rows)
+  assert order.shape == (7, 30)
+  assert order.dtype == np.int32
+  assert len(set(order.ravel())) == 210
+  assert set(order.ravel()) <= set(rows)
+  np.testing.assert_array_equal(order, mini_batches(run, 1, rows))
+  orders = [
+    order,
+    mini_batches(run, 2, rows),
+    mini_batches(dataclasses.replace(run, seed=1), 1, rows),
+    calibration_batches(run, 1, rows)[:7],
+  ]
+  assert len({o.tobytes() for o in orders}) == 4
+  # What is left over in one epoch is not always the same.
+  used = [set(mini_batches(run, epoch, rows).ravel()) for epoch in range(1, 9)]
+  assert set.union(*used) == set(rows)
+
+
+def test_mini_batches_are_no_larger_than_the_set():
+  rows = np.arange(216, dtype=np.int32)
+  run = dataclasses.replace(
+    tiny.run(), batch_plan=((3, 100), (None, 500))
+  )
+  assert mini_batches(run, 3, rows).shape == (2, 100)
+  assert mini_batches(run, 4, rows).shape == (1, 216)
+
+
+def test_calibration_batches_go_round():
+  rows = np.arange(216, dtype=np.int32)
+  batches = calibration_batches(tiny.run(), 1, rows)
+  assert batches.shape == (20, 100)
+  for first in range(0, 20, 2):  # two mini-batches a round, without repeats
+    assert len(set(batches[first : first + 2].ravel())) == 200

@@ -1,0 +1,280 @@
+"""Carrying out runs: what is interrupted anywhere ends with the same bits."""
+
+import json
+import os
+import signal
+import time
+
+import jax
+import pytest
+
+from experiments import placement, runner, store
+from experiments.datasets import DatasetError
+from experiments.store import Store
+from tests.experiments import tiny
+
+
+class _Listener:
+  """Remembers what it was told; does something after an epoch."""
+
+  def __init__(self, after: int | None = None, act=lambda: None):
+    self.told = []
+    self._after, self._act = after, act
+
+  def run_started(self, run, first_epoch):
+    self.told.append(('started', run.run_id, first_epoch))
+
+  def epoch_finished(self, run, line):
+    self.told.append(('epoch', run.run_id, line['epoch']))
+    if line['epoch'] == self._after:
+      self._act()
+
+  def run_finished(self, run, result):
+    self.told.append(('finished', run.run_id, result['paper_error']))
+
+  def message(self, text):
+    self.told.append(('message', text))
+
+  def epochs(self):
+    return [event[2] for event in self.told if event[0] == 'epoch']
+
+  def messages(self):
+    return [event[1] for event in self.told if event[0] == 'message']
+
+
+class _Crash(Exception):
+  """Stands for the end of the process."""
+
+
+def _crash():
+  raise _Crash
+
+
+def _interrupt():
+  os.kill(os.getpid(), signal.SIGINT)
+
+
+def _terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _load(run):
+  del run
+  return tiny.dataset()
+
+
+def _carry_out(folder, runs, listener=None, **options):
+  target = Store(folder)
+  target.create()
+  return runner.carry_out(
+    runs, target, _load, listener or _Listener(), **options
+  )
+
+
+def _contents(folder):
+  """Every file of every run, without the one field that is a time."""
+  contents = {}
+  for path in sorted(folder.glob('*/*')):
+    if path.parent.name.startswith('.'):
+      continue
+    text = path.read_text()
+    if path.name == 'metrics.jsonl':
+      lines = [json.loads(row) for row in text.splitlines()]
+      text = [line | {'seconds': None} for line in lines]
+    contents[path.parent.name, path.name] = text
+  return contents
+
+
+_RUN = tiny.run('brSF-50%+BN+BM', epochs=4)
+
+
+@pytest.fixture(name='undisturbed', scope='module')
+def _undisturbed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  assert _carry_out(folder, [_RUN]).done == 1
+  return _contents(folder)
+
+
+def test_an_undisturbed_run(undisturbed):
+  assert {name for _, name in undisturbed} == {
+    'config.json', 'metrics.jsonl', 'result.json',
+  }  # fmt: skip
+  lines = undisturbed[_RUN.run_id, 'metrics.jsonl']
+  assert [line['epoch'] for line in lines] == [1, 2, 3, 4]
+
+
+# With a share of 1 every epoch has a checkpoint, with 0 there is none.
+@pytest.mark.parametrize(
+  ('share', 'after', 'act', 'error', 'goes_on'),
+  [
+    (1.0, 1, _crash, _Crash, 1),  # before its checkpoint, so from the start
+    (1.0, 3, _crash, _Crash, 3),
+    (1.0, 4, _crash, _Crash, 4),  # all lines and no result
+    (0.0, 3, _crash, _Crash, 1),
+    (0.0, 2, _interrupt, runner.Stopped, 3),  # a stop writes one
+    (0.0, 3, _terminate, runner.Stopped, 4),
+    (1.0, 2, _terminate, runner.Stopped, 3),
+  ],
+)
+def test_goes_on_with_the_same_bits(
+  tmp_path, undisturbed, share, after, act, error, goes_on
+):
+  with pytest.raises(error):
+    _carry_out(tmp_path, [_RUN], _Listener(after, act), checkpoint_share=share)
+  assert not Store(tmp_path).finished(_RUN)
+  listener = _Listener()
+  assert _carry_out(tmp_path, [_RUN], listener).done == 1
+  assert listener.epochs() == [*range(goes_on, 5)]
+  assert listener.told[0] == ('started', _RUN.run_id, goes_on)
+  assert _contents(tmp_path) == undisturbed
+
+
+def test_damage_is_told_and_mended(tmp_path, undisturbed):
+  with pytest.raises(_Crash):
+    _carry_out(tmp_path, [_RUN], _Listener(4, _crash), checkpoint_share=1.0)
+  folder = tmp_path / _RUN.run_id
+  with (folder / 'metrics.jsonl').open('a') as file:
+    file.write('{"epoch": 5, "te')
+  for path in (folder / 'checkpoints' / '3').rglob('*'):
+    if path.is_file():
+      os.truncate(path, path.stat().st_size // 2)
+  listener = _Listener()
+  _carry_out(tmp_path, [_RUN], listener)
+  (message,) = listener.messages()
+  assert str(folder / 'checkpoints' / '3') in message
+  assert listener.epochs() == [3, 4]
+  assert _contents(tmp_path) == undisturbed
+
+
+def test_interrupted_twice(tmp_path, undisturbed):
+  for after in (1, 3):
+    with pytest.raises(runner.Stopped):
+      _carry_out(tmp_path, [_RUN], _Listener(after, _interrupt))
+  _carry_out(tmp_path, [_RUN])
+  assert _contents(tmp_path) == undisturbed
+
+
+def test_a_stop_says_which_signal_and_gives_the_handlers_back(tmp_path):
+  before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  with pytest.raises(runner.Stopped, match='SIGTERM') as stopped:
+    _carry_out(tmp_path, [_RUN], _Listener(1, _terminate))
+  assert stopped.value.signal == signal.SIGTERM
+  after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+  assert before == after
+  # A stop after the last epoch still ends the run; the next is not begun.
+  other = tiny.run('brSF-50%+BN+BM', epochs=4, seed=1)
+  with pytest.raises(runner.Stopped):
+    _carry_out(tmp_path, [_RUN, other], _Listener(4, _interrupt))
+  assert Store(tmp_path).finished(_RUN)
+  assert not (tmp_path / other.run_id).exists()
+
+
+def test_a_second_signal_ends_at_once():
+  with runner.StopRequest() as stop, pytest.raises(KeyboardInterrupt):
+    _interrupt()
+    assert stop.asked == signal.SIGINT
+    _terminate()
+
+
+def test_finished_runs_are_not_run_again(tmp_path, undisturbed):
+  _carry_out(tmp_path, [_RUN])
+  listener = _Listener()
+  summary = _carry_out(tmp_path, [_RUN], listener)
+  assert (summary.done, summary.skipped) == (0, 1)
+  assert listener.told == []
+  assert _contents(tmp_path) == undisturbed
+
+
+def test_another_protocol_is_another_run(tmp_path):
+  _carry_out(tmp_path, [_RUN])
+  other = tiny.run('brSF-50%+BN+BM', epochs=4, weight_decay=0.1)
+  assert Store(tmp_path).missing([_RUN, other]) == [other]
+
+
+def test_runs_of_another_process_are_left_to_it(tmp_path):
+  runs = [_RUN, tiny.run('brSF-50%+BN+BM', epochs=1)]
+  Store(tmp_path).create()
+  with Store(tmp_path).lock(_RUN):
+    summary = _carry_out(tmp_path, runs)
+  assert (summary.done, summary.elsewhere) == (1, 1)
+  assert not (tmp_path / _RUN.run_id).exists()
+
+
+def test_a_diverged_run_is_a_result_and_not_run_again(tmp_path):
+  run = tiny.run('uSF', rate=1e30, epochs=3)
+  listener = _Listener(1, _crash)
+  with pytest.raises(_Crash):  # after its last line, before its result
+    _carry_out(tmp_path, [run], listener)
+  _carry_out(tmp_path, [run])
+  (record,) = store.load(tmp_path)
+  assert record.result is not None
+  assert record.result['diverged'] is True
+  assert len(record.metrics) == 1
+  assert _carry_out(tmp_path, [run]).skipped == 1
+
+
+def test_a_dataset_is_loaded_once_and_then_let_go(tmp_path, monkeypatch):
+  small, large = tiny.dataset(260), tiny.dataset(300)
+  by_digest = {data.digest: data for data in (small, large)}
+  runs = [
+    tiny.run('uSF', data, epochs=1, seed=seed)
+    for data in (small, large)
+    for seed in (0, 1)
+  ]
+  loaded = []
+
+  def load(run):
+    # The images of the dataset before are gone.
+    assert not any(x.shape == (260, 1845) for x in jax.live_arrays())
+    loaded.append(run.digest)
+    return by_digest[run.digest]
+
+  uploads = []
+  upload = placement.upload
+  monkeypatch.setattr(
+    placement, 'upload', lambda data: uploads.append(data) or upload(data)
+  )
+  Store(tmp_path).create()
+  summary = runner.carry_out(runs, Store(tmp_path), load, _Listener())
+  assert summary.done == 4
+  assert loaded == [small.digest, large.digest]
+  assert len(uploads) == 2
+
+
+def test_a_dataset_that_changed_meanwhile(tmp_path):
+  run = tiny.run('uSF', tiny.dataset(300))
+  with pytest.raises(DatasetError, match='TIMIT80: made by the tests has chan'):
+    _carry_out(tmp_path, [run])
+  assert not Store(tmp_path).finished(run)
+
+
+def test_checkpoints_take_their_share_of_the_time(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+
+  class Folder:
+    saved = []
+
+    def save(self, epoch, state):
+      self.saved.append(epoch)
+      now[0] += 2.0
+
+  checkpoints = runner._Checkpoints(0.03)
+  for epoch in range(1, 1001):
+    now[0] += 1.0
+    if checkpoints.due():
+      checkpoints.save(Folder(), epoch, None)
+  assert 12 <= len(Folder.saved) <= 1000 * 0.03 / 2 + 1
+  assert Folder.saved[0] == 17  # the first, guessed at half a second
+  assert 2.0 * len(Folder.saved) <= 0.032 * now[0]
+
+
+def test_the_order_of_what_a_listener_is_told(tmp_path):
+  run = tiny.run('uSF', epochs=2)
+  listener = _Listener()
+  _carry_out(tmp_path, [run], listener)
+  assert [event[0] for event in listener.told] == [
+    'started', 'epoch', 'epoch', 'finished',
+  ]  # fmt: skip
+  (record,) = store.load(tmp_path)
+  assert record.config == run.config()
