@@ -54,7 +54,7 @@ class ProtocolOptions(Protocol):
 
 Results = Annotated[Path, tyro.conf.arg(metavar='DIR')]
 _Flat = tyro.conf.OmitArgPrefixes
-DEMO_PROTOCOL = Protocol(epochs=6)
+DEMO_PROTOCOL = Protocol(epochs=5)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,8 +162,9 @@ def _demo(command: cli.Demo) -> int:
   if status == 0:
     status = _report(cli.Report(command.results))
     print(
-      "scikit-learn's digits, 6 epochs and 2 rates: a demonstration, not the "
-      'paper. Next: python -m experiments list'
+      f"scikit-learn's digits, {cli.DEMO_PROTOCOL.epochs} epochs and "
+      f'{len(_DEMO_RATES)} rates: a demonstration, not the paper. Next: '
+      'python -m experiments list'
     )
   return status
 

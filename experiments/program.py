@@ -18,7 +18,7 @@ from experiments.datasets import SHAPES
 from experiments.grid import Run
 from experiments.models import Network
 from experiments.placement import Images, Parts, Placed
-from symjax_bp import from_name, linen, metrics, optim, symmetric
+from symjax_bp import from_name, linen, metrics, optim
 from symjax_bp.normalization import calibrate
 
 State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
@@ -114,36 +114,97 @@ def _init(model: Network, key: jax.Array) -> dict[str, Any]:
   return dict(model.init(key, x, True))
 
 
+def _network(setup: Setup) -> Network:
+  return Network(
+    architecture=setup.architecture,
+    classes=setup.classes,
+    rule=from_name(setup.rule),
+    batch_norm=setup.batch_norm,
+    initial_std=setup.initial_std,
+    epsilon=setup.batch_norm_epsilon,
+  )
+
+
+def _inputs(parts: Parts, images: Images, index, input_scale: float):
+  x = images.x[index].astype(jnp.float32) - parts.mean[None]
+  return x * jnp.float32(input_scale)
+
+
+def _losses(logits, y):
+  return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def _scores(logits, y):
+  errors = jnp.argmax(logits, -1) != y
+  return jnp.stack([_losses(logits, y), errors.astype(jnp.float32)])
+
+
+class _Common(NamedTuple):
+  """What depends neither on the rule nor on the update; see ``Program``."""
+
+  initial_params: Callable[[jax.Array], Any]
+  evaluate: Callable[..., jax.Array]
+  statistics: Callable[..., Any]
+
+
+_ANY = {
+  'rule': 'BP',
+  'batch_manhattan': 0,
+  'frozen': 'nothing',
+  'momentum': 0.0,
+  'weight_decay': 0.0,
+  'reduction': 'mean',
+}
+
+
 @functools.lru_cache(maxsize=_KEPT_PROGRAMS)
-def _initial_params(model: Network) -> Callable[[jax.Array], Any]:
-  return jax.jit(lambda key: _init(model, key)['params'])
+def _common(setup: Setup) -> _Common:
+  """Compiled once for all conditions that differ in ``_ANY`` only."""
+  model = _network(setup)
+
+  @jax.jit
+  def initial_params(key):
+    return _init(model, key)['params']
+
+  @jax.jit
+  def evaluate(variables, parts, images, index, weight):
+    x = _inputs(parts, images, index, setup.input_scale)
+    logits = model.apply(variables, x, False)
+    return (_scores(logits, images.y[index]) * weight[None]).sum(1)
+
+  inputs = jax.jit(functools.partial(_inputs, input_scale=setup.input_scale))
+
+  @functools.cache
+  def no_statistics():
+    shapes = jax.eval_shape(
+      lambda: _init(model, jax.random.key(0))['batch_stats']
+    )
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+  def statistics(params, parts, order):
+    if model.batch_norm == 'none':
+      return {'params': params}
+    return calibrate(
+      model,
+      {'params': params, 'batch_stats': no_statistics()},
+      (inputs(parts, parts.train, index) for index in order),
+      len(order),
+      train=True,
+    )
+
+  return _Common(initial_params, evaluate, statistics)
 
 
 @functools.lru_cache(maxsize=_KEPT_PROGRAMS)
 def program(setup: Setup) -> Program:
   """The functions of a setup; one compilation for all rates and seeds."""
-  rule = from_name(setup.rule)
-  model = Network(
-    architecture=setup.architecture,
-    classes=setup.classes,
-    rule=rule,
-    batch_norm=setup.batch_norm,
-    initial_std=setup.initial_std,
-    epsilon=setup.batch_norm_epsilon,
-  )
-  twin = linen.plain_twin(model)  # evaluates without feedback
+  model = _network(setup)
+  common = _common(dataclasses.replace(setup, **_ANY))
   optimizer = _optimizer(setup)
 
-  def inputs(parts: Parts, images: Images, index):
-    x = images.x[index].astype(jnp.float32) - parts.mean[None]
-    return x * jnp.float32(setup.input_scale)
-
-  jitted_inputs = jax.jit(inputs)
-
   def initialize(key):
-    # Random numbers compile slowly, so all rules share the initial weights.
-    params = _initial_params(model.clone(rule=symmetric()))(key)
-    keeps_a_draw = rule.draws and not rule.redraws
+    params = common.initial_params(key)
+    keeps_a_draw = model.rule.draws and not model.rule.redraws
     return {
       'params': params,
       'feedback': draw(key) if keeps_a_draw else {},
@@ -153,15 +214,8 @@ def program(setup: Setup) -> Program:
 
   draw = jax.jit(lambda key: _init(model, key)['feedback'])
 
-  def losses(logits, y):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
-
-  def score(logits, y):
-    errors = jnp.argmax(logits, -1) != y
-    return jnp.stack([losses(logits, y), errors.astype(jnp.float32)])
-
   def step(state, parts, index, rate, key):
-    x = inputs(parts, parts.train, index)
+    x = _inputs(parts, parts.train, index, setup.input_scale)
     y = parts.train.y[index]
     rngs = {'feedback': jax.random.fold_in(key, state['updates'])}
 
@@ -169,7 +223,7 @@ def program(setup: Setup) -> Program:
       variables = {'params': params, 'feedback': state['feedback']}
       logits = model.apply(variables, x, True, rngs=rngs)
       reduce = jnp.mean if setup.reduction == 'mean' else jnp.sum
-      return reduce(losses(logits, y)), score(logits, y).sum(1)
+      return reduce(_losses(logits, y)), _scores(logits, y).sum(1)
 
     gradient, scores = jax.grad(loss, has_aux=True)(state['params'])
     updates, optimizer_state = optimizer.update(
@@ -193,36 +247,14 @@ def program(setup: Setup) -> Program:
     state, scores = jax.lax.scan(body, state, order)
     return state, scores.sum(0)
 
-  def evaluate(variables, parts, images, index, weight):
-    logits = twin.apply(variables, inputs(parts, images, index), False)
-    return (score(logits, images.y[index]) * weight[None]).sum(1)
-
-  @functools.cache
-  def no_statistics():
-    shapes = jax.eval_shape(
-      lambda: _init(model, jax.random.key(0))['batch_stats']
-    )
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-
-  def statistics(params, parts, order):
-    if setup.batch_norm == 'none':
-      return {'params': params}
-    return calibrate(
-      twin,
-      {'params': params, 'batch_stats': no_statistics()},
-      (jitted_inputs(parts, parts.train, index) for index in order),
-      len(order),
-      train=True,
-    )
-
   def align(state, parts, index, key):
     rngs = {'feedback': jax.random.fold_in(key, state['updates'])}
     y = parts.train.y[index]
     return linen.layer_alignment(
       model,
       {'params': state['params'], 'feedback': state['feedback']},
-      lambda logits: losses(logits, y).mean(),
-      inputs(parts, parts.train, index),
+      lambda logits: _losses(logits, y).mean(),
+      _inputs(parts, parts.train, index, setup.input_scale),
       True,
       rngs=rngs,
     )
@@ -234,8 +266,8 @@ def program(setup: Setup) -> Program:
     initialize=initialize,
     step=jax.jit(step, donate_argnums=0),
     scan=jax.jit(scan, donate_argnums=0),
-    evaluate=jax.jit(evaluate),
-    statistics=statistics,
+    evaluate=common.evaluate,
+    statistics=common.statistics,
     align=jax.jit(align),
     finite=jax.jit(finite),
   )
