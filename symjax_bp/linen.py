@@ -38,7 +38,7 @@ from flax.core import FrozenDict, meta
 from symjax_bp import metrics
 from symjax_bp.feedback import FeedbackRule, symmetric
 from symjax_bp.injection import LAYERS, injected, recording, recording_number
-from symjax_bp.matching import Patterns, check_rule, rule_table
+from symjax_bp.matching import Patterns, by_path, check_rule, rule_table
 
 
 class Dense(nn.Dense):
@@ -183,7 +183,7 @@ class WithFeedback(nn.Module):
     seen: set[str] = set()
     with nn.intercept_methods(functools.partial(self._intercept, seen)):
       result = getattr(model, method)(*args, **kwargs)
-    parameters = _by_path(scope.variables().get('params', {}))
+    parameters = by_path(scope.variables().get('params', {}))
     self.patterns.check_used(seen | {module for module, _ in parameters})
     return result
 
@@ -222,16 +222,6 @@ class WithFeedback(nn.Module):
           'Only Dense, DenseGeneral and Conv (and what is built of them) can. '
           f'To train it by plain backpropagation, exclude={parameter!r}.'
         )
-
-
-def _by_path(tree) -> dict[tuple[str, str], Any]:
-  """Leaves of a tree of variables by (module path, name)."""
-  leaves = {}
-  for path, leaf in jax.tree.leaves_with_path(meta.unbox(tree)):
-    names = jax.tree_util.keystr(path, simple=True, separator='/')
-    module, _, name = names.rpartition('/')
-    leaves[module, name] = leaf
-  return leaves
 
 
 def with_feedback(
@@ -328,7 +318,7 @@ def layer_rules(
   with recording() as record:
     variables = jax.eval_shape(init, jax.random.key(0), *args)
   rows = {}
-  for (module, name), value in _by_path(variables['params']).items():
+  for (module, name), value in by_path(variables['params']).items():
     rule = record.get(module)
     if name == 'kernel':
       rows[module] = (value.shape, rule)
@@ -398,8 +388,8 @@ def layer_alignment(
   gradient = jax.grad(evaluate, argnums=1, has_aux=True)
   gradients, feedback = gradient(model, params)
   true_gradients, _ = gradient(plain_twin(model), params)
-  W, dW, true_dW = map(_by_path, (params, gradients, true_gradients))
+  W, dW, true_dW = map(by_path, (params, gradients, true_gradients))
   return {
     layer[0]: metrics.alignment(W[layer], V, dW[layer], true_dW[layer])
-    for layer, V in _by_path(feedback).items()
+    for layer, V in by_path(feedback).items()
   }

@@ -1,9 +1,12 @@
-"""Which layer of a model gets which rule: regular expressions on paths."""
+"""Paths: which layer of a model gets which rule, and what lies where."""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import jax
+from flax.core import meta
 
 from symjax_bp.feedback import FeedbackRule
 
@@ -87,3 +90,13 @@ def rule_table(
   widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
   lines = ('  '.join(map(str.ljust, row, widths)).rstrip() for row in cells)
   return '\n'.join(lines)
+
+
+def by_path(tree: Any) -> dict[tuple[str, str], Any]:
+  """Leaves of a tree of variables by (module path, name)."""
+  leaves = {}
+  for path, leaf in jax.tree.leaves_with_path(meta.unbox(tree)):
+    names = jax.tree_util.keystr(path, simple=True, separator='/')
+    module, _, name = names.rpartition('/')
+    leaves[module, name] = leaf
+  return leaves

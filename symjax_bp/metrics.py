@@ -39,10 +39,11 @@ def _direction_and_norm(array) -> tuple[jax.Array, jax.Array]:
   """A vector of length 1 (NaN for 0) and the length; safe for huge numbers."""
   vector = _wide(array).ravel()
   largest = jnp.max(jnp.abs(vector))
-  unit = jnp.where(largest > 0, largest, 1)
-  scaled = vector / unit
+  # By its root twice: the reciprocal of a huge number would be subnormal.
+  root = jnp.sqrt(jnp.where(largest > 0, largest, 1))
+  scaled = vector / root / root
   length = jnp.sqrt(jnp.sum(scaled**2))
-  return scaled / length, length * unit
+  return scaled / length, length * root * root
 
 
 def _check_shapes(a, b) -> None:
@@ -118,6 +119,9 @@ def norm_ratio(V, W):
   Args:
     V: array or tree of arrays.
     W: the same of the same shapes.
+
+  Returns:
+    Scalars; infinite where W is 0, NaN where both are.
   """
 
   def ratio(V, W):

@@ -33,6 +33,7 @@ __all__ = [
   'Linear',
   'LinearGeneral',
   'feedback_table',
+  'feedback_weights',
   'layer_alignment',
   'layer_rules',
   'plain_twin',
@@ -366,7 +367,7 @@ def redraw(model: nnx.Module, key: jax.Array) -> None:
   >>> layer = Linear(1, 3, feedback=symjax_bp.brsf(), rngs=nnx.Rngs(0))
   >>> for step in range(2):
   ...   redraw(layer, jax.random.fold_in(jax.random.key(0), step))
-  ...   V = layer.dot_general.feedback_weights(layer.kernel[...])
+  ...   V = feedback_weights(layer)['']
   ...   print((10 * abs(V)).round())
   [[7. 2. 6.]]
   [[4. 8. 9.]]
@@ -380,6 +381,26 @@ def redraw(model: nnx.Module, key: jax.Array) -> None:
       operation = _operation_of(module)[1]
       if isinstance(operation, _Operation) and operation.rule.redraws:
         operation.key[...] = _fold(key, path)
+
+
+def feedback_weights(model: nnx.Module) -> dict[str, jax.Array]:
+  """V of every layer that uses a rule, as the next backward pass sees it.
+
+  >>> import symjax_bp
+  >>> layer = Linear(1, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
+  >>> print(layer.kernel[...] > 0, feedback_weights(layer)[''])
+  [[ True False]] [[ 1. -1.]]
+
+  Returns:
+    {path of the layer: V}, in the dtype of the layer's parameters.
+  """
+  weights = {}
+  for path, module in _modules(model):
+    if isinstance(module, _LAYERS):
+      operation = _operation_of(module)[1]
+      if isinstance(operation, _Operation):
+        weights[path] = operation.feedback_weights(module.kernel[...])
+  return weights
 
 
 def layer_rules(
@@ -446,11 +467,10 @@ def layer_alignment(
     }
 
   dW, true_dW = gradients(model), gradients(plain_twin(model))
-  rows = {}
-  for path, module in _modules(model):
-    operation = _operation_of(module)[1] if path in dW else None
-    if isinstance(operation, _Operation):
-      W = module.kernel[...]
-      V = operation.feedback_weights(W)
-      rows[path] = metrics.alignment(W, V, dW[path], true_dW[path])
-  return rows
+  modules = dict(_modules(model))
+  return {
+    path: metrics.alignment(
+      modules[path].kernel[...], V, dW[path], true_dW[path]
+    )
+    for path, V in feedback_weights(model).items()
+  }

@@ -174,32 +174,22 @@ def test_with_feedback_follows_its_key_and_does_not_advance_other_streams():
   assert_same_bits(params(CNN(rngs)), params(CNN(nnx.Rngs(0))))
 
 
-def weights_used(model):
-  return {
-    path: asymmetric._operation_of(module)[1].feedback_weights(
-      module.kernel[...]
-    )
-    for path, module in asymmetric._modules(model)
-    if isinstance(module, asymmetric._LAYERS)
-  }
-
-
 def test_redraw_changes_V_once_an_update_and_only_then():
   model = asymmetric.with_feedback(
     CNN(nnx.Rngs(0)), {'conv': sbp.brsf(), '': sbp.frsf()}, rngs=nnx.Rngs(1)
   )
   x = normal(0, SHAPE)
-  first = weights_used(model)
+  first = asymmetric.feedback_weights(model)
   model(x)
   nnx.grad(loss_of)(model, x)
-  assert_same_bits(weights_used(model), first)
+  assert_same_bits(asymmetric.feedback_weights(model), first)
   asymmetric.redraw(model, jax.random.key(5))
-  second = weights_used(model)
+  second = asymmetric.feedback_weights(model)
   assert not (first['conv'] == second['conv']).any()
   assert_same_bits(first['layers/0'], second['layers/0'])
   asymmetric.redraw(model, jax.random.key(6))
   asymmetric.redraw(model, jax.random.key(5))
-  assert_same_bits(weights_used(model), second)
+  assert_same_bits(asymmetric.feedback_weights(model), second)
 
 
 def test_redraw_inside_a_jitted_step_is_the_same_as_outside():
@@ -309,7 +299,7 @@ def test_layer_alignment_measures_the_V_that_was_used():
   measure = nnx.jit(lambda m: asymmetric.layer_alignment(m, loss, x))
   rows = measure(model)
   assert_same_bits(nnx.to_pure_dict(nnx.state(model)), before)
-  V = weights_used(model)
+  V = asymmetric.feedback_weights(model)
   for path, row in rows.items():
     module = dict(asymmetric._modules(model))[path]
     W, used = np.asarray(module.kernel[...]), np.asarray(V[path])
