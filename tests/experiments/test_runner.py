@@ -129,6 +129,31 @@ def test_goes_on_with_the_same_bits(
   assert _contents(tmp_path) == undisturbed
 
 
+def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
+  class Asked(runner.StopRequest):
+    """Asks after the first of the two steps of epoch 2."""
+
+    questions = 0
+
+    def __init__(self):
+      pass
+
+    @property
+    def asked(self):
+      Asked.questions += 1
+      # One before the run, two for each epoch.
+      return signal.SIGTERM if Asked.questions >= 5 else None
+
+  with monkeypatch.context() as patch:
+    patch.setattr(runner, 'StopRequest', Asked)
+    with pytest.raises(runner.Stopped):
+      _carry_out(tmp_path, [_RUN], checkpoint_share=0.0)
+  listener = _Listener()
+  _carry_out(tmp_path, [_RUN], listener)
+  assert listener.epochs() == [2, 3, 4]
+  assert _contents(tmp_path) == undisturbed
+
+
 def test_damage_is_told_and_mended(tmp_path, undisturbed):
   with pytest.raises(_Crash):
     _carry_out(tmp_path, [_RUN], _Listener(4, _crash), checkpoint_share=1.0)

@@ -151,6 +151,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage):
   assert not (folder.path / 'checkpoints' / '3').exists()
 
 
+def test_a_checkpoint_that_is_whole_but_another_is_noticed(tmp_path):
+  folder = _interrupted(tmp_path)
+  path = folder.path / 'checkpoints'
+  shutil.rmtree(path / '3')
+  shutil.copytree(path / '2', path / '3')
+  (problem,) = _check(folder, 2)
+  assert 'its files are damaged' in problem
+
+
 def test_two_damaged_checkpoints_begin_anew(tmp_path):
   folder = _interrupted(tmp_path)
   for epoch in (2, 3):

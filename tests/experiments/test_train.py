@@ -83,7 +83,7 @@ def test_the_compiled_loop_gives_the_same_numbers(condition):
     assert a['train_loss'] == pytest.approx(b['train_loss'], rel=1e-4)
 
 
-@pytest.mark.parametrize('name', ['SGD', 'uSF+BN+BM'])
+@pytest.mark.parametrize('name', ['SGD', 'BN'])
 def test_what_is_frozen_does_not_move(name):
   last = {'output'}
   for part in ('Bottom', 'Top'):
