@@ -202,7 +202,6 @@ def test_weight_decay_mask(make, mask):
     ({'weight_decay': -1e-4}, ValueError, 'weight_decay is -0.0001'),
     ({'weight_decay': float('inf')}, ValueError, 'weight_decay is inf'),
   ],
-  ids=str,
 )
 def test_errors(arguments, error, message):
   with pytest.raises(error, match=message):
