@@ -5,6 +5,7 @@ Nothing here imports JAX, so ``--help`` is quick; the work is in
 """
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -181,7 +182,12 @@ def main() -> None:
     )
     from experiments import commands
 
-    sys.exit(commands.carry_out(command))
+    status = commands.carry_out(command)
+    sys.stdout.flush()
+    sys.exit(status)
+  except BrokenPipeError:  # who read the output, such as `head`, has gone
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
   except KeyboardInterrupt:
     print('stopped; what is finished is kept.', file=sys.stderr)
     sys.exit(130)

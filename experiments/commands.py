@@ -187,7 +187,8 @@ def _run(command: cli.RunCommand) -> int:
     wanted = {run.run_id for run in runs}
     records = [r for r in load(command.results) if r.run_id in wanted]
     tables = [table.name for table in selected_tables(command.selection)]
-    print(report.text_tables(records, tables or None))
+    if any(record.result for record in records):
+      print(report.text_tables(records, tables or None))
     print(f'report: python -m experiments report {command.results}')
   return status
 

@@ -131,10 +131,10 @@ class _Data:
 
   def __call__(self, run: Run) -> Placed:
     if self._uploaded is None or self._uploaded[0] != run.digest:
-      # Frees the memory first, of compiled programs for the last one too.
-      self._uploaded = self._placed = None
-      program.cache_clear()
-      jax.clear_caches()
+      if self._uploaded is not None:  # frees memory, of programs too
+        self._uploaded = self._placed = None
+        program.cache_clear()
+        jax.clear_caches()
       data = self._load(run)
       if data.digest != run.digest:
         raise DatasetError(

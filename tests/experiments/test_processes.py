@@ -183,6 +183,21 @@ def test_two_processes_share_a_folder(tmp_path, undisturbed):
     assert len(re.findall(rf'\] digits {re.escape(condition)}, ', done)) == 1
 
 
+def test_a_reader_that_goes_away_is_no_traceback():
+  with subprocess.Popen(
+    [sys.executable, '-m', 'experiments', 'list'],
+    cwd=_ROOT,
+    env=_environment(),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  ) as process:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b''
+    assert process.wait(timeout=_WAIT) == 1
+
+
 def test_help_imports_no_jax():
   code = """
 import sys
