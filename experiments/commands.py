@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import backend, cli, conditions, datasets, grid
+from experiments import backend, cli, conditions, datasets, grid, listing
 from experiments.datasets import Dataset, DatasetError
 from experiments.grid import Run
 from experiments.holdout import check_holdout
@@ -206,39 +206,8 @@ def _plan(command: cli.Plan) -> int:
 
 
 def _list(command: cli.List) -> int:
-  print('datasets')
-  for name, spec in datasets.SPECS.items():
-    status = datasets.status(name, command.data_dir)
-    print(
-      f'  {name:<12} {spec.classes:>4} classes  {spec.architecture:<8} '
-      f'{status.state}: {status.text}'
-    )
-  print('\nconditions (any RULE[+BN][+BM[1-3]] works, such as frSF-10%+BN)')
-  for condition in conditions.CONDITIONS.values():
-    print(f'  {_condition_line(condition)}')
-  print('\ntables')
-  for table in conditions.TABLES.values():
-    print(f'  {table.name:<5} {table.title}: {", ".join(table.columns)}')
+  listing.list_all(command.data_dir)
   return 0
-
-
-def _condition_line(condition: conditions.Condition) -> str:
-  plans = ' or '.join(
-    ', then '.join(
-      f'{size}' if epochs is None else f'{size} for {epochs} epochs'
-      for epochs, size in plan
-    )
-    for plan in condition.batch_plans
-  )
-  norm = {'none': 'no BN', 'plain': 'BN', 'affine': 'BN, learnable'}
-  update = condition.batch_manhattan
-  text = (
-    f'{condition.name:<18} {condition.rule:<10} '
-    f'{f"BM setting {update}" if update else "SGD":<12} '
-    f'{norm[condition.batch_norm]:<13} batch {plans}'
-  )
-  frozen = condition.frozen
-  return text + ('' if frozen == 'nothing' else f', {frozen} frozen')
 
 
 def _data(command: cli.Data) -> int:
@@ -252,7 +221,7 @@ def _data(command: cli.Data) -> int:
     datasets.prepare(name, command.data_dir)
   if action == ['check']:
     found = datasets.check(name, command.data_dir, grid=command.grid)
-    print('\n'.join(_check_lines(found)))
+    print('\n'.join(listing.check_lines(found)))
     return 0
   if command.show_split:
     for line in datasets.show_split(name, command.data_dir):
@@ -261,22 +230,6 @@ def _data(command: cli.Data) -> int:
   status = datasets.status(name, command.data_dir)
   print(f'{datasets.find(name).name}: {status.state}: {status.text}')
   return 0
-
-
-def _check_lines(found: datasets.Report) -> Iterator[str]:
-  yield f'{found.name}: {found.source}'
-  if found.note:
-    yield f'note: {found.note}'
-  yield f'digest: {found.digest}'
-  sizes = ', '.join(f'{h}x{w}: {n}' for (h, w), n in found.sizes.items())
-  yield f'stored sizes: {sizes or "vectors"}'
-  yield f'test samples that are training samples too: {len(found.duplicates)}'
-  yield from (f'  {test} = {train}' for test, train in found.duplicates)
-  yield 'class: train, test'
-  for name, count in found.train_counts.items():
-    yield f'  {name}: {count}, {found.test_counts.get(name, 0)}'
-  if found.grid is not None:
-    yield f'pictures: {found.grid}'
 
 
 def _report(command: cli.Report) -> int:

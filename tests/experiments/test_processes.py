@@ -1,6 +1,5 @@
 """The program as processes: killed, interrupted, two at once, on a terminal."""
 
-import json
 import os
 import pty
 import re
@@ -15,6 +14,7 @@ import pytest
 
 import experiments
 from experiments import store
+from tests.experiments import folders
 
 _ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
@@ -70,18 +70,6 @@ def _wait_for(folder: Path, epochs: int, process: subprocess.Popen) -> None:
     time.sleep(0.01)
 
 
-def _contents(folder: Path) -> dict[tuple[str, str], object]:
-  """Every file of every run, without the one field that is a time."""
-  contents = {}
-  for path in folder.glob('[0-9a-f]*/*'):
-    text = path.read_text()
-    if path.name == 'metrics.jsonl':
-      lines = [json.loads(row) for row in text.splitlines()]
-      text = [line | {'seconds': None} for line in lines]
-    contents[path.parent.name, path.name] = text
-  return contents
-
-
 @pytest.fixture(name='undisturbed', scope='module')
 def _undisturbed(tmp_path_factory):
   """What a run that nothing happens to leaves: (contents, output)."""
@@ -90,7 +78,7 @@ def _undisturbed(tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('XDG_CACHE_HOME', str(home))
     output = _finish(_start(folder))
-  return _contents(folder), output
+  return folders.contents(folder), output
 
 
 def test_an_undisturbed_run(undisturbed):
@@ -117,7 +105,7 @@ def test_killed_in_the_middle_and_resumed(tmp_path, undisturbed):
   output = _finish(_start(tmp_path))
   assert '1 of 2 runs to do' in output
   assert 'digits uSF+BN, rate x1, seed 0: goes on with epoch' in output
-  assert _contents(tmp_path) == undisturbed[0]
+  assert folders.contents(tmp_path) == undisturbed[0]
 
 
 def test_signals_then_a_terminal(tmp_path, undisturbed):
@@ -147,7 +135,7 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   assert '━' in output  # the bar
   assert re.search(r'digits uSF\+BN, rate x1, seed 0: best', output)
   assert re.search(rf'{_EPOCHS}/{_EPOCHS}', output)
-  assert _contents(tmp_path) == undisturbed[0]
+  assert folders.contents(tmp_path) == undisturbed[0]
 
 
 def _on_a_terminal(command: list[str]) -> tuple[int, str]:
@@ -177,7 +165,7 @@ def _on_a_terminal(command: list[str]) -> tuple[int, str]:
 def test_two_processes_share_a_folder(tmp_path, undisturbed):
   processes = [_start(tmp_path) for _ in range(2)]
   outputs = [_finish(process) for process in processes]
-  assert _contents(tmp_path) == undisturbed[0]
+  assert folders.contents(tmp_path) == undisturbed[0]
   done = ''.join(outputs)
   for condition in ('SGD', 'uSF+BN'):  # each once
     assert len(re.findall(rf'\] digits {re.escape(condition)}, ', done)) == 1

@@ -1,6 +1,5 @@
 """Carrying out runs: what is interrupted anywhere ends with the same bits."""
 
-import json
 import os
 import signal
 import time
@@ -11,7 +10,7 @@ import pytest
 from experiments import placement, runner, store
 from experiments.datasets import DatasetError
 from experiments.store import Store
-from tests.experiments import tiny
+from tests.experiments import folders, tiny
 
 
 class _Listener:
@@ -71,20 +70,6 @@ def _carry_out(folder, runs, listener=None, **options):
   )
 
 
-def _contents(folder):
-  """Every file of every run, without the one field that is a time."""
-  contents = {}
-  for path in sorted(folder.glob('*/*')):
-    if path.parent.name.startswith('.'):
-      continue
-    text = path.read_text()
-    if path.name == 'metrics.jsonl':
-      lines = [json.loads(row) for row in text.splitlines()]
-      text = [line | {'seconds': None} for line in lines]
-    contents[path.parent.name, path.name] = text
-  return contents
-
-
 _RUN = tiny.run('brSF-50%+BN+BM', epochs=4)
 
 
@@ -92,7 +77,7 @@ _RUN = tiny.run('brSF-50%+BN+BM', epochs=4)
 def _undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
   assert _carry_out(folder, [_RUN]).done == 1
-  return _contents(folder)
+  return folders.contents(folder)
 
 
 def test_an_undisturbed_run(undisturbed):
@@ -126,7 +111,7 @@ def test_goes_on_with_the_same_bits(
   assert _carry_out(tmp_path, [_RUN], listener).done == 1
   assert listener.epochs() == [*range(goes_on, 5)]
   assert listener.told[0] == ('started', _RUN.run_id, goes_on)
-  assert _contents(tmp_path) == undisturbed
+  assert folders.contents(tmp_path) == undisturbed
 
 
 def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
@@ -151,7 +136,7 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
   listener = _Listener()
   _carry_out(tmp_path, [_RUN], listener)
   assert listener.epochs() == [2, 3, 4]
-  assert _contents(tmp_path) == undisturbed
+  assert folders.contents(tmp_path) == undisturbed
 
 
 def test_damage_is_told_and_mended(tmp_path, undisturbed):
@@ -168,7 +153,7 @@ def test_damage_is_told_and_mended(tmp_path, undisturbed):
   (message,) = listener.messages()
   assert str(folder / 'checkpoints' / '3') in message
   assert listener.epochs() == [3, 4]
-  assert _contents(tmp_path) == undisturbed
+  assert folders.contents(tmp_path) == undisturbed
 
 
 def test_interrupted_twice(tmp_path, undisturbed):
@@ -176,7 +161,7 @@ def test_interrupted_twice(tmp_path, undisturbed):
     with pytest.raises(runner.Stopped):
       _carry_out(tmp_path, [_RUN], _Listener(after, _interrupt))
   _carry_out(tmp_path, [_RUN])
-  assert _contents(tmp_path) == undisturbed
+  assert folders.contents(tmp_path) == undisturbed
 
 
 def test_a_stop_says_which_signal_and_gives_the_handlers_back(tmp_path):
@@ -207,7 +192,7 @@ def test_finished_runs_are_not_run_again(tmp_path, undisturbed):
   summary = _carry_out(tmp_path, [_RUN], listener)
   assert (summary.done, summary.skipped) == (0, 1)
   assert listener.told == []
-  assert _contents(tmp_path) == undisturbed
+  assert folders.contents(tmp_path) == undisturbed
 
 
 def test_another_protocol_is_another_run(tmp_path):

@@ -1,8 +1,10 @@
 """A dataset and runs so small that a test trains in well under a second."""
 
+import jax
 import numpy as np
 
 from experiments import conditions, grid, placement
+from experiments import train as training
 from experiments.datasets import SPECS, Dataset
 
 CLASSES = 10
@@ -63,3 +65,22 @@ def run(
 def placed(run: grid.Run, data: Dataset | None = None) -> placement.Placed:
   """The dataset on the device, split as the run asks."""
   return placement.place(placement.upload(data or dataset()), run)
+
+
+def train(run, on=None, scan=None):
+  """All states (copied: the next epoch uses them up) and lines of a run."""
+  on = on or placed(run)
+  states, lines = [], []
+  start = training.start(run, on)
+  for state, line in training.epochs(run, on, start, 1, scan):
+    states.append(jax.tree.map(np.array, state))
+    lines.append(line)
+  return states, lines
+
+
+def equal(a, b) -> bool:
+  """Whether two trees have the same bits."""
+  return all(
+    np.array_equal(x, y)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )

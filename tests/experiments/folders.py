@@ -1,0 +1,56 @@
+"""Results folders: one made by hand, and what is compared of any."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import store
+from experiments.store import Store
+from tests.experiments import tiny
+
+RESULT = {'paper_error': 12.5, 'diverged': False}
+
+
+def line(epoch: int, error: float = 50.0) -> dict:
+  return {'epoch': epoch, 'test_error': error, 'finite': True, 'seconds': 0.1}
+
+
+def state(epoch: int) -> dict:
+  return {
+    'params': {'kernel': jnp.full((64, 8), epoch, jnp.float32)},
+    'feedback': {},
+    'updates': jnp.int32(epoch),
+  }
+
+
+def interrupted(folder: Path, epochs: int = 3) -> store.RunFolder:
+  """A run with metrics and checkpoints of some epochs."""
+  folder = Store(folder).open(tiny.run())
+  for epoch in range(1, epochs + 1):
+    folder.append(line(epoch))
+    folder.save(epoch, state(epoch))
+  return folder
+
+
+def check(folder: store.RunFolder, epoch: int) -> list[str]:
+  """Restores; the state and the metrics must be those of the epoch."""
+  found, restored, problems = folder.restore(state(0))
+  assert found == epoch
+  jax.tree.map(np.testing.assert_array_equal, restored, state(epoch))
+  assert [row['epoch'] for row in folder.metrics()] == [*range(1, epoch + 1)]
+  return problems
+
+
+def contents(folder: Path) -> dict[tuple[str, str], object]:
+  """Every file of every run, without the one field that is a time."""
+  found = {}
+  for path in folder.glob('[0-9a-f]*/*'):
+    text = path.read_text()
+    if path.name == 'metrics.jsonl':
+      lines = [json.loads(row) for row in text.splitlines()]
+      text = [row | {'seconds': None} for row in lines]
+    found[path.parent.name, path.name] = text
+  return found

@@ -1,0 +1,207 @@
+"""One update: what it changes, at which rate, with which feedback."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import symjax_bp
+from experiments import conditions, datasets, grid, placement, train
+from experiments.models import Network
+from experiments.program import Setup, program
+from tests.experiments import tiny
+
+
+@pytest.mark.parametrize('name', ['SGD', 'BN'])
+def test_what_is_frozen_does_not_move(name):
+  last = {'output'}
+  for part in ('Bottom', 'Top'):
+    run = tiny.run(f'{name} {part}', weight_decay=0.1)
+    placed = tiny.placed(run)
+    before = jax.tree.map(np.array, train.start(run, placed)['params'])
+    (*_, state), _ = tiny.train(run, placed)
+    moved = {
+      layer
+      for layer in before
+      if not tiny.equal(before[layer], state['params'][layer])
+    }
+    assert moved == (last if part == 'Top' else set(before) - last)
+
+
+def test_weight_decay_spares_batch_norm_alone():
+  decayed, plain = (
+    _first_step(tiny.run('BN', weight_decay=decay)) for decay in (0.5, 0.0)
+  )
+  run = tiny.run('BN')
+  before = train.start(run, tiny.placed(run))['params']
+  for path, w in jax.tree.leaves_with_path(before):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    difference = _at(decayed, path) - _at(plain, path)
+    if name.startswith('BatchNorm'):
+      np.testing.assert_array_equal(difference, 0, err_msg=name)
+    else:
+      wanted = -np.float32(0.01 * 0.5) * np.asarray(w)
+      np.testing.assert_allclose(difference, wanted, atol=1e-6, err_msg=name)
+  names = set(before)
+  assert names == {
+    'Dense_0', 'Dense_1', 'output', 'BatchNorm_0', 'BatchNorm_1',
+  }  # fmt: skip
+
+
+def _at(tree, path):
+  for key in path:
+    tree = tree[key.key]
+  return np.asarray(tree)
+
+
+def _first_step(run, index=None, rate=None):
+  placed = tiny.placed(run)
+  functions = program(Setup.of(run, placed))
+  index = placed.trained[:100] if index is None else index
+  state, _ = functions.step(
+    train.start(run, placed),
+    placed.parts,
+    index,
+    np.float32(run.protocol.base_rate if rate is None else rate),
+    jax.random.key(0),
+  )
+  return state['params']
+
+
+def test_a_summed_gradient_is_the_mean_times_the_batch():
+  summed = _first_step(tiny.run(reduction='sum', weight_decay=0.0), rate=0.0001)
+  mean = _first_step(tiny.run(weight_decay=0.0), rate=0.01)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    summed,
+    mean,
+  )
+
+
+def test_the_rate_follows_the_schedule():
+  # Batch Manhattan without momentum moves each weight by the rate or not at
+  # all; one update an epoch, at 1, 0.1 and 0.01 of the rate.
+  run = tiny.run(
+    'BM', rate=10.0, epochs=3, momentum=0.0, weight_decay=0.0, holdout=0.5
+  )
+  placed = tiny.placed(run)
+  states = [jax.tree.map(np.array, train.start(run, placed))]
+  states += tiny.train(run, placed)[0]
+  for before, after, rate in zip(
+    states[:-1], states[1:], (0.1, 0.01, 0.001), strict=True
+  ):
+    w, w_next = (s['params']['output']['bias'] for s in (before, after))
+    np.testing.assert_allclose(np.abs(w_next - w), rate, rtol=1e-3)
+
+
+def test_feedback_is_redrawn_once_an_update():
+  def buffers(condition, updates, key=0):
+    run = tiny.run(condition)
+    placed = tiny.placed(run)
+    state = train.start(run, placed) | {'updates': jnp.int32(updates)}
+    # At rate 0 nothing but the gradient is remembered.
+    state, _ = program(Setup.of(run, placed)).step(
+      state,
+      placed.parts,
+      placed.trained[:100],
+      np.float32(0),
+      jax.random.key(key),
+    )
+    assert state['updates'] == updates + 1
+    trace = jax.tree.leaves(state['optimizer'])
+    return [np.array(leaf) for leaf in trace if leaf.ndim == 2]
+
+  redrawn = 'brSF-50%+BN+BM'
+  assert tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5))
+  assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 6))
+  assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5, key=1))
+  assert tiny.equal(buffers('frSF+BN', 5), buffers('frSF+BN', 6, key=1))
+
+
+@pytest.mark.parametrize('condition', ['frSF+BN', 'RndF+BN', 'uSF+BN'])
+def test_the_start_is_that_of_the_model(condition):
+  run = tiny.run(condition, seed=3)
+  state = train.start(run, tiny.placed(run))
+  model = Network(
+    'timit',
+    tiny.CLASSES,
+    symjax_bp.from_name(run.rule),
+    batch_norm='plain',
+    initial_std=0.05,
+  )
+  variables = model.init(jax.random.key(3), jnp.zeros((1, 1845)), True)
+  for part in ('params', 'feedback'):
+    jax.tree.map(
+      # One is compiled, which may round the product with 0.05 differently.
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+      state[part],
+      variables.get(part, {}),
+    )
+
+
+def test_a_kept_draw_stays():
+  states, _ = tiny.train(tiny.run('frSF+BN'))
+  first = jax.tree.leaves(states[0]['feedback'])
+  assert len(first) == 3
+  assert tiny.equal(first, jax.tree.leaves(states[-1]['feedback']))
+  other, _ = tiny.train(tiny.run('frSF+BN', seed=1))
+  assert not tiny.equal(first, jax.tree.leaves(other[0]['feedback']))
+
+
+class _Plain(nn.Module):
+  """The MNIST network as anyone would write it."""
+
+  @nn.compact
+  def __call__(self, x):
+    for features in (20, 50):
+      x = nn.relu(nn.Conv(features, (5, 5), padding='VALID')(x))
+      x = nn.max_pool(x, (2, 2), (2, 2))
+    x = nn.relu(nn.Dense(500)(x.reshape(len(x), -1)))
+    return nn.Dense(10, name='output')(x)
+
+
+def test_a_symmetric_run_is_plain_flax_and_optax_step_by_step():
+  data = datasets.load('digits', train_size=200)
+  (run,) = grid.runs_of(
+    conditions.find('SGD'),
+    (1.0,),
+    dataset='digits',
+    digest=data.digest,
+    protocol=grid.Protocol(base_rate=1e-4, initial_std=0.05, momentum=0.8),
+  )
+  placed = placement.place(placement.upload(data), run)
+  functions = program(Setup.of(run, placed))
+  state = train.start(run, placed)
+  plain = _Plain()
+  params = jax.tree.map(jnp.array, state['params'])
+  optimizer = optax.chain(
+    optax.add_decayed_weights(5e-4), optax.trace(0.8), optax.scale(-1e-4)
+  )
+  memory = optimizer.init(params)
+
+  @jax.jit
+  def update(params, memory, x, y):
+    def loss(params):
+      logits = plain.apply({'params': params}, x)
+      return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    changes, memory = optimizer.update(gradient, memory, params)
+    return optax.apply_updates(params, changes), memory, value
+
+  mean = data.x_train[placed.trained].mean(0, dtype=np.float64)
+  for step in range(4):
+    index = placed.trained[30 * step : 30 * step + 30]
+    x = (data.x_train[index] - mean).astype(np.float32)
+    params, memory, value = update(params, memory, x, data.y_train[index])
+    state, scores = functions.step(
+      state, placed.parts, index, np.float32(1e-4), jax.random.key(0)
+    )
+    assert float(scores[0]) / 30 == pytest.approx(float(value), rel=1e-4)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+      dict(state['params']),
+      dict(params),
+    )
