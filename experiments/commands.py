@@ -54,9 +54,7 @@ def selected_tables(selection: cli.Selection) -> list[conditions.Table]:
     ValueError: for an unknown name.
   """
   return [
-    table
-    for name in selection.table
-    for table in conditions.find_tables(name)
+    table for name in selection.table for table in conditions.find_tables(name)
   ]
 
 

@@ -47,8 +47,8 @@ def flops_per_second(run: Run, data: Dataset) -> float:
     )
   jax.block_until_ready(state)
   seconds = (time.perf_counter() - began) / _STEPS
-  return index.size * training_flops(placed.architecture, placed.classes) / (
-    seconds
+  return (
+    index.size * training_flops(placed.architecture, placed.classes) / (seconds)
   )
 
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from experiments.conditions import names_of
 from experiments.report import naming, paper
 from experiments.report.cells import Cell
 from experiments.report.runs import Record, Run, read
@@ -141,7 +142,7 @@ def _study(
   labels = {(row.dataset, row.digest): row.label for row in rows}
   content = defaultdict(list)
   for run in runs:
-    for name in naming.condition_names(run):
+    for name in names_of(run):
       content[labels[run.dataset, run.digest], name].append(run)
   cells = {
     (label, name): Cell(label, name, naming.plans(name), members)

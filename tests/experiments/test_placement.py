@@ -93,9 +93,7 @@ def test_mini_batches():
 
 def test_mini_batches_are_no_larger_than_the_set():
   rows = np.arange(216, dtype=np.int32)
-  run = dataclasses.replace(
-    tiny.run(), batch_plan=((3, 100), (None, 500))
-  )
+  run = dataclasses.replace(tiny.run(), batch_plan=((3, 100), (None, 500)))
   assert mini_batches(run, 3, rows).shape == (2, 100)
   assert mini_batches(run, 4, rows).shape == (1, 216)
 

@@ -32,9 +32,11 @@ def test_one_compilation_for_all_rates_and_seeds():
   compiled = []
   tiny.train(tiny.run('frSF+BN', rate=1.0, seed=0))
   jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **__: compiled.append(event)
-    if event == '/jax/core/compile/backend_compile_duration'
-    else None
+    lambda event, _, **__: (
+      compiled.append(event)
+      if event == '/jax/core/compile/backend_compile_duration'
+      else None
+    )
   )
   try:
     tiny.train(tiny.run('frSF+BN', rate=0.1, seed=3))

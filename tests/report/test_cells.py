@@ -133,11 +133,11 @@ def test_runs_fill_every_column_with_their_content(name):
     ({'rule': 'frSF-10%', 'batch_norm': 'plain'}, 'frSF-10%+BN'),
     ({'rule': 'uSF', 'batch_norm': 'affine'}, 'uSF+BN(affine)'),
     ({'batch_norm': 'plain'}, 'SGD+BN'),
-    ({'batch_norm': 'affine', 'batch_manhattan': 2}, 'BN(affine)+BM2'),
-    ({'batch_plan': [[None, 50]]}, 'SGD batch 50'),
+    ({'batch_norm': 'affine', 'batch_manhattan': 2}, 'BN+BM2'),
+    ({'batch_plan': [[None, 50]]}, 'SGD-50'),
     (
       {'batch_plan': [[3, 20], [None, 50]], 'frozen': 'last layer'},
-      'SGD batch 20 for 3 epochs, then 50 Bottom',
+      'SGD-20x3,50 Bottom',
     ),
   ],
 )

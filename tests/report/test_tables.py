@@ -118,9 +118,7 @@ def test_rank_correlation_is_scipys(x, y):
 
 
 def test_text_has_ours_beside_the_papers_and_marks():
-  shown = report.text_tables(
-    [*cell('SGD', 2.0), *cell('uSF', 80.0)[:3]], ['2']
-  )
+  shown = report.text_tables([*cell('SGD', 2.0), *cell('uSF', 80.0)[:3]], ['2'])
   row = next(line for line in shown.splitlines() if line.startswith('MNIST'))
   expected = 'MNIST 2.00 | 0.67 | 0.99 | 0.52 | 0.73 80.00▲ | 88.65▲'
   assert ' '.join(row.split()).startswith(expected)
