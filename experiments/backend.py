@@ -7,20 +7,14 @@ in the environment is never overridden.
 
 import importlib.metadata
 import os
-from pathlib import Path
+
+from experiments.datasets.cache import default_dir
 
 _CPU_FLAGS = {
   '--xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_DOT',
 }
 # XLA ends the process on a flag that it doesn't know.
 _KNOWS_THEM = '0.10.'
-
-
-def cache_folder() -> Path:
-  """The user's cache folder for compiled programs and decoded images."""
-  from experiments.datasets.cache import default_dir
-
-  return default_dir()
 
 
 def configure() -> list[str]:
@@ -35,7 +29,7 @@ def configure() -> list[str]:
   if flags:
     os.environ['XLA_FLAGS'] = flags
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    folder = str(cache_folder() / 'compiled')
+    folder = str(default_dir() / 'compiled')
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
     said.append(f'JAX_COMPILATION_CACHE_DIR {folder}')
   return said
