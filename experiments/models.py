@@ -7,7 +7,7 @@ condition has it, stands in front of them, and takes the place of the bias.
 """
 
 import dataclasses
-import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.datasets.spec import SHAPES
+from experiments.pooling import Pool, pool
 from symjax_bp import FeedbackRule, linen
 from symjax_bp.normalization import BatchNorm
 
@@ -28,16 +29,6 @@ class Conv:
   size: int
   features: int
   stride: int = 1
-  padding: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Pool:
-  """Pooling over ``size x size`` pixels, padding on the right and bottom."""
-
-  kind: str
-  size: int
-  stride: int
   padding: int = 0
 
 
@@ -94,47 +85,6 @@ ARCHITECTURES: dict[str, tuple[Conv | Pool | Full, ...]] = {
 }
 
 
-def _windows(x: jax.Array, pool: Pool, fill: float) -> list[jax.Array]:
-  """The pixels of every window: ``size**2`` strided slices of the image.
-
-  Elementwise operations on slices are several times faster on a CPU than
-  XLA's windowed reduction and its gradient.
-  """
-  end = (0, pool.padding, 0)
-  x = jax.lax.pad(
-    x, jnp.asarray(fill, x.dtype), ((0, 0, 0), end, end, (0, 0, 0))
-  )
-  batch, height, width, channels = x.shape
-  return [
-    jax.lax.slice(
-      x,
-      (0, i, j, 0),
-      (batch, height - pool.size + i + 1, width - pool.size + j + 1, channels),
-      (1, pool.stride, pool.stride, 1),
-    )
-    for i in range(pool.size)
-    for j in range(pool.size)
-  ]
-
-
-def pool(x: jax.Array, layer: Pool) -> jax.Array:
-  """Max or average pooling over the pixels that exist, as in MatConvNet.
-
-  Of several equal maxima the first one gets the gradient.
-
-  Args:
-    x: ``(batch, height, width, channels)``.
-    layer: what to do.
-  """
-  if layer.kind == 'max':
-    pixels = _windows(x, layer, -jnp.inf)
-    return functools.reduce(lambda a, b: jnp.where(b > a, b, a), pixels)
-  total = functools.reduce(jnp.add, _windows(x, layer, 0.0))
-  one = jnp.ones((1, *x.shape[1:3], 1), x.dtype)
-  count = functools.reduce(jnp.add, _windows(one, layer, 0.0))
-  return total * jnp.broadcast_to(1 / count, total.shape)
-
-
 class Network(nn.Module):
   """One of the five architectures under one condition.
 
@@ -164,9 +114,10 @@ class Network(nn.Module):
       feedback=self.rule,
       kernel_init=nn.initializers.normal(self.initial_std),
     )
-    for layer in layers[:-1]:
+    for layer, following in itertools.pairwise(layers):
       if isinstance(layer, Pool):
         x = pool(x, layer)
+        x = jnp.where(x > 0, x, 0.0) if layer.kind == 'max' else x
         continue
       options['use_bias'] = self.batch_norm == 'none'
       if isinstance(layer, Conv):
@@ -189,7 +140,9 @@ class Network(nn.Module):
           use_bias=affine,
           axis_name=self.axis_name,
         )(x)
-      x = nn.relu(x)
+      # Rectifying commutes with maxima: after them there is less to rectify.
+      if not (isinstance(following, Pool) and following.kind == 'max'):
+        x = nn.relu(x)
     options['use_bias'] = True
     return linen.Dense(self.classes, name='output', **options)(x)
 

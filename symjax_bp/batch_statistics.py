@@ -5,6 +5,7 @@ stand in for them in testing, are a dictionary of ``mean``, ``std`` and
 ``count``, the number of mini-batches averaged.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,47 +53,65 @@ def batch_norm(
   moved = {}
   if use_running_average:
     mean, std = stored['mean'].astype(exact), stored['std'].astype(exact)
+    y = (x - jnp.expand_dims(mean, others)) * jnp.expand_dims(1 / std, others)
   else:
     if 0 in x.shape:
       raise ValueError(f'x has shape {x.shape}: there is nothing to average')
-    mean, std = _batch_statistics(
+    y, mean, std = _normalized(
       x, others, options.epsilon, axis_name, options.axis_index_groups
     )
     if stored:
       moved = _moved(stored, {'mean': mean, 'std': std}, options.alpha)
 
-  factor = 1.0 / std if scale is None else scale.astype(exact) / std
-  y = (x - jnp.expand_dims(mean, others)) * jnp.expand_dims(factor, others)
+  if scale is not None:
+    y = y * jnp.expand_dims(scale.astype(exact), others)
   if bias is not None:
     y = y + jnp.expand_dims(bias.astype(exact), others)
   return y.astype(dtype), moved
 
 
-def _batch_statistics(
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3, 4))
+def _normalized(
   x: jax.Array,
   axes: tuple[int, ...],
   epsilon: float,
   axis_name: str | None,
   axis_index_groups: Any,
-) -> tuple[jax.Array, jax.Array]:
-  """Mean and standard deviation over `axes` (and devices), (features,) each."""
-
-  def average(values):
-    if axis_name is None:
-      return values
-    return jax.lax.pmean(values, axis_name, axis_index_groups=axis_index_groups)
-
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """x normalised over `axes` (and devices), its mean and std, (features,)."""
+  average = _averaging(axes, axis_name, axis_index_groups)
   # Measured from one of the examples, so that rounding is relative to the
   # spread of a feature and not to its size, and exactly 0 if it is constant.
-  origin = jax.lax.stop_gradient(
-    x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
+  origin = x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
+  mean = average(x - jnp.expand_dims(origin, axes), origin)
+  centred = x - jnp.expand_dims(mean, axes)
+  std = jnp.sqrt(average(jnp.square(centred)) + epsilon)
+  return centred * jnp.expand_dims(1 / std, axes), mean, std
+
+
+@_normalized.defjvp
+def _normalized_jvp(axes, epsilon, axis_name, axis_index_groups, primal, dx):
+  """The derivative by hand: JAX's own goes over x more than twice as often."""
+  y, mean, std = _normalized(
+    *primal, axes, epsilon, axis_name, axis_index_groups
   )
-  offset = jnp.mean(x - jnp.expand_dims(origin, axes), axes)
-  mean = average(origin + offset)
-  variance = average(
-    jnp.mean(jnp.square(x - jnp.expand_dims(mean, axes)), axes)
-  )
-  return mean, jnp.sqrt(variance + epsilon)
+  (dx,) = dx
+  average = _averaging(axes, axis_name, axis_index_groups)
+  dmean, dstd = average(dx), average(y * dx)
+  dy = dx - jnp.expand_dims(dmean, axes) - y * jnp.expand_dims(dstd, axes)
+  return (y, mean, std), (dy * jnp.expand_dims(1 / std, axes), dmean, dstd)
+
+
+def _averaging(axes, axis_name, axis_index_groups):
+  """Means over `axes`, of ``values + origin``, and over devices."""
+
+  def average(values, origin=0.0):
+    mean = origin + jnp.mean(values, axes)
+    if axis_name is None:
+      return mean
+    return jax.lax.pmean(mean, axis_name, axis_index_groups=axis_index_groups)
+
+  return average
 
 
 def _moved(
