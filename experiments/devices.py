@@ -6,6 +6,7 @@ gradients before anything else is done with them. One device has no mesh, and
 then nothing here does anything.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -82,9 +83,17 @@ def compiler(mesh: Mesh | None) -> Any:
   if mesh is None:
     return jax.jit
   whole = NamedSharding(mesh, PartitionSpec())
-  return lambda function, **options: jax.jit(
-    function, out_shardings=whole, **options
-  )
+  jit = functools.partial(jax.jit, out_shardings=whole)
+  if mesh.devices.flat[0].platform != 'cpu':
+    return jit
+
+  def waiting(function, **options):
+    # On CPUs two programs at a time, each with its collectives, can wait for
+    # each other's threads for ever.
+    compiled = jit(function, **options)
+    return lambda *arrays: jax.block_until_ready(compiled(*arrays))
+
+  return waiting
 
 
 def replicate(mesh: Mesh | None, tree: Any) -> Any:
@@ -98,16 +107,10 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def split(mesh: Mesh | None, rows: np.ndarray) -> Any:
-  """Rows of images divided by their last axis, if that can be.
-
-  Where it can't, each device has them all; every process gives all rows.
-  """
+  """Rows of images divided by their last axis; every process gives them all."""
   if mesh is None:
     return rows
-  if rows.shape[-1] % mesh.size:
-    return _put(mesh, rows, PartitionSpec())
-  axes = (None,) * (rows.ndim - 1)
-  return _put(mesh, rows, PartitionSpec(*axes, AXIS))
+  return _put(mesh, rows, PartitionSpec(*(None,) * (rows.ndim - 1), AXIS))
 
 
 def _put(mesh: Mesh, x: Any, spec: PartitionSpec) -> jax.Array:

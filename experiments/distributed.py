@@ -103,20 +103,17 @@ def _broadcast_text(text: str) -> str:
 
 def _initialize(options: Hosts) -> None:
   """Finds the other processes."""
-  named = {}
-  if options.coordinator is not None:
-    named = dict(
-      coordinator_address=options.coordinator,
-      num_processes=options.process_count,
-      process_id=options.process_id,
-      # Else it listens on all interfaces.
-      coordinator_bind_address=options.coordinator,
-    )
   # The runner listens to SIGTERM itself.
   jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
-      **named,
+      coordinator_address=options.coordinator,
+      num_processes=options.process_count,
+      process_id=options.process_id,
+      # Else process 0 listens on all interfaces.
+      coordinator_bind_address=os.environ.get(
+        'JAX_COORDINATOR_BIND_ADDRESS', options.coordinator
+      ),
       heartbeat_timeout_seconds=_HEARTBEAT,
       shutdown_timeout_seconds=_SHUTDOWN,
     )

@@ -82,7 +82,7 @@ def upload(data: Dataset, mesh: Mesh | None = None) -> Uploaded:
 
 
 def _images(x: np.ndarray, y: np.ndarray, mesh: Mesh | None) -> Images:
-  return devices.replicate(mesh, Images(x, y.astype(np.int32)))
+  return Images(*devices.replicate(mesh, (x, y.astype(np.int32))))
 
 
 def place(uploaded: Uploaded, run: Run) -> Placed:

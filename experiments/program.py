@@ -138,7 +138,7 @@ def _inputs(parts: Parts, images: Images, index, input_scale: float):
 def _grouped(model: Network, groups: int) -> Callable[..., jax.Array]:
   """The training mode, each group of a mini-batch with its own statistics."""
 
-  def apply(variables, x, rngs):
+  def apply(variables, x, rngs) -> Any:
     return model.apply(variables, x, True, rngs=rngs)
 
   if groups == 1 or model.batch_norm == 'none':

@@ -121,10 +121,10 @@ def _evaluated(
 ) -> Line:
   """The part of the line that test and held-out images give."""
   parts = placed.parts
-  batches = [
-    devices.split(placed.mesh, index)
-    for index in calibration_batches(run, epoch, placed.trained)
-  ]
+  # Whole on every device: they are few, and may be of any size.
+  batches = devices.replicate(
+    placed.mesh, [*calibration_batches(run, epoch, placed.trained)]
+  )
   variables = functions.statistics(state['params'], parts, batches)
   line = {}
   for name, images, rows in (
