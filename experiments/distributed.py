@@ -27,7 +27,6 @@ from experiments.grid import Run
 T = TypeVar('T')
 LOST = 3  # exit status
 _HEARTBEAT = 30  # seconds without a sign of life, then a process is lost
-_SHUTDOWN = 30  # seconds that a process waits for the others at the end
 _CHUNK = 4096  # bytes; texts are sent in multiples, for few compilations
 
 
@@ -115,7 +114,6 @@ def _initialize(options: Hosts) -> None:
         'JAX_COORDINATOR_BIND_ADDRESS', options.coordinator
       ),
       heartbeat_timeout_seconds=_HEARTBEAT,
-      shutdown_timeout_seconds=_SHUTDOWN,
     )
   except (ValueError, jax.errors.JaxRuntimeError) as error:
     raise ValueError(
@@ -150,7 +148,7 @@ def _end_alone(error: BaseException) -> None:
     )
   elif isinstance(error, ValueError | DatasetError):
     print(f'error: {error}', file=sys.stderr)
-  else:
+  elif not isinstance(error, KeyboardInterrupt):
     traceback.print_exception(error)
   sys.stderr.flush()
   os._exit(LOST)
