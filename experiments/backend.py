@@ -23,6 +23,7 @@ _CPU_FLAGS = {
     'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'
   ),
 }
+_CPU_DEVICES = '--xla_force_host_platform_device_count'
 # XLA ends the process on a flag that it doesn't know.
 _KNOWS_THEM = '0.10.'
 
@@ -36,8 +37,12 @@ _MALLOC = {
 }
 
 
-def configure() -> list[str]:
-  """Sets XLA's flags, memory and the compilation cache; says what was set."""
+def configure(devices: int | None = None) -> list[str]:
+  """Sets XLA's flags, memory and the compilation cache; says what was set.
+
+  Args:
+    devices: how many a CPU is to have; None leaves it at one.
+  """
   said = []
   flags = os.environ.get('XLA_FLAGS', '')
   version = importlib.metadata.version('jaxlib')
@@ -45,6 +50,9 @@ def configure() -> list[str]:
     if flag not in flags and version.startswith(_KNOWS_THEM):
       flags = f'{flags} {flag}={value}'.strip()
       said.append(f'XLA_FLAGS {flag}={value}')
+  if devices is not None and devices > 1 and _CPU_DEVICES not in flags:
+    flags = f'{flags} {_CPU_DEVICES}={devices}'.strip()
+    said.append(f'XLA_FLAGS {_CPU_DEVICES}={devices}')
   if flags:
     os.environ['XLA_FLAGS'] = flags
   if _keep_memory():

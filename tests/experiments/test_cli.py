@@ -16,7 +16,7 @@ from experiments.store import Store
 @pytest.fixture(name='main')
 def _main(monkeypatch, capsys):
   """Calls the program with arguments: (exit status, output, errors)."""
-  monkeypatch.setattr(backend, 'configure', lambda: [])
+  monkeypatch.setattr(backend, 'configure', lambda devices=None: [])
 
   def main(*arguments):
     monkeypatch.setattr(sys, 'argv', ['experiments', *map(str, arguments)])
@@ -116,6 +116,8 @@ def test_every_option_is_in_the_help(main):
     'table', 'condition', 'dataset', 'rate', 'seed', 'data-dir', 'results',
     'epochs', 'train-size', 'holdout', 'base-rate', 'momentum', 'weight-decay',
     'initial-std', 'input-scale', 'reduction', 'batch-norm-epsilon',
+    'batch-norm-groups', 'devices', 'coordinator', 'process-id',
+    'process-count', 'distributed',
     'calibration-batches', 'layer-metrics', 'scan', 'checkpoint-share',
   ):  # fmt: skip
     assert f'--{option} ' in out or f'--{option},' in out
@@ -216,7 +218,7 @@ def test_finished_runs_are_seen_without_jax_or_a_new_folder(main, tmp_path):
   (tmp_path / run.run_id / 'result.json').write_text('{"paper_error": 1.0}')
   assert Store(tmp_path).missing([run]) == []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(commands, '_start_jax', lambda: pytest.fail('JAX started'))
+    patch.setattr(commands, '_start_jax', lambda _: pytest.fail('JAX started'))
     _, out, _ = main(
       'run', '--condition', 'SGD', '--rate', '1', '--results', tmp_path
     )
