@@ -139,6 +139,15 @@ def _check_same(runs: Sequence[Run]) -> None:
 
 def _end_alone(error: BaseException) -> None:
   """Says why and ends, without waiting for processes that wait for this one."""
+  try:
+    _say(error)
+    sys.stderr.flush()
+  finally:
+    os._exit(LOST)
+
+
+def _say(error: BaseException) -> None:
+  """Prints an error as the command line would, with what to do."""
   if isinstance(error, jax.errors.JaxRuntimeError):
     print(
       'error: computing with the other processes failed, most likely because '
@@ -150,5 +159,3 @@ def _end_alone(error: BaseException) -> None:
     print(f'error: {error}', file=sys.stderr)
   elif not isinstance(error, KeyboardInterrupt):
     traceback.print_exception(error)
-  sys.stderr.flush()
-  os._exit(LOST)

@@ -20,10 +20,25 @@ _ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
 _OPTIONS = (
   '--condition', 'uSF+BN', '--rate', '1', '--train-size', '200',
-  '--checkpoint-share', '1',
+  '--checkpoint-share', '1', '--calibration-batches', '2',
 )  # fmt: skip
 _WAIT = 120  # seconds until something is wrong
 _LOST = 60  # seconds in which the loss of a process must be noticed
+
+
+@pytest.fixture(name='start')
+def _start_fixture():
+  """Starts a process; none is left when the test ends."""
+  started = []
+
+  def start(*given, **named):
+    started.append(_start(*given, **named))
+    return started[-1]
+
+  yield start
+  for process in started:
+    process.kill()
+    process.communicate()
 
 
 def _start(folder, *options, epochs=_EPOCHS):
@@ -40,13 +55,13 @@ def _start(folder, *options, epochs=_EPOCHS):
   )
 
 
-def _start_both(tmp_path, *options, each=((), ()), **numbers):
+def _start_both(start, tmp_path, *options, each=((), ()), **numbers):
   """Both processes; only the first one's folder may be used."""
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     coordinator = f'127.0.0.1:{free.getsockname()[1]}'
   return [
-    _start(
+    start(
       tmp_path / f'results {number}',
       *('--coordinator', coordinator, '--process-count', '2'),
       *('--process-id', str(number), *options, *each[number]),
@@ -58,15 +73,11 @@ def _start_both(tmp_path, *options, each=((), ()), **numbers):
 
 def _finish(processes, wait=_WAIT):
   """What became of each: (exit status, output, errors)."""
-  done = []
-  try:
-    for process in processes:
-      output, errors = process.communicate(timeout=wait)
-      done.append((process.returncode, output, errors))
-  finally:
-    for process in processes:
-      process.kill()
-  return done
+  outputs = [process.communicate(timeout=wait) for process in processes]
+  return [
+    (process.returncode, *output)
+    for process, output in zip(processes, outputs, strict=True)
+  ]
 
 
 def _wait_for_epochs(tmp_path, count, processes):
@@ -82,8 +93,8 @@ def _wait_for_epochs(tmp_path, count, processes):
     time.sleep(0.01)
 
 
-def _assert_equal_to_one_process(tmp_path):
-  (status, _, errors), *_ = _finish([_start(tmp_path / 'one')])
+def _assert_equal_to_one_process(start, tmp_path):
+  (status, _, errors), *_ = _finish([start(tmp_path / 'one')])
   assert status == 0, errors
   expected = folders.contents(tmp_path / 'one')
   actual = folders.contents(tmp_path / 'results 0')
@@ -98,8 +109,8 @@ def _assert_equal_to_one_process(tmp_path):
       assert found == wanted
 
 
-def test_two_processes_stop_together_go_on_and_are_one(tmp_path):
-  processes = _start_both(tmp_path)
+def test_two_processes_stop_together_go_on_and_are_one(start, tmp_path):
+  processes = _start_both(start, tmp_path)
   _wait_for_epochs(tmp_path, 2, processes)
   processes[1].send_signal(signal.SIGTERM)  # the one that doesn't write
   (status, output, errors), other = _finish(processes)
@@ -110,24 +121,24 @@ def test_two_processes_stop_together_go_on_and_are_one(tmp_path):
   assert 2 <= done < _EPOCHS
 
   (status, output, errors), other = _finish(
-    _start_both(tmp_path, '--devices', '2')
+    _start_both(start, tmp_path, '--devices', '2')
   )
   assert (status, other[0]) == (0, 0), (errors, other)
   assert f'goes on with epoch {done + 1}' in output
   assert 'Table 2' in output
   assert 'seed 0' not in other[1]  # process 0 alone reports
   assert not (tmp_path / 'results 1').exists()  # and writes
-  _assert_equal_to_one_process(tmp_path)
+  _assert_equal_to_one_process(start, tmp_path)
 
   # Nothing to do is found by process 0 alone, too.
-  (status, output, _), other = _finish(_start_both(tmp_path))
+  (status, output, _), other = _finish(_start_both(start, tmp_path))
   assert (status, other[0]) == (0, 0)
   assert 'all 1 runs are finished' in output
 
 
 @pytest.mark.parametrize('lost', [0, 1])
-def test_a_lost_process_ends_the_other(tmp_path, lost):
-  processes = _start_both(tmp_path, epochs=100_000)
+def test_a_lost_process_ends_the_other(start, tmp_path, lost):
+  processes = _start_both(start, tmp_path, epochs=100_000)
   _wait_for_epochs(tmp_path, 2, processes)
   processes[lost].kill()
   began = time.monotonic()
@@ -142,11 +153,11 @@ def test_a_lost_process_ends_the_other(tmp_path, lost):
   assert len(record.metrics) >= 2
 
 
-def test_errors_are_told_to_both(tmp_path):
-  differing = _start_both(tmp_path, each=((), ('--seed', '1')))
+def test_errors_are_told_to_both(start, tmp_path):
+  differing = _start_both(start, tmp_path, each=((), ('--seed', '1')))
   (tmp_path / 'file').write_text('')
   unwritable = _start_both(
-    tmp_path, each=(('--results', str(tmp_path / 'file' / 'in it')), ())
+    start, tmp_path, each=(('--results', str(tmp_path / 'file' / 'in it')), ())
   )
   for processes, message in (
     (differing, 'error: the processes were asked for different runs: give'),
