@@ -33,3 +33,8 @@ def configure() -> list[str]:
     os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
     said.append(f'JAX_COMPILATION_CACHE_DIR {folder}')
   return said
+
+
+def leave_accelerators_to_others() -> None:
+  """Keeps this process, which only writes results, to the CPU."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'

@@ -21,13 +21,19 @@ import jax
 import numpy as np
 
 from experiments.files import StoreError, read_text, write_atomically
+from experiments.tasks import Arrays
 
 _KEPT = 2
 _SPARE_BYTES = 2**20  # what Orbax writes beside the arrays, and more
 
 
-def save(folder: Path, epoch: int, state: Any) -> None:
+def save(folder: Path, epoch: int, arrays: Arrays) -> None:
   """Writes the state after an epoch and drops all but the last two.
+
+  Args:
+    folder: of the checkpoints.
+    epoch: the number of the epoch.
+    arrays: what ``by_name`` makes of the state.
 
   Raises:
     StoreError: if it can't be written.
@@ -36,7 +42,6 @@ def save(folder: Path, epoch: int, state: Any) -> None:
 
   folder = folder.absolute()
   path = folder / str(epoch)
-  arrays = _by_name(jax.device_get(state))
   try:
     folder.mkdir(exist_ok=True)
     # Orbax on a full disk says more than it is asked, from several threads.
@@ -45,7 +50,7 @@ def save(folder: Path, epoch: int, state: Any) -> None:
     if free < wanted:
       raise OSError(f'it needs {wanted} bytes, of which {free} are left')
     with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(path, arrays, force=True)
+      checkpointer.save(path, dict(arrays), force=True)
   except Exception as error:  # Orbax and its storage have errors of their own
     _remove(folder, keep=_epochs(folder))
     raise StoreError(
@@ -57,17 +62,16 @@ def save(folder: Path, epoch: int, state: Any) -> None:
   _remove(folder, keep=_epochs(folder)[:_KEPT])
 
 
-def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
+def restore(folder: Path, last: int) -> tuple[int, Arrays | None, list[str]]:
   """The last checkpoint that is whole; those after it are removed.
 
   Args:
     folder: of the checkpoints.
-    like: a state of the same structure, shapes and dtypes.
     last: epoch after which there can't be one.
 
   Returns:
-    The epoch (0 if there is none), the state (``like`` then), and what could
-    not be used, in words.
+    The epoch (0 if there is none), the arrays (None then), and what could not
+    be used, in words.
 
   Raises:
     StoreError: if the folder is a link.
@@ -82,27 +86,53 @@ def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
     try:
       if epoch > last:
         raise ValueError(f'there are metrics of {last} epochs only')
-      state = _read(path, like)
+      arrays = _read(path)
     except Exception as error:  # damaged files raise whatever they lead to
       problems.append(f'checkpoint {path} is not used: {_first_line(error)}')
       continue
     _remove(folder, keep=epochs[i:])
-    return epoch, state, problems
+    return epoch, arrays, problems
   _remove(folder, keep=[])
-  return 0, like, problems
+  return 0, None, problems
 
 
-def _read(path: Path, like: Any) -> Any:
-  """The state in a checkpoint, checked."""
+def drop_last(folder: Path) -> None:
+  """Removes the last checkpoint, so that the one before is the last."""
+  _remove(folder, keep=_epochs(folder)[1:])
+
+
+def _read(path: Path) -> Arrays:
+  """The arrays in a checkpoint, checked."""
   import orbax.checkpoint as ocp
 
   if read_text(_digest_path(path)) != _digests(path):
     raise ValueError('its files are damaged')
   with _quiet(), ocp.StandardCheckpointer() as checkpointer:
-    found = checkpointer.restore(path)
+    return checkpointer.restore(path)
 
-  def checked(name, wanted):
-    array = found[name]
+
+def by_name(state: Any) -> Arrays:
+  """A copy on the host of all arrays of a state, by their places in it."""
+  return {
+    _name(path): np.array(leaf)
+    for path, leaf in jax.tree.leaves_with_path(state)
+  }
+
+
+def fit(arrays: Arrays, like: Any) -> Any:
+  """The state of which ``by_name`` made the arrays.
+
+  Args:
+    arrays: by their places.
+    like: a state of the same structure, shapes, dtypes and devices.
+
+  Raises:
+    ValueError: if an array is missing or another one than ``like`` has.
+  """
+
+  def fitted(path, wanted):
+    name = _name(path)
+    array = np.asarray(arrays.get(name))
     if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
       raise ValueError(
         f'{name} is {array.dtype} of shape {array.shape}, not {wanted.dtype} '
@@ -110,18 +140,11 @@ def _read(path: Path, like: Any) -> Any:
       )
     return jax.device_put(array, wanted.sharding)
 
-  state = [checked(name, array) for name, array in _by_name(like).items()]
-  return jax.tree.unflatten(jax.tree.structure(like), state)
+  return jax.tree.map_with_path(fitted, like)
 
 
-def _by_name(state: Any) -> dict[str, Any]:
-  """All arrays by their place in the state."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-    if isinstance(leaf, jax.Array)
-    else np.asarray(leaf)
-    for path, leaf in jax.tree.leaves_with_path(state)
-  }
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
 def _epochs(folder: Path) -> list[int]:

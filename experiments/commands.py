@@ -1,17 +1,31 @@
 """What the commands do; see ``experiments.cli`` for their options."""
 
+import dataclasses
 import functools
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import backend, cli, conditions, datasets, grid, listing
+from experiments import (
+  backend,
+  cli,
+  cluster,
+  conditions,
+  datasets,
+  executors,
+  grid,
+  listing,
+  runner,
+)
 from experiments.datasets import Dataset, DatasetError
+from experiments.executors import Executor
 from experiments.grid import Run
 from experiments.holdout import check_holdout
+from experiments.progress import reporter
 from experiments.store import Store, StoreError, load
+from experiments.tasks import Settings
 
 _DEMO_CONDITIONS = (
   'SGD',
@@ -34,17 +48,23 @@ def carry_out(command: Any) -> int:
     return 2
 
 
-def _loader(selection: cli.Selection) -> Callable[[Run], Dataset]:
+@dataclasses.dataclass(frozen=True)
+class Loader:
   """Loads the dataset of a run; nothing is kept in memory."""
 
-  def load_for(run: Run) -> Dataset:
+  data_dir: Path | None
+
+  def __call__(self, run: Run) -> Dataset:
+    """The dataset.
+
+    Raises:
+      DatasetError: if it is missing or broken.
+    """
     return datasets.load(
       run.dataset,
-      data_dir=selection.data_dir,
+      data_dir=self.data_dir,
       train_size=run.protocol.train_size,
     )
-
-  return load_for
 
 
 def selected_tables(selection: cli.Selection) -> list[conditions.Table]:
@@ -118,11 +138,28 @@ def _start_jax() -> None:
     print(f'set {line}', flush=True)
 
 
+def _executor(options: cli.Execution, data_dir: Path | None) -> Executor:
+  """The executor that is asked for."""
+  settings = Settings(Loader(data_dir), options.scan, options.checkpoint_share)
+  if options.executor == 'local':
+    return executors.Local(settings)
+  places = executors.places(options.workers)
+  backend.leave_accelerators_to_others()
+  if options.executor == 'processes':
+    return executors.Processes(settings, places)
+  return cluster.Ray(
+    settings,
+    options.ray_address,
+    options.cpus_per_run,
+    options.gpus_per_run,
+  )
+
+
 def _execute(
   runs: Sequence[Run],
   results: Path,
-  load_for: Callable[[Run], Dataset],
-  **options: Any,
+  data_dir: Path | None,
+  options: cli.Execution,
 ) -> int:
   """Carries out runs with progress; returns the exit status."""
   store = Store(results)
@@ -133,13 +170,18 @@ def _execute(
   store.create()
   print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
   _start_jax()
-  from experiments import runner
-  from experiments.progress import reporter
-
+  executor = _executor(options, data_dir)
   with reporter(len(missing)) as listener:
     try:
-      summary = runner.carry_out(missing, store, load_for, listener, **options)
-    except runner.Stopped as stopped:
+      summary = runner.carry_out(
+        missing,
+        store,
+        executor,
+        listener,
+        retries=options.retries,
+        lease=options.lease,
+      )
+    except runner.Interrupted as stopped:
       again = shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
       listener.message(
         f'{stopped}; nothing recorded is lost. Go on with: {again}'
@@ -150,13 +192,19 @@ def _execute(
       f'{summary.elsewhere} runs are being done by another process; repeat '
       'the command once it has finished.'
     )
+  if summary.failed:
+    print(
+      f'{summary.failed} runs failed and are recorded with their errors; '
+      'repeat the command to try them again.'
+    )
+    return 1
   return 0
 
 
 def _demo(command: cli.Demo) -> int:
   selection = cli.Selection(condition=_DEMO_CONDITIONS, rate=_DEMO_RATES)
   runs = selected_runs(selection, cli.DEMO_PROTOCOL)
-  status = _execute(runs, command.results, _loader(selection))
+  status = _execute(runs, command.results, None, cli.Execution())
   if status == 0:
     status = _report(cli.Report(command.results))
     print(
@@ -168,18 +216,14 @@ def _demo(command: cli.Demo) -> int:
 
 
 def _run(command: cli.RunCommand) -> int:
-  share = command.checkpoint_share
-  if not 0 <= share <= 1:
-    raise ValueError(f'checkpoint_share must be in [0, 1], not {share!r}.')
-  runs = selected_runs(command.selection, command.protocol.checked())
-  status = _execute(
-    runs,
-    command.results,
-    _loader(command.selection),
-    scan=command.scan,
-    checkpoint_share=share,
+  command.execution.check()
+  runs = command.execution.part_of(
+    selected_runs(command.selection, command.protocol.checked())
   )
-  if status == 0:
+  status = _execute(
+    runs, command.results, command.selection.data_dir, command.execution
+  )
+  if status in (0, 1):
     from experiments import report
 
     wanted = {run.run_id for run in runs}
@@ -198,7 +242,7 @@ def _plan(command: cli.Plan) -> int:
   from experiments import planning
 
   # Runs come dataset by dataset.
-  load_for = functools.lru_cache(maxsize=1)(_loader(command.selection))
+  load_for = functools.lru_cache(maxsize=1)(Loader(command.selection.data_dir))
   print(planning.plan_text(runs, missing, load_for, command.calibrate))
   return 0
 

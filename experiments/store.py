@@ -6,6 +6,8 @@
                  metrics.jsonl   a line per epoch
                  checkpoints/    the state after the last epochs
                  result.json     written last, atomically: the run is finished
+                 error.json      why it failed for good; it can be tried again
+          .leases/               who is at which run; see ``experiments.leases``
 
 Files are written beside their place and moved there, so a reader never sees
 half a file. A line of metrics that was torn by a crash is dropped; a checkpoint
@@ -25,8 +27,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from experiments.files import (
   UNFINISHED,
   StoreError,
@@ -36,8 +36,11 @@ from experiments.files import (
   write_atomically,
 )
 from experiments.grid import VERSION, Run
+from experiments.leases import Leases
+from experiments.tasks import Arrays
 
 _RUN_ID = re.compile('[0-9a-f]{20}')
+_LEASES = '.leases'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,14 @@ def _result(path: Path) -> dict[str, Any] | None:
   return result
 
 
+def _error(path: Path) -> str | None:
+  """Why the run failed for good, or None."""
+  error = read_json(path / 'error.json')
+  if isinstance(error, dict):
+    error = error.get('error')
+  return None if error is None else str(error)
+
+
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and math.isfinite(value)
 
@@ -114,7 +125,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 class RunFolder:
-  """The folder of one run, for the process that holds its lock."""
+  """The folder of one run, for the process that holds its lease."""
 
   def __init__(self, path: Path, run: Run):
     """Creates the folder or checks that it is this run's.
@@ -127,6 +138,7 @@ class RunFolder:
       raise StoreError(f'{path} is a link, which is not followed. Remove it.')
     try:
       path.mkdir(parents=True, exist_ok=True)
+      (path / 'error.json').unlink(missing_ok=True)
       for torn in path.glob(f'{UNFINISHED}*'):
         torn.unlink()
     except OSError as error:
@@ -163,33 +175,41 @@ class RunFolder:
     write_atomically(self.path / 'result.json', text + '\n')
     _tidy(self.path)
 
-  def save(self, epoch: int, state: Any) -> None:
+  def fail(self, error: str) -> None:
+    """Records why the run failed for good; a new attempt forgets it."""
+    text = json.dumps({'error': error}, indent=1)
+    write_atomically(self.path / 'error.json', text + '\n')
+
+  def save(self, epoch: int, state: Arrays) -> None:
     """Writes the state after an epoch and drops all but the last two."""
     from experiments import checkpoints
 
     checkpoints.save(self.path / 'checkpoints', epoch, state)
 
-  def restore(self, like: Any) -> tuple[int, Any, list[str]]:
+  def restore(self) -> tuple[int, Arrays | None, list[str]]:
     """The last epoch whose state and metrics are whole.
 
     What comes after it is removed, so that training goes on from there.
 
-    Args:
-      like: a state of the same structure, shapes and dtypes.
-
     Returns:
-      The epoch (0 if there is none), the state (``like`` then), and what could
+      The epoch (0 if there is none), the state (None then), and what could
       not be used, in words.
     """
     from experiments import checkpoints
 
     lines = self.metrics()
     epoch, state, problems = checkpoints.restore(
-      self.path / 'checkpoints', like, last=len(lines)
+      self.path / 'checkpoints', last=len(lines)
     )
     rows = ''.join(json.dumps(line) + '\n' for line in lines[:epoch])
     write_atomically(self.path / 'metrics.jsonl', rows)
     return epoch, state, problems
+
+  def drop_last(self) -> None:
+    """Removes the last state, so that ``restore`` gives the one before."""
+    from experiments import checkpoints
+
+    checkpoints.drop_last(self.path / 'checkpoints')
 
 
 def _without_words(config: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +237,7 @@ class Store:
       StoreError: if it can't.
     """
     try:
-      (self.folder / '.locks').mkdir(parents=True, exist_ok=True)
+      (self.folder / _LEASES).mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=self.folder) as file:
         file.write(b'0')
     except OSError as error:
@@ -251,13 +271,12 @@ class Store:
     return missing
 
   def open(self, run: Run) -> RunFolder:
-    """The folder of a run; hold its lock."""
+    """The folder of a run; hold its lease."""
     return RunFolder(self.folder / run.run_id, run)
 
-  def lock(self, run: Run) -> filelock.BaseFileLock:
-    """A lock that the system frees when the process that holds it dies."""
-    path = self.folder / '.locks' / f'{run.run_id}.lock'
-    return filelock.FileLock(path, timeout=0)
+  def leases(self, limit: float) -> Leases:
+    """The leases of runs, by their names; see ``Leases`` for the limit."""
+    return Leases(self.folder / _LEASES, limit)
 
 
 def load(folder: str | os.PathLike[str]) -> list[Record]:
@@ -291,4 +310,5 @@ def _records(root: Path) -> Iterator[Record]:
       config=config,
       metrics=_metrics(path / 'metrics.jsonl'),
       result=_result(path),
+      error=_error(path),
     )

@@ -53,8 +53,8 @@ def epochs(
     state: before epoch ``first``; its buffers are used up.
     first: number of the epoch to begin with, from 1.
     scan: whether an epoch is one compiled loop; default: not on a CPU.
-    stopping: asked before every step (every epoch with ``scan``) whether to
-      stop.
+    stopping: asked before every step (every epoch with ``scan``) and every
+      batch of an evaluation whether to stop.
 
   Yields:
     The state after each epoch, which the next epoch uses up, and its line of
@@ -77,7 +77,7 @@ def epochs(
       functions, stopping, state, placed.parts, order, rate, key
     )
     line = {'epoch': epoch} | _named('train', scores, order.size)
-    line |= _evaluated(run, placed, functions, state, epoch)
+    line |= _evaluated(run, placed, functions, stopping, state, epoch)
     if run.protocol.layer_metrics:
       rows = functions.align(state, placed.parts, order[0], key)
       line['layers'] = {
@@ -111,7 +111,12 @@ def _scanned(functions: Program, stopping, state, parts, order, rate, key):
 
 
 def _evaluated(
-  run: Run, placed: Placed, functions: Program, state: State, epoch: int
+  run: Run,
+  placed: Placed,
+  functions: Program,
+  stopping: Callable[[], bool],
+  state: State,
+  epoch: int,
 ) -> Line:
   """The part of the line that test and held-out images give."""
   parts = placed.parts
@@ -123,23 +128,29 @@ def _evaluated(
     ('holdout', parts.train, placed.held_out),
   ):
     if len(rows):
-      scores = _scores(functions, variables, parts, images, rows)
+      scores = _scores(functions, stopping, variables, parts, images, rows)
       line |= _named(name, np.asarray(scores), len(rows))
   return line
 
 
 def _scores(
-  functions: Program, variables, parts: Parts, images: Images, rows: np.ndarray
+  functions: Program,
+  stopping: Callable[[], bool],
+  variables,
+  parts: Parts,
+  images: Images,
+  rows: np.ndarray,
 ) -> jax.Array:
   """Sums of losses and errors over rows, in batches of one size."""
   size = min(EVALUATION_BATCH, len(rows))
   missing = -len(rows) % size
   index = np.pad(rows, (0, missing), mode='edge').reshape(-1, size)
   weight = np.pad(np.ones(len(rows), np.float32), (0, missing))
-  scores = [
-    functions.evaluate(variables, parts, images, *batch)
-    for batch in zip(index, weight.reshape(-1, size), strict=True)
-  ]
+  scores = []
+  for batch in zip(index, weight.reshape(-1, size), strict=True):
+    if stopping():
+      raise Stopped
+    scores.append(functions.evaluate(variables, parts, images, *batch))
   return sum(scores[1:], start=scores[0])
 
 

@@ -5,10 +5,11 @@ import os
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import pytest
 
-from experiments import store
+from experiments import checkpoints, store
 from experiments.store import StoreError
 from tests.experiments import folders
 
@@ -117,12 +118,19 @@ def test_two_damaged_checkpoints_begin_anew(tmp_path):
   assert len(folders.check(folder, 0)) == 2
 
 
-def test_a_checkpoint_of_other_arrays_is_not_used(tmp_path):
-  folder = folders.interrupted(tmp_path)
-  params = {'kernel': jnp.zeros((8, 8), jnp.float32)}
-  like = folders.state(0) | {'params': params}
-  epoch, state, problems = folder.restore(like)
-  assert (epoch, state, len(problems)) == (0, like, 2)
+def test_other_arrays_do_not_fit():
+  arrays = folders.arrays(1)
+  like = folders.state(0)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    checkpoints.fit(arrays, like),
+    folders.state(1),
+  )
+  kernel = arrays.pop('params.kernel')
+  for other in (None, kernel[:8], kernel.astype(np.float64)):
+    changed = arrays if other is None else arrays | {'params.kernel': other}
+    with pytest.raises(ValueError, match=r'params.kernel is .* not float32 of'):
+      checkpoints.fit(changed, like)
 
 
 def test_a_checkpoint_without_digests_was_never_finished(tmp_path):
@@ -143,7 +151,7 @@ def test_a_checkpoint_that_can_not_be_written(tmp_path, monkeypatch):
 
   monkeypatch.setattr(ocp.StandardCheckpointer, 'save', fails)
   with pytest.raises(StoreError, match='checkpoints/3 .*: RES.*: quota. Noth'):
-    folder.save(3, folders.state(3))
+    folder.save(3, folders.arrays(3))
   monkeypatch.undo()
   assert not (folder.path / 'checkpoints' / '3.orbax-checkpoint-tmp').exists()
   assert folders.check(folder, 2) == []

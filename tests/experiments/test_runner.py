@@ -7,9 +7,10 @@ import time
 import jax
 import pytest
 
-from experiments import placement, runner, store
+from experiments import executors, placement, runner, store, worker
 from experiments.datasets import DatasetError
 from experiments.store import Store
+from experiments.tasks import Settings
 from tests.experiments import folders, tiny
 
 
@@ -30,6 +31,9 @@ class _Listener:
 
   def run_finished(self, run, result):
     self.told.append(('finished', run.run_id, result['paper_error']))
+
+  def run_failed(self, run, error, again):
+    self.told.append(('failed', run.run_id, error, again))
 
   def message(self, text):
     self.told.append(('message', text))
@@ -62,11 +66,14 @@ def _load(run):
   return tiny.dataset()
 
 
-def _carry_out(folder, runs, listener=None, **options):
+def _carry_out(
+  folder, runs, listener=None, load=_load, checkpoint_share=0.03, **options
+):
   target = Store(folder)
   target.create()
+  settings = Settings(load, None, checkpoint_share)
   return runner.carry_out(
-    runs, target, _load, listener or _Listener(), **options
+    runs, target, executors.Local(settings), listener or _Listener(), **options
   )
 
 
@@ -96,9 +103,9 @@ def test_an_undisturbed_run(undisturbed):
     (1.0, 3, _crash, _Crash, 3),
     (1.0, 4, _crash, _Crash, 4),  # all lines and no result
     (0.0, 3, _crash, _Crash, 1),
-    (0.0, 2, _interrupt, runner.Stopped, 3),  # a stop writes one
-    (0.0, 3, _terminate, runner.Stopped, 4),
-    (1.0, 2, _terminate, runner.Stopped, 3),
+    (0.0, 2, _interrupt, runner.Interrupted, 3),  # a stop writes one
+    (0.0, 3, _terminate, runner.Interrupted, 4),
+    (1.0, 2, _terminate, runner.Interrupted, 3),
   ],
 )
 def test_goes_on_with_the_same_bits(
@@ -118,6 +125,8 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
   class Asked(runner.StopRequest):
     """Asks after the first of the two steps of epoch 2."""
 
+    before = 1 + 2 + 2  # the run, two steps, two evaluations
+
     questions = 0
 
     def __init__(self):
@@ -126,12 +135,11 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
     @property
     def asked(self):
       Asked.questions += 1
-      # One before the run, two for each epoch.
-      return signal.SIGTERM if Asked.questions >= 5 else None
+      return signal.SIGTERM if Asked.questions > Asked.before + 1 else None
 
   with monkeypatch.context() as patch:
     patch.setattr(runner, 'StopRequest', Asked)
-    with pytest.raises(runner.Stopped):
+    with pytest.raises(runner.Interrupted):
       _carry_out(tmp_path, [_RUN], checkpoint_share=0.0)
   listener = _Listener()
   _carry_out(tmp_path, [_RUN], listener)
@@ -158,7 +166,7 @@ def test_damage_is_told_and_mended(tmp_path, undisturbed):
 
 def test_interrupted_twice(tmp_path, undisturbed):
   for after in (1, 3):
-    with pytest.raises(runner.Stopped):
+    with pytest.raises(runner.Interrupted):
       _carry_out(tmp_path, [_RUN], _Listener(after, _interrupt))
   _carry_out(tmp_path, [_RUN])
   assert folders.contents(tmp_path) == undisturbed
@@ -166,14 +174,14 @@ def test_interrupted_twice(tmp_path, undisturbed):
 
 def test_a_stop_says_which_signal_and_gives_the_handlers_back(tmp_path):
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-  with pytest.raises(runner.Stopped, match='SIGTERM') as stopped:
+  with pytest.raises(runner.Interrupted, match='SIGTERM') as stopped:
     _carry_out(tmp_path, [_RUN], _Listener(1, _terminate))
   assert stopped.value.signal == signal.SIGTERM
   after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   assert before == after
   # A stop after the last epoch still ends the run; the next is not begun.
   other = tiny.run('brSF-50%+BN+BM', epochs=4, seed=1)
-  with pytest.raises(runner.Stopped):
+  with pytest.raises(runner.Interrupted):
     _carry_out(tmp_path, [_RUN, other], _Listener(4, _interrupt))
   assert Store(tmp_path).finished(_RUN)
   assert not (tmp_path / other.run_id).exists()
@@ -204,7 +212,8 @@ def test_another_protocol_is_another_run(tmp_path):
 def test_runs_of_another_process_are_left_to_it(tmp_path):
   runs = [_RUN, tiny.run('brSF-50%+BN+BM', epochs=1)]
   Store(tmp_path).create()
-  with Store(tmp_path).lock(_RUN):
+  with Store(tmp_path).leases(60) as leases:
+    assert leases.acquire(_RUN.run_id)
     summary = _carry_out(tmp_path, runs)
   assert (summary.done, summary.elsewhere) == (1, 1)
   assert not (tmp_path / _RUN.run_id).exists()
@@ -244,8 +253,7 @@ def test_a_dataset_is_loaded_once_and_then_let_go(tmp_path, monkeypatch):
   monkeypatch.setattr(
     placement, 'upload', lambda data: uploads.append(data) or upload(data)
   )
-  Store(tmp_path).create()
-  summary = runner.carry_out(runs, Store(tmp_path), load, _Listener())
+  summary = _carry_out(tmp_path, runs, load=load)
   assert summary.done == 4
   assert loaded == [small.digest, large.digest]
   assert len(uploads) == 2
@@ -262,21 +270,17 @@ def test_checkpoints_take_their_share_of_the_time(monkeypatch):
   now = [0.0]
   monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
 
-  class Folder:
-    saved = []
-
-    def save(self, epoch, state):
-      self.saved.append(epoch)
-      now[0] += 2.0
-
-  checkpoints = runner._Checkpoints(0.03)
+  saved = []
+  pace = worker.Pace(0.03)
   for epoch in range(1, 1001):
     now[0] += 1.0
-    if checkpoints.due():
-      checkpoints.save(Folder(), epoch, None)
-  assert 12 <= len(Folder.saved) <= 1000 * 0.03 / 2 + 1
-  assert Folder.saved[0] == 17  # the first, guessed at half a second
-  assert 2.0 * len(Folder.saved) <= 0.032 * now[0]
+    if pace.due():
+      saved.append(epoch)
+      now[0] += 2.0
+      pace.took(2.0)
+  assert 12 <= len(saved) <= 1000 * 0.03 / 2 + 1
+  assert saved[0] == 17  # the first, guessed at half a second
+  assert 2.0 * len(saved) <= 0.032 * now[0]
 
 
 def test_the_order_of_what_a_listener_is_told(tmp_path):

@@ -134,7 +134,7 @@ def test_links_are_not_followed(tmp_path):
   folder = Store(inside).open(run)
   (folder.path / 'checkpoints').symlink_to(outside / 'checkpoints')
   with pytest.raises(StoreError, match='checkpoints is a link'):
-    folder.restore(folders.state(0))
+    folder.restore()
   shutil.rmtree(folder.path)
   folder.path.symlink_to(outside)
   with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
@@ -145,7 +145,7 @@ def test_links_are_not_followed(tmp_path):
 
 def test_other_folders_are_ignored(tmp_path):
   folders.interrupted(tmp_path)
-  for name in ('report', '0' * 19, 'G' * 20, '.locks', '0' * 20):
+  for name in ('report', '0' * 19, 'G' * 20, '.leases', '0' * 20):
     (tmp_path / name).mkdir(exist_ok=True)
   (tmp_path / 'notes.txt').write_text('mine')
   (tmp_path / ('1' * 20)).write_text('a file')
@@ -203,7 +203,7 @@ def test_a_full_disk_tears_nothing(tiny_disk):
   size = shutil.disk_usage(tiny_disk).free
   fill.write_bytes(b'0' * size)
   with pytest.raises(StoreError, match='checkpoints/3 could not.*make room'):
-    folder.save(3, folders.state(3))
+    folder.save(3, folders.arrays(3))
   with pytest.raises(StoreError, match='metrics.jsonl could not.*No space'):
     for epoch in range(3, 100_000):
       folder.append(folders.line(epoch))
@@ -246,15 +246,12 @@ def _environment() -> dict[str, str]:
   return {**os.environ, 'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
 
 
-def test_one_lock_a_run(tmp_path):
-  import filelock
-
-  folder = Store(tmp_path)
-  folder.create()
-  with folder.lock(tiny.run()):
-    with pytest.raises(filelock.Timeout), folder.lock(tiny.run()):
-      pass
-    with folder.lock(tiny.run('uSF')):
-      pass
-  with folder.lock(tiny.run()):
-    pass
+def test_why_a_run_failed_is_kept_until_it_is_tried_again(tmp_path):
+  folder = folders.interrupted(tmp_path)
+  folder.fail('RuntimeError: <out of memory>')
+  (record,) = store.load(tmp_path)
+  assert record.error == 'RuntimeError: <out of memory>'
+  assert record.result is None
+  assert Store(tmp_path).missing([tiny.run()]) == [tiny.run()]
+  Store(tmp_path).open(tiny.run())
+  assert store.load(tmp_path)[0].error is None

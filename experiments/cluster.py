@@ -1,0 +1,153 @@
+"""Ray: each run is a task somewhere in a cluster, its events a stream."""
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.executors import POLL
+from experiments.grid import Run
+from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
+
+# Ray's own switch to a cluster of this host alone: it listens on loopback.
+_ONE_HOST = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
+_SOURCES = Path(__file__).parents[1]
+
+
+class Ray:
+  """As many tasks at once as the cluster has room for."""
+
+  def __init__(
+    self,
+    settings: Settings,
+    address: str | None = None,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+  ):
+    """Starts nothing yet.
+
+    Args:
+      settings: how runs are carried out.
+      address: of a cluster; None starts one on this host, on loopback.
+      cpus: that a run asks for.
+      gpus: that a run asks for.
+    """
+    self._settings = settings
+    self._address = address
+    self._cpus, self._gpus = cpus, gpus
+
+  def carry_out(
+    self, next_task: Callable[[], Task | None], stopping: Callable[[], bool]
+  ) -> Iterator[tuple[Run, Event]]:
+    """See ``executors.Executor``."""
+    ray = _start(self._address)
+    try:
+      flag = ray.remote(num_cpus=0)(_Flag).remote()
+      remote = ray.remote(
+        num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0
+      )(_stream)
+      streams: dict[Any, Run] = {}
+      asked = False
+      while True:
+        while len(streams) < self._room(ray):
+          if (task := next_task()) is None:
+            break
+          streams[remote.remote(self._settings, task, flag)] = task.run
+        if not streams:
+          return
+        if stopping() and not asked:
+          asked = True
+          flag.lift.remote()
+        ready, _ = ray.wait(list(streams), timeout=POLL)
+        for stream in ready:
+          run, event = streams[stream], _event(ray, stream, asked)
+          if not isinstance(event, Epoch):
+            del streams[stream]
+          yield run, event
+    finally:
+      ray.shutdown()
+
+  def _room(self, ray: Any) -> int:
+    """How many runs fit; one where the cluster has yet to grow."""
+    has = ray.cluster_resources()
+    fits = [
+      int(has.get(name, 0) // wanted)
+      for name, wanted in (('CPU', self._cpus), ('GPU', self._gpus))
+      if wanted
+    ]
+    return max(min(fits, default=1), 1)
+
+
+def _start(address: str | None) -> Any:
+  """Ray, connected to a cluster."""
+  options: dict[str, Any] = {'log_to_driver': False, 'logging_level': 'ERROR'}
+  if address is None:
+    os.environ.update(_ONE_HOST)  # read when Ray is imported
+    options |= {'address': 'local', 'include_dashboard': False}
+    packages = {'env_vars': {'PYTHONPATH': str(_SOURCES)}}
+  else:
+    names = ('experiments', 'symjax_bp')
+    packages = {'py_modules': [str(_SOURCES / name) for name in names]}
+    options |= {'address': address}
+  try:
+    import ray
+  except ImportError as error:
+    raise ValueError(
+      "--executor ray needs Ray: install it with pip install -e '.[ray]'."
+    ) from error
+  try:
+    ray.init(runtime_env=packages, **options)
+  except (ConnectionError, OSError, RuntimeError) as error:
+    raise ValueError(
+      f'there is no Ray cluster at {address}: {error}. Give another address '
+      'with --ray-address, or none to start one on this host.'
+    ) from error
+  return ray
+
+
+def _event(ray: Any, stream: Any, asked: bool) -> Event:
+  """The next event of a stream."""
+  try:
+    return ray.get(next(stream))
+  except ray.exceptions.RayTaskError as error:
+    raise error.cause from None
+  except ray.exceptions.RayError as error:
+    if asked:
+      return Stopped()
+    return Failed(f'its worker has died ({str(error).splitlines()[0]})')
+
+
+class _Flag:
+  """Told to all tasks of a cluster; an actor."""
+
+  def __init__(self):
+    self._lifted = False
+
+  def lift(self) -> None:
+    """Sets the flag."""
+    self._lifted = True
+
+  def lifted(self) -> bool:
+    """Whether it was set."""
+    return self._lifted
+
+
+def _stream(settings: Settings, task: Task, flag: Any) -> Iterator[Event]:
+  """What runs in the cluster."""
+  import ray
+
+  from experiments.worker import worker
+
+  stop, done = threading.Event(), threading.Event()
+
+  def watch() -> None:
+    while not done.wait(POLL) and not stop.is_set():
+      if ray.get(flag.lifted.remote()):
+        stop.set()
+
+  threading.Thread(target=watch, daemon=True).start()
+  try:
+    yield from worker(settings).carry_out(task, stop.is_set)
+  finally:
+    done.set()
