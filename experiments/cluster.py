@@ -1,6 +1,7 @@
 """Ray: each run is a task somewhere in a cluster, its events a stream."""
 
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
 
 # Ray's own switch to a cluster of this host alone: it listens on loopback.
 _ONE_HOST = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
+_AHEAD = 2  # events that a task may be ahead of what the driver has written
 _SOURCES = Path(__file__).parents[1]
 
 
@@ -45,7 +47,10 @@ class Ray:
     try:
       flag = ray.remote(num_cpus=0)(_Flag).remote()
       remote = ray.remote(
-        num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0
+        num_cpus=self._cpus,
+        num_gpus=self._gpus,
+        max_retries=0,  # the driver's, who knows the last state
+        _generator_backpressure_num_objects=_AHEAD,
       )(_stream)
       streams: dict[Any, Run] = {}
       asked = False
@@ -69,14 +74,22 @@ class Ray:
       ray.shutdown()
 
   def _room(self, ray: Any) -> int:
-    """How many runs fit; one where the cluster has yet to grow."""
+    """How many runs fit at once.
+
+    Raises:
+      ValueError: if none fits on this host, which Ray would wait for.
+    """
     has = ray.cluster_resources()
-    fits = [
-      int(has.get(name, 0) // wanted)
-      for name, wanted in (('CPU', self._cpus), ('GPU', self._gpus))
-      if wanted
-    ]
-    return max(min(fits, default=1), 1)
+    fits = []
+    for name, wanted in (('cpus', self._cpus), ('gpus', self._gpus)):
+      there = has.get(name[:3].upper(), 0.0)
+      if self._address is None and wanted > there:
+        raise ValueError(
+          f'{name}_per_run is {wanted:g}, but this host has {there:g}.'
+        )
+      if wanted:
+        fits.append(int(there // wanted))
+    return max(min(fits, default=1), 1)  # a cluster may have yet to grow
 
 
 def _start(address: str | None) -> Any:
@@ -96,6 +109,7 @@ def _start(address: str | None) -> Any:
     raise ValueError(
       "--executor ray needs Ray: install it with pip install -e '.[ray]'."
     ) from error
+  asked_to_stop = signal.getsignal(signal.SIGTERM)
   try:
     ray.init(runtime_env=packages, **options)
   except (ConnectionError, OSError, RuntimeError) as error:
@@ -103,6 +117,7 @@ def _start(address: str | None) -> Any:
       f'there is no Ray cluster at {address}: {error}. Give another address '
       'with --ray-address, or none to start one on this host.'
     ) from error
+  signal.signal(signal.SIGTERM, asked_to_stop)  # Ray's would just exit
   return ray
 
 

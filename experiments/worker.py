@@ -13,7 +13,6 @@ from experiments.grid import Run
 from experiments.placement import Placed
 from experiments.program import State, program
 from experiments.tasks import (
-  Arrays,
   Epoch,
   Event,
   Failed,
@@ -131,7 +130,7 @@ class Worker:
     stopping: Callable[[], bool],
   ) -> Iterator[Event]:
     run, lines = task.run, [*task.lines]
-    untold: tuple[int, Arrays] | None = None
+    untold = Stopped()
     self._pace.begin()
     try:
       epochs = train.epochs(
@@ -144,16 +143,16 @@ class Worker:
           break
         # A copy, for the next epoch uses the state up.
         arrays = checkpoints.by_name(after)
-        untold = None
+        untold = Stopped()
         if self._pace.due():
           began = time.perf_counter()
           yield Epoch(line, arrays)
           self._pace.took(time.perf_counter() - began)
         else:
-          untold = line['epoch'], arrays
+          untold = Stopped(line['epoch'], arrays)
           yield Epoch(line)
     except train.Stopped:
-      yield Stopped(*(untold or ()))
+      yield untold
       return
     yield Finished(train.result(run, placed.classes, lines))
 

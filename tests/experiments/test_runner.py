@@ -12,37 +12,7 @@ from experiments.datasets import DatasetError
 from experiments.store import Store
 from experiments.tasks import Settings
 from tests.experiments import folders, tiny
-
-
-class _Listener:
-  """Remembers what it was told; does something after an epoch."""
-
-  def __init__(self, after: int | None = None, act=lambda: None):
-    self.told = []
-    self._after, self._act = after, act
-
-  def run_started(self, run, first_epoch):
-    self.told.append(('started', run.run_id, first_epoch))
-
-  def epoch_finished(self, run, line):
-    self.told.append(('epoch', run.run_id, line['epoch']))
-    if line['epoch'] == self._after:
-      self._act()
-
-  def run_finished(self, run, result):
-    self.told.append(('finished', run.run_id, result['paper_error']))
-
-  def run_failed(self, run, error, again):
-    self.told.append(('failed', run.run_id, error, again))
-
-  def message(self, text):
-    self.told.append(('message', text))
-
-  def epochs(self):
-    return [event[2] for event in self.told if event[0] == 'epoch']
-
-  def messages(self):
-    return [event[1] for event in self.told if event[0] == 'message']
+from tests.experiments.listener import Listener
 
 
 class _Crash(Exception):
@@ -73,7 +43,7 @@ def _carry_out(
   target.create()
   settings = Settings(load, None, checkpoint_share)
   return runner.carry_out(
-    runs, target, executors.Local(settings), listener or _Listener(), **options
+    runs, target, executors.Local(settings), listener or Listener(), **options
   )
 
 
@@ -112,9 +82,9 @@ def test_goes_on_with_the_same_bits(
   tmp_path, undisturbed, share, after, act, error, goes_on
 ):
   with pytest.raises(error):
-    _carry_out(tmp_path, [_RUN], _Listener(after, act), checkpoint_share=share)
+    _carry_out(tmp_path, [_RUN], Listener(after, act), checkpoint_share=share)
   assert not Store(tmp_path).finished(_RUN)
-  listener = _Listener()
+  listener = Listener()
   assert _carry_out(tmp_path, [_RUN], listener).done == 1
   assert listener.epochs() == [*range(goes_on, 5)]
   assert listener.told[0] == ('started', _RUN.run_id, goes_on)
@@ -141,7 +111,7 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
     patch.setattr(runner, 'StopRequest', Asked)
     with pytest.raises(runner.Interrupted):
       _carry_out(tmp_path, [_RUN], checkpoint_share=0.0)
-  listener = _Listener()
+  listener = Listener()
   _carry_out(tmp_path, [_RUN], listener)
   assert listener.epochs() == [2, 3, 4]
   assert folders.contents(tmp_path) == undisturbed
@@ -149,14 +119,14 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
 
 def test_damage_is_told_and_mended(tmp_path, undisturbed):
   with pytest.raises(_Crash):
-    _carry_out(tmp_path, [_RUN], _Listener(4, _crash), checkpoint_share=1.0)
+    _carry_out(tmp_path, [_RUN], Listener(4, _crash), checkpoint_share=1.0)
   folder = tmp_path / _RUN.run_id
   with (folder / 'metrics.jsonl').open('a') as file:
     file.write('{"epoch": 5, "te')
   for path in (folder / 'checkpoints' / '3').rglob('*'):
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)
-  listener = _Listener()
+  listener = Listener()
   _carry_out(tmp_path, [_RUN], listener)
   (message,) = listener.messages()
   assert str(folder / 'checkpoints' / '3') in message
@@ -167,7 +137,7 @@ def test_damage_is_told_and_mended(tmp_path, undisturbed):
 def test_interrupted_twice(tmp_path, undisturbed):
   for after in (1, 3):
     with pytest.raises(runner.Interrupted):
-      _carry_out(tmp_path, [_RUN], _Listener(after, _interrupt))
+      _carry_out(tmp_path, [_RUN], Listener(after, _interrupt))
   _carry_out(tmp_path, [_RUN])
   assert folders.contents(tmp_path) == undisturbed
 
@@ -175,14 +145,14 @@ def test_interrupted_twice(tmp_path, undisturbed):
 def test_a_stop_says_which_signal_and_gives_the_handlers_back(tmp_path):
   before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   with pytest.raises(runner.Interrupted, match='SIGTERM') as stopped:
-    _carry_out(tmp_path, [_RUN], _Listener(1, _terminate))
+    _carry_out(tmp_path, [_RUN], Listener(1, _terminate))
   assert stopped.value.signal == signal.SIGTERM
   after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   assert before == after
   # A stop after the last epoch still ends the run; the next is not begun.
   other = tiny.run('brSF-50%+BN+BM', epochs=4, seed=1)
   with pytest.raises(runner.Interrupted):
-    _carry_out(tmp_path, [_RUN, other], _Listener(4, _interrupt))
+    _carry_out(tmp_path, [_RUN, other], Listener(4, _interrupt))
   assert Store(tmp_path).finished(_RUN)
   assert not (tmp_path / other.run_id).exists()
 
@@ -196,7 +166,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_finished_runs_are_not_run_again(tmp_path, undisturbed):
   _carry_out(tmp_path, [_RUN])
-  listener = _Listener()
+  listener = Listener()
   summary = _carry_out(tmp_path, [_RUN], listener)
   assert (summary.done, summary.skipped) == (0, 1)
   assert listener.told == []
@@ -221,7 +191,7 @@ def test_runs_of_another_process_are_left_to_it(tmp_path):
 
 def test_a_diverged_run_is_a_result_and_not_run_again(tmp_path):
   run = tiny.run('uSF', rate=1e30, epochs=3)
-  listener = _Listener(1, _crash)
+  listener = Listener(1, _crash)
   with pytest.raises(_Crash):  # after its last line, before its result
     _carry_out(tmp_path, [run], listener)
   _carry_out(tmp_path, [run])
@@ -285,7 +255,7 @@ def test_checkpoints_take_their_share_of_the_time(monkeypatch):
 
 def test_the_order_of_what_a_listener_is_told(tmp_path):
   run = tiny.run('uSF', epochs=2)
-  listener = _Listener()
+  listener = Listener()
   _carry_out(tmp_path, [run], listener)
   assert [event[0] for event in listener.told] == [
     'started', 'epoch', 'epoch', 'finished',
