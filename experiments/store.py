@@ -17,6 +17,7 @@ could lead out of the folder, are refused.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -161,11 +162,22 @@ class RunFolder:
     return _metrics(self.path / 'metrics.jsonl')
 
   def append(self, line: dict[str, Any]) -> None:
-    """Adds the line of an epoch."""
+    """Adds the line of an epoch, or nothing.
+
+    Raises:
+      StoreError: if it can't be written.
+    """
     path = self.path / 'metrics.jsonl'
+    text = json.dumps(line, allow_nan=False) + '\n'
     try:
-      with path.open('a', encoding='utf-8') as file:
-        file.write(json.dumps(line, allow_nan=False) + '\n')
+      with path.open('ab', buffering=0) as file:
+        size = file.tell()
+        try:
+          if file.write(text.encode()) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+          file.truncate(size)
+          raise
     except OSError as error:
       raise not_written(path, error) from error
 
