@@ -54,6 +54,8 @@ class Record:
     metrics: a dictionary per epoch.
     result: both results; None while unfinished.
     error: why it failed for good; None if it did not.
+    problem: why it can't be read, in which case nothing else is known; None if
+      it can.
   """
 
   run_id: str
@@ -61,6 +63,7 @@ class Record:
   metrics: list[dict[str, Any]]
   result: dict[str, Any] | None
   error: str | None = None
+  problem: str | None = None
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -294,8 +297,10 @@ class Store:
 def load(folder: str | os.PathLike[str]) -> list[Record]:
   """All runs in a results folder, in order of their names.
 
+  One that can't be read is there with its problem.
+
   Raises:
-    StoreError: if there is no such folder, or a file in it can't be read.
+    StoreError: if there is no such folder, or it can't be read.
   """
   root = Path(folder)
   if not root.is_dir():
@@ -314,13 +319,16 @@ def _records(root: Path) -> Iterator[Record]:
   for path in paths:
     if not _RUN_ID.fullmatch(path.name) or path.is_symlink():
       continue
-    config = _config(path)
-    if config is None:
-      continue
-    yield Record(
-      run_id=path.name,
-      config=config,
-      metrics=_metrics(path / 'metrics.jsonl'),
-      result=_result(path),
-      error=_error(path),
-    )
+    try:
+      config = _config(path)
+      if config is None:
+        continue
+      yield Record(
+        run_id=path.name,
+        config=config,
+        metrics=_metrics(path / 'metrics.jsonl'),
+        result=_result(path),
+        error=_error(path),
+      )
+    except StoreError as error:
+      yield Record(path.name, {}, [], None, problem=str(error))

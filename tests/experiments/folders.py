@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import checkpoints, store
+from experiments.grid import Run
 from experiments.store import Store
 from tests.experiments import tiny
 
@@ -30,9 +31,11 @@ def arrays(epoch: int) -> dict:
   return dict(checkpoints.by_name(state(epoch)))
 
 
-def interrupted(folder: Path, epochs: int = 3) -> store.RunFolder:
+def interrupted(
+  folder: Path, epochs: int = 3, run: Run | None = None
+) -> store.RunFolder:
   """A run with metrics and checkpoints of some epochs."""
-  folder = Store(folder).open(tiny.run())
+  folder = Store(folder).open(run or tiny.run())
   for epoch in range(1, epochs + 1):
     folder.append(line(epoch))
     folder.save(epoch, arrays(epoch))

@@ -89,8 +89,10 @@ def test_a_config_of_something_else(tmp_path, text, said):
     Store(tmp_path).open(run)
   assert run.run_id in str(error.value)
   if said != 'another run':
-    with pytest.raises(StoreError, match=said):
-      store.load(tmp_path)
+    folders.interrupted(tmp_path, run=tiny.run('uSF'))
+    bad, good = sorted(store.load(tmp_path), key=lambda r: r.problem is None)
+    assert said in (bad.problem or '')
+    assert (bad.run_id, good.metrics[0]) == (run.run_id, folders.line(1))
   assert (path / 'config.json').read_text() == text
 
 
@@ -112,14 +114,12 @@ def test_a_result_that_is_none(tmp_path, text):
   if text == 'null':
     assert not Store(tmp_path).finished(run)
     return
-  for read in (
-    lambda: Store(tmp_path).missing([run]),
-    lambda: store.load(tmp_path),
-  ):
-    with pytest.raises(StoreError, match='result.json') as error:
-      read()
-    assert run.run_id in str(error.value)
-    assert 'do that run again' in str(error.value)
+  with pytest.raises(StoreError, match='result.json') as error:
+    Store(tmp_path).missing([run])
+  assert run.run_id in str(error.value)
+  assert 'do that run again' in str(error.value)
+  (record,) = store.load(tmp_path)
+  assert record.problem == str(error.value)
 
 
 def test_links_are_not_followed(tmp_path):
@@ -128,8 +128,8 @@ def test_links_are_not_followed(tmp_path):
   inside = tmp_path / 'inside'
   (inside / run.run_id).mkdir(parents=True)
   (inside / run.run_id / 'config.json').symlink_to(outside / 'config.json')
-  with pytest.raises(StoreError, match='config.json is a link'):
-    store.load(inside)
+  (record,) = store.load(inside)
+  assert 'config.json is a link' in (record.problem or '')
   (inside / run.run_id / 'config.json').unlink()
   folder = Store(inside).open(run)
   (folder.path / 'checkpoints').symlink_to(outside / 'checkpoints')
@@ -141,6 +141,15 @@ def test_links_are_not_followed(tmp_path):
     Store(inside).open(run)
   assert store.load(inside) == []
   assert {'2', '3'} < set(os.listdir(outside / 'checkpoints'))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl'])
+def test_pipes_are_not_waited_for(tmp_path, name):
+  path = folders.interrupted(tmp_path).path / name
+  path.unlink()
+  os.mkfifo(path)
+  (record,) = store.load(tmp_path)
+  assert f'{name} is not an ordinary file' in (record.problem or '')
 
 
 def test_other_folders_are_ignored(tmp_path):
@@ -174,8 +183,8 @@ def test_a_folder_that_can_not_be_read(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(Path, 'read_text', denied)
-    with pytest.raises(StoreError, match='config.json can not be read: Perm'):
-      store.load(tmp_path)
+    (record,) = store.load(tmp_path)
+    assert 'config.json can not be read: Perm' in (record.problem or '')
   with monkeypatch.context() as patch:
     patch.setattr(Path, 'iterdir', denied)
     with pytest.raises(StoreError, match=f'{tmp_path} can not be read: Perm'):
