@@ -12,6 +12,8 @@ whether a file was damaged later, so that nothing damaged is ever parsed.
 import contextlib
 import hashlib
 import logging
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +22,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.files import StoreError, read_text, write_atomically
+from experiments.files import (
+  StoreError,
+  read_json,
+  read_text,
+  write_atomically,
+)
 from experiments.tasks import Arrays
 
 _KEPT = 2
+_NAME = re.compile(r'[\w.]+')
+_LARGEST = 2**32  # bytes of a state; the paper's have less than 2**27
 _SPARE_BYTES = 2**20  # what Orbax writes beside the arrays, and more
 
 
@@ -107,8 +116,23 @@ def _read(path: Path) -> Arrays:
 
   if read_text(_digest_path(path)) != _digests(path):
     raise ValueError('its files are damaged')
+  _check_names(path)
   with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+    arrays = dict(checkpointer.metadata(path).item_metadata)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+    if size > _LARGEST:  # a short file can ask for any amount of memory
+      raise ValueError(f'its arrays would take {size} bytes')
     return checkpointer.restore(path)
+
+
+def _check_names(path: Path) -> None:
+  """Checks that there are arrays alone, whose names are no paths."""
+  tree = read_json(path / '_METADATA')['tree_metadata']
+  for entry in tree.values():
+    names = [str(step['key']) for step in entry['key_metadata']]
+    kind = entry['value_metadata']['value_type']
+    if kind != 'np.ndarray' or not all(map(_NAME.fullmatch, names)):
+      raise ValueError(f'it has {kind} {"/".join(names)!r}, which is no array')
 
 
 def by_name(state: Any) -> Arrays:

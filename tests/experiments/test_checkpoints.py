@@ -1,5 +1,6 @@
 """Going on from what is whole, whatever happened to the rest."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -163,3 +164,59 @@ def test_an_unfinished_checkpoint_is_removed(tmp_path):
   unfinished.mkdir()
   assert folders.check(folder, 3) == []
   assert not unfinished.exists()
+
+
+def _hostile(folder, change) -> str:
+  """What is said of a checkpoint whose digests are those of its maker."""
+  path = folders.interrupted(folder, 1).path / 'checkpoints'
+  change(path / '1')
+  lines = [
+    f'{hashlib.sha256(file.read_bytes()).hexdigest()}  '
+    f'{file.relative_to(path).as_posix()}\n'
+    for file in sorted((path / '1').rglob('*'))
+    if file.is_file()
+  ]
+  (path / '1.sha256').write_text(''.join(lines))
+  epoch, arrays, problems = checkpoints.restore(path, last=1)
+  assert (epoch, arrays) == (0, None)
+  (problem,) = problems
+  return problem
+
+
+@pytest.mark.parametrize('name', ['{outside}', '../../outside', 'a/b', ''])
+def test_an_array_outside_is_not_read(tmp_path, name):
+  name = name.format(outside=tmp_path / 'outside')
+
+  def change(path):
+    text = (path / '_METADATA').read_text()
+    assert '"params.kernel"' in text
+    text = text.replace('"params.kernel"', json.dumps(name))
+    (path / '_METADATA').write_text(
+      text.replace('"use_ocdbt": true', '"use_ocdbt": false')
+    )
+
+  assert 'which is no array' in _hostile(tmp_path / 'results', change)
+
+
+def test_something_else_than_arrays_is_not_read(tmp_path):
+  def change(path):
+    text = (path / '_METADATA').read_text()
+    (path / '_METADATA').write_text(text.replace('np.ndarray', 'string'))
+
+  assert 'which is no array' in _hostile(tmp_path, change)
+
+
+def test_a_small_file_can_not_ask_for_all_memory(tmp_path):
+  import tensorstore
+
+  def change(path):
+    store_ = {'driver': 'ocdbt', 'base': f'file://{path}/'}
+    tensorstore.open(
+      {'driver': 'zarr', 'kvstore': store_ | {'path': 'params.kernel/'}},
+      create=True,
+      delete_existing=True,
+      shape=[2**40],
+      dtype='float32',
+    ).result()
+
+  assert 'its arrays would take 4398' in _hostile(tmp_path, change)

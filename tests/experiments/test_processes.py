@@ -176,7 +176,7 @@ def test_two_processes_share_a_folder(tmp_path, undisturbed):
 
 
 def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
-  process = _start(tmp_path, '--executor', 'processes', '--workers', '2')
+  process = _start(tmp_path, '--executor', 'processes', '--workers', '1')
   _wait_for(tmp_path, 3, process)
   workers = psutil.Process(process.pid).children(recursive=True)
   cores = {
@@ -186,8 +186,8 @@ def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
   process.communicate()
   _, alive = psutil.wait_procs(workers, timeout=_WAIT)
   assert not alive
-  shares = {place.cores for place in executors.places(2)}
-  assert shares <= cores
+  shares = {place.cores for place in executors.places(1)}
+  assert shares <= cores  # as many as without workers, for the same bits
   # Its runs are not waited for, and shards know of each other's.
   outputs = [
     _finish(_start(tmp_path, '--shard', shard)) for shard in ('1/2', '2/2')

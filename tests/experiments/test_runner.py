@@ -5,6 +5,7 @@ import signal
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import executors, placement, runner, store, worker
@@ -262,3 +263,46 @@ def test_the_order_of_what_a_listener_is_told(tmp_path):
   ]  # fmt: skip
   (record,) = store.load(tmp_path)
   assert record.config == run.config()
+
+
+def test_a_run_that_was_taken_over_meanwhile_is_left(tmp_path, undisturbed):
+  other = tiny.run('brSF-50%+BN+BM', epochs=1, seed=1)
+  taken = []
+
+  def take_over():
+    """As another process does while this one is away for too long."""
+    (claim,) = (tmp_path / '.leases').glob(f'{_RUN.run_id}.*')
+    os.utime(claim, (1, 1))
+    leases = Store(tmp_path).leases(60)
+    taken.append(leases.acquire(_RUN.run_id))
+
+  listener = Listener(2, take_over)
+  summary = _carry_out(tmp_path, [_RUN, other], listener, checkpoint_share=1.0)
+  assert (summary.done, summary.elsewhere) == (1, 1)
+  assert 'taken over by another process' in listener.messages()[0]
+  # Nothing was written to it after that, and the other's lease is untouched.
+  lines = [r.metrics for r in store.load(tmp_path) if r.run_id == _RUN.run_id]
+  assert [line['epoch'] for line in lines[0]] == [1, 2]
+  (lease,) = taken
+  assert lease is not None
+  assert lease.held()
+  lease.give_up()
+  assert _carry_out(tmp_path, [_RUN]).done == 1
+  found = folders.contents(tmp_path)
+  assert {k: v for k, v in found.items() if k[0] == _RUN.run_id} == undisturbed
+
+
+def test_a_checkpoint_of_other_arrays_gives_way_to_the_one_before(
+  tmp_path, undisturbed
+):
+  with pytest.raises(_Crash):
+    _carry_out(tmp_path, [_RUN], Listener(4, _crash), checkpoint_share=1.0)
+  folder = Store(tmp_path).open(_RUN)
+  folder.save(3, {'params': np.zeros(3, np.float32)})
+  listener = Listener()
+  assert _carry_out(tmp_path, [_RUN], listener).done == 1
+  (message,) = listener.messages()
+  assert 'not used' in message
+  assert 'not float32 of shape' in message
+  assert listener.epochs() == [3, 4]
+  assert folders.contents(tmp_path) == undisturbed
