@@ -39,7 +39,10 @@ def measure(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
       _, writing = _timed(
         lambda: report.write_report(records, root / 'report')  # noqa: B023
       )
-    print(f'{size:>6} {loading:>6.2f} s {tables:>6.2f} s {writing:>6.2f} s')
+    print(
+      f'{size:>6} {loading:>6.2f} s {tables:>6.2f} s {writing:>6.2f} s',
+      flush=True,
+    )
 
 
 def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
