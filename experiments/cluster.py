@@ -38,12 +38,13 @@ class Ray:
     self._settings = settings
     self._address = address
     self._cpus, self._gpus = cpus, gpus
+    self._platforms = os.environ.get('JAX_PLATFORMS', '')
 
   def carry_out(
     self, next_task: Callable[[], Task | None], stopping: Callable[[], bool]
   ) -> Iterator[tuple[Run, Event]]:
     """See ``executors.Executor``."""
-    ray = _start(self._address)
+    ray = _start(self._address, self._platforms)
     try:
       flag = ray.remote(num_cpus=0)(_Flag).remote()
       remote = ray.remote(
@@ -92,13 +93,14 @@ class Ray:
     return max(min(fits, default=1), 1)  # a cluster may have yet to grow
 
 
-def _start(address: str | None) -> Any:
-  """Ray, connected to a cluster."""
+def _start(address: str | None, platforms: str) -> Any:
+  """Ray, connected to a cluster; ``platforms`` is what JAX may use here."""
   options: dict[str, Any] = {'log_to_driver': False, 'logging_level': 'ERROR'}
   if address is None:
     os.environ.update(_ONE_HOST)  # read when Ray is imported
     options |= {'address': 'local', 'include_dashboard': False}
-    packages = {'env_vars': {'PYTHONPATH': str(_SOURCES)}}
+    variables = {'PYTHONPATH': str(_SOURCES), 'JAX_PLATFORMS': platforms}
+    packages = {'env_vars': variables}
   else:
     names = ('experiments', 'symjax_bp')
     packages = {'py_modules': [str(_SOURCES / name) for name in names]}

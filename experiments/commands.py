@@ -140,19 +140,24 @@ def _start_jax() -> None:
 
 def _executor(options: cli.Execution, data_dir: Path | None) -> Executor:
   """The executor that is asked for."""
-  settings = Settings(Loader(data_dir), options.scan, options.checkpoint_share)
+  settings = Settings(
+    Loader(data_dir and data_dir.absolute()),
+    options.scan,
+    options.checkpoint_share,
+  )
   if options.executor == 'local':
     return executors.Local(settings)
-  places = executors.places(options.workers)
-  backend.leave_accelerators_to_others()
   if options.executor == 'processes':
-    return executors.Processes(settings, places)
-  return cluster.Ray(
-    settings,
-    options.ray_address,
-    options.cpus_per_run,
-    options.gpus_per_run,
-  )
+    executor = executors.Processes(settings, executors.places(options.workers))
+  else:
+    executor = cluster.Ray(
+      settings,
+      options.ray_address,
+      options.cpus_per_run,
+      options.gpus_per_run,
+    )
+  backend.leave_accelerators_to_others()
+  return executor
 
 
 def _execute(

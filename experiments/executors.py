@@ -274,8 +274,11 @@ def _first(settings: Settings, task: Task) -> Event:
   from experiments.worker import worker
 
   _Child.events = worker(settings).carry_out(task, lambda: _Child.stopping)
-  return next(_Child.events)
+  return _next()
 
 
 def _next() -> Event:
-  return next(_Child.events)
+  event = next(_Child.events)
+  if isinstance(event, Stopped):  # who was asked alone can go on
+    _Child.stopping = False
+  return event

@@ -176,6 +176,24 @@ def test_a_stop_keeps_what_workers_have_done(tmp_path, name):
   assert listener.epochs() == [done + 1]
 
 
+def test_a_worker_that_is_asked_alone_goes_on(tmp_path, undisturbed):
+  load = _Load(tmp_path)
+  target = Store(tmp_path / 'results')
+  target.create()
+
+  def ask():
+    os.kill(load.process(), signal.SIGTERM)
+
+  listener = Listener(1, ask)
+  summary = runner.carry_out(
+    _RUNS, target, _executor('processes', load), listener
+  )
+  assert (summary.done, summary.failed) == (2, 0)
+  assert folders.contents(target.folder) == undisturbed
+  begun = [event for event in listener.told if event[0] == 'started']
+  assert len(begun) > 2
+
+
 def test_missing_data_end_the_command(tmp_path):
   Store(tmp_path / 'results').create()
   with pytest.raises(DatasetError, match='TIMIT80: made by the tests has chan'):
