@@ -1,5 +1,6 @@
 """Two real processes on the loopback interface are one, or end together."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import pytest
 import experiments
 from experiments import store
 from experiments.cli import Hosts
+from experiments.distributed import LOST
 from tests.experiments import folders
 
 _ROOT = Path(experiments.__file__).parents[1]
@@ -23,7 +25,9 @@ _OPTIONS = (
   '--checkpoint-share', '1', '--calibration-batches', '2',
 )  # fmt: skip
 _WAIT = 120  # seconds until something is wrong
-_LOST = 60  # seconds in which the loss of a process must be noticed
+# Ours where computing fails, JAX's where it would hang.
+_SAID = 'one of them was lost|another task died'
+_NOTICED = 60  # seconds in which the loss of a process must be noticed
 
 
 @pytest.fixture(name='start')
@@ -104,9 +108,24 @@ def _assert_equal_to_one_process(start, tmp_path):
     if name == 'metrics.jsonl':
       assert len(found) == len(wanted) == _EPOCHS
       for line, wanted_line in zip(found, wanted, strict=True):
-        assert line == pytest.approx(wanted_line, rel=1e-3, abs=1e-6)
+        _assert_close(line, wanted_line)
+    elif name == 'result.json':
+      _assert_close(json.loads(found), json.loads(wanted))
     else:
       assert found == wanted
+
+
+def _assert_close(found, wanted):
+  """Equal but for rounding, which can turn one image's class."""
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    if name.endswith('_loss'):
+      assert found[name] == pytest.approx(value, rel=1e-3), name
+    elif name.endswith('_error'):
+      images = {'train_error': 180, 'holdout_error': 20}.get(name, 360)
+      assert abs(found[name] - value) <= 100.1 / images, name
+    elif not name.endswith('_epoch'):
+      assert found[name] == value, name
 
 
 def test_two_processes_stop_together_go_on_and_are_one(start, tmp_path):
@@ -142,31 +161,31 @@ def test_a_lost_process_ends_the_other(start, tmp_path, lost):
   _wait_for_epochs(tmp_path, 2, processes)
   processes[lost].kill()
   began = time.monotonic()
-  ((status, _, errors),) = _finish([processes[1 - lost]], _LOST)
-  assert time.monotonic() - began < _LOST
+  ((status, _, errors),) = _finish([processes[1 - lost]], _NOTICED)
+  assert time.monotonic() - began < _NOTICED
   processes[lost].communicate()
   assert status != 0
-  # Ours where computing fails, JAX's where it would hang.
-  assert re.search('one of them was lost|another task died', errors), errors
+  assert re.search(_SAID, errors), errors
   (record,) = store.load(tmp_path / 'results 0')
   assert record.result is None
   assert len(record.metrics) >= 2
 
 
-def test_errors_are_told_to_both(start, tmp_path):
+def test_an_error_ends_both(start, tmp_path):
   differing = _start_both(start, tmp_path, each=((), ('--seed', '1')))
   (tmp_path / 'file').write_text('')
   unwritable = _start_both(
     start, tmp_path, each=(('--results', str(tmp_path / 'file' / 'in it')), ())
   )
-  for processes, message in (
-    (differing, 'error: the processes were asked for different runs: give'),
-    (unwritable, 'error: results folder .*in it can not be written'),
-  ):
-    for status, _, errors in _finish(processes):
-      assert status == 2, errors
-      assert re.search(message, errors)
-      assert 'Traceback' not in errors
+  for status, _, errors in _finish(differing):
+    assert status == 2, errors
+    assert 'error: the processes were asked for different runs: give' in errors
+    assert 'Traceback' not in errors
+  (status, _, errors), (other, _, others) = _finish(unwritable)
+  assert status == LOST, errors
+  assert re.search('error: results folder .*in it can not be written', errors)
+  assert 'Traceback' not in errors
+  assert other != 0 and re.search(_SAID, others), others
   assert not (tmp_path / 'results 1').exists()
 
 
