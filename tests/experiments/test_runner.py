@@ -100,6 +100,9 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
 
     questions = 0
 
+    def __init__(self):
+      pass
+
     @property
     def asked(self):
       Asked.questions += 1
