@@ -99,6 +99,8 @@ def _start(address: str | None, platforms: str) -> Any:
   if address is None:
     os.environ.update(_ONE_HOST)  # read when Ray is imported
     options |= {'address': 'local', 'include_dashboard': False}
+    # Ray would give way to whatever else the host does.
+    options |= {'_system_config': {'worker_niceness': 0}}
     variables = {'PYTHONPATH': str(_SOURCES), 'JAX_PLATFORMS': platforms}
     packages = {'env_vars': variables}
   else:
