@@ -251,6 +251,14 @@ def _claims(command: cli.Claims) -> int:
   return 0
 
 
+def _bench(command: cli.Bench) -> int:
+  _start_jax()
+  from experiments.bench import comparison
+
+  comparison.carry_out(command)
+  return 0
+
+
 _COMMANDS = {
   cli.Demo: _demo,
   cli.RunCommand: _run,
@@ -259,4 +267,5 @@ _COMMANDS = {
   cli.Data: _data,
   cli.Report: _report,
   cli.Claims: _claims,
+  cli.Bench: _bench,
 }

@@ -1,0 +1,1 @@
+"""Measurements of speed and size; see ``python -m experiments bench``."""
