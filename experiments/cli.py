@@ -187,6 +187,19 @@ class Bench:
   out: Results = Path('results/bench')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+  """Measures how cost grows with batch, width, depth and number of runs.
+
+  Attributes:
+    steps: measured steps of each program.
+    out: folder for the measurements and their plot.
+  """
+
+  steps: int = 10
+  out: Results = Path('results/bench')
+
+
 Command = (
   Annotated[Demo, tyro.conf.subcommand('demo')]
   | Annotated[RunCommand, tyro.conf.subcommand('run')]
@@ -196,6 +209,7 @@ Command = (
   | Annotated[Report, tyro.conf.subcommand('report')]
   | Annotated[Claims, tyro.conf.subcommand('claims')]
   | Annotated[Bench, tyro.conf.subcommand('bench')]
+  | Annotated[Scaling, tyro.conf.subcommand('scaling')]
 )
 
 

@@ -259,6 +259,14 @@ def _bench(command: cli.Bench) -> int:
   return 0
 
 
+def _scaling(command: cli.Scaling) -> int:
+  _start_jax()
+  from experiments.bench import scaling
+
+  scaling.carry_out(command)
+  return 0
+
+
 _COMMANDS = {
   cli.Demo: _demo,
   cli.RunCommand: _run,
@@ -268,4 +276,5 @@ _COMMANDS = {
   cli.Report: _report,
   cli.Claims: _claims,
   cli.Bench: _bench,
+  cli.Scaling: _scaling,
 }

@@ -1,24 +1,21 @@
 """Every rule, plain Flax, torch and biotorch, side by side."""
 
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
 from experiments import cli, models
-from experiments.bench import in_jax, in_torch, machine, plots, tables
-from experiments.bench.contenders import Contender, take_turns
+from experiments.bench import files, in_jax, in_torch, plots, tables
+from experiments.bench.contenders import Contender, check_steps, take_turns
 from experiments.bench.results import Result, summarized
 from experiments.bench.workload import Workload
 from experiments.datasets import SHAPES
-from experiments.report.write import replace
 from symjax_bp import from_name
 
 
 def carry_out(command: cli.Bench) -> None:
-  """Network by network: measures, prints, writes what there is so far.
+  """Network by network: measures, prints, and writes what there is so far.
 
   Raises:
     ValueError: if an option is not among what is allowed.
@@ -33,15 +30,8 @@ def carry_out(command: cli.Bench) -> None:
   ]
   for rule in command.rule:
     from_name(rule)
-  if command.steps < 1:
-    raise ValueError(f'steps must be at least 1, not {command.steps}.')
-  try:
-    command.out.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ValueError(
-      f'out is {command.out}, which is no folder and can not be made one: '
-      f'{error.strerror}.'
-    ) from error
+  check_steps(command.steps)
+  out = files.folder(command.out)
   # Compilation is measured, too.
   jax.config.update('jax_enable_compilation_cache', False)
   results: list[Result] = []
@@ -49,7 +39,12 @@ def carry_out(command: cli.Bench) -> None:
     result = compare(workload, command.rule, command.steps, command.seconds)
     results.append(result)
     print(f'{tables.details(result)}\n', flush=True)
-    written = write(results, command.out)
+    written = files.write(
+      out,
+      {'results': [each.as_json() for each in results]},
+      plots.steps(results),
+      tables.markdown(results),
+    )
   print('written:', *written, sep='\n  ')
 
 
@@ -71,17 +66,3 @@ def compare(
     flops=workload.batch * flops,
     product_flops=in_jax.PRODUCT_FLOPS,
   )
-
-
-def write(results: Sequence[Result], folder: Path) -> list[Path]:
-  """Writes measurements, their tables and their picture."""
-  about = machine.described()
-  document = {'machine': about, 'results': [r.as_json() for r in results]}
-  picture = plots.steps(results)
-  bodies = {
-    'bench.json': json.dumps(document, indent=1).encode(),
-    'bench.md': tables.markdown(results, about).encode(),
-    'bench.svg': picture.svg,
-    'bench.png': picture.png,
-  }
-  return [replace(folder / name, body) for name, body in bodies.items()]

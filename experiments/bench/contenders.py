@@ -34,6 +34,16 @@ class Contender:
   draw_bytes: int = 0
 
 
+def check_steps(steps: int) -> None:
+  """Raises unless there is something to measure.
+
+  Raises:
+    ValueError: if ``steps`` is no positive number.
+  """
+  if steps < 1:
+    raise ValueError(f'steps must be at least 1, not {steps}.')
+
+
 def take_turns(
   contenders: Sequence[Contender], steps: int, seconds: float
 ) -> np.ndarray:

@@ -1,11 +1,13 @@
 """Pictures of measurements."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.bench.results import Result
 from experiments.report.figures import (
   COLOURS,
   Picture,
+  looks,
   panels,
   picture,
   style,
@@ -22,9 +24,10 @@ def steps(results: Sequence[Result]) -> Picture:
   names = list(dict.fromkeys(row.name for r in results for row in r.rows))
   norms = list(dict.fromkeys(r.workload.batch_norm for r in results))
   size = 2.6, 0.2 * len(names) + 0.1
+  left = 0.3 + 0.075 * max(map(len, names))
   with style('bench'):
     figure, axes = panels(
-      len(by_architecture), size, across=3, left=1.75, top=0.85, between=0.95
+      len(by_architecture), size, across=3, left=left, top=0.85, between=0.95
     )
     for panel, (architecture, members) in zip(
       axes, by_architecture.items(), strict=True
@@ -57,3 +60,55 @@ def steps(results: Sequence[Result]) -> Picture:
         color=COLOURS[at],
       )
     return picture(figure, 'bench', title)
+
+
+def scaling(
+  points: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]
+) -> Picture:
+  """Step time by batch, width and depth; time of a grid by number of runs."""
+  title = 'How cost grows'
+  axes_names = list(dict.fromkeys(point['axis'] for point in points))
+  with style('scaling'):
+    figure, (*step_axes, grid_axes) = panels(
+      len(axes_names) + 1,
+      (3.2, 2.2),
+      across=2,
+      left=0.75,
+      top=0.65,
+      between=0.85,
+    )
+    for panel, axis in zip(step_axes, axes_names, strict=True):
+      members = [point for point in points if point['axis'] == axis]
+      for position, name in enumerate(members[0]['seconds']):
+        panel.plot(
+          [member[axis] for member in members],
+          [1e3 * member['seconds'][name] for member in members],
+          label=name,
+          **looks(position),
+        )
+      panel.set_xscale('log', base=2)
+      panel.set_yscale('log')
+      panel.set_xticks(
+        [member[axis] for member in members],
+        [str(member[axis]) for member in members],
+      )
+      panel.set_xlabel(axis)
+      panel.set_ylabel('ms a step')
+      panel.legend(fontsize=8)
+    runs = [point['runs'] for point in grid['points']]
+    for position, (label, name) in enumerate(
+      (('whole grid', 'seconds'), ('besides training', 'besides_training'))
+    ):
+      grid_axes.plot(
+        runs,
+        [point[name] for point in grid['points']],
+        label=label,
+        **looks(position),
+      )
+    grid_axes.set_xlabel('runs')
+    grid_axes.set_ylabel('seconds')
+    grid_axes.set_xlim(0, None)
+    grid_axes.set_ylim(0, None)
+    grid_axes.legend(fontsize=8)
+    figure.text(*top_left(figure, 0.1), title, va='top', fontsize=11)
+    return picture(figure, 'scaling', title)

@@ -1,9 +1,9 @@
 """What ``bench`` prints, and its tables for a README."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from experiments.bench.results import FLAX, TORCH, Result, Row, rival
-from experiments.report.markdown import code, table
+from experiments.report.markdown import table
 
 
 def details(result: Result) -> str:
@@ -33,8 +33,8 @@ def title(result: Result) -> str:
   return result.workload.architecture + norm
 
 
-def markdown(results: Sequence[Result], machine: Mapping[str, str]) -> str:
-  """All networks in a few tables, and the machine."""
+def markdown(results: Sequence[Result]) -> str:
+  """All networks in a few tables."""
   tables = {
     'Plain backpropagation: milliseconds a step, median [quartiles]; ratio '
     'within rounds; share of the rate of a matrix product.': _plain(results),
@@ -49,10 +49,9 @@ def markdown(results: Sequence[Result], machine: Mapping[str, str]) -> str:
       results, lambda row: _ratio(row, rival(row.name))
     ),
   }
-  parts = [code('\n'.join(f'{key}: {value}' for key, value in machine.items()))]
-  for heading, lines in tables.items():
-    parts += [heading, '\n'.join(lines)]
-  return '\n\n'.join(parts) + '\n'
+  return '\n\n'.join(
+    '\n'.join([heading, '', *lines]) for heading, lines in tables.items()
+  )
 
 
 def _plain(results: Sequence[Result]) -> list[str]:
