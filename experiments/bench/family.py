@@ -84,7 +84,7 @@ def _contender(member: Member, rule: str | None) -> Contender:
     key, use = jax.random.split(key)
 
     def loss(params):
-      logits = model.apply({'params': params}, x, rngs={'feedback': use})
+      logits: Any = model.apply({'params': params}, x, rngs={'feedback': use})
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
       return losses.mean()
 
