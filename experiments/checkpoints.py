@@ -32,8 +32,6 @@ def save(folder: Path, epoch: int, state: Any) -> None:
   Raises:
     StoreError: if it can't be written.
   """
-  import orbax.checkpoint as ocp
-
   folder = folder.absolute()
   path = folder / str(epoch)
   arrays = _by_name(jax.device_get(state))
@@ -44,7 +42,7 @@ def save(folder: Path, epoch: int, state: Any) -> None:
     free = shutil.disk_usage(folder).free
     if free < wanted:
       raise OSError(f'it needs {wanted} bytes, of which {free} are left')
-    with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
       checkpointer.save(path, arrays, force=True)
   except Exception as error:  # Orbax and its storage have errors of their own
     _remove(folder, keep=_epochs(folder))
@@ -94,11 +92,9 @@ def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
 
 def _read(path: Path, like: Any) -> Any:
   """The state in a checkpoint, checked."""
-  import orbax.checkpoint as ocp
-
   if read_text(_digest_path(path)) != _digests(path):
     raise ValueError('its files are damaged')
-  with _quiet(), ocp.StandardCheckpointer() as checkpointer:
+  with _checkpointer() as checkpointer:
     found = checkpointer.restore(path)
 
   def checked(name, wanted):
@@ -162,13 +158,27 @@ def _digests(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """What goes wrong is raised, and need not be logged as well."""
+def _checkpointer() -> Iterator[Any]:
+  """Orbax, for this process alone if there are several.
+
+  What goes wrong is raised, and need not be logged as well.
+  """
+  import orbax.checkpoint as ocp
+
+  alone = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=alone,
+    active_processes={alone},
+    barrier_sync_key_prefix=f'process {alone}',
+  )
   logger = logging.getLogger('absl')
   level = logger.level
   logger.setLevel(logging.CRITICAL)
   try:
-    yield
+    with ocp.StandardCheckpointer(
+      multiprocessing_options=options
+    ) as checkpointer:
+      yield checkpointer
   finally:
     logger.setLevel(level)
 

@@ -53,6 +53,52 @@ class ProtocolOptions(Protocol):
     return Protocol(**dataclasses.asdict(self))
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hosts:
+  """Several processes that do the runs together, usually one a host.
+
+  Attributes:
+    coordinator: HOST:PORT of process 0, the same for all processes.
+    process_id: number of this process, from 0.
+    process_count: number of all processes.
+    distributed: find the other processes by Slurm, Open MPI or the TPU.
+  """
+
+  coordinator: str | None = None
+  process_id: int | None = None
+  process_count: int | None = None
+  distributed: bool = False
+
+  def several(self) -> bool:
+    """Whether there are other processes.
+
+    Raises:
+      ValueError: if the options don't say where they are.
+    """
+    named = (self.coordinator, self.process_id, self.process_count)
+    if self.distributed or named == (None, None, None):
+      return self.distributed
+    host, _, port = (self.coordinator or '').rpartition(':')
+    if not (host and port.isdigit()):
+      raise ValueError(
+        f'coordinator is {self.coordinator!r}, but must be HOST:PORT where '
+        'process 0 can be reached.'
+      )
+    if self.process_count is None or self.process_count < 1:
+      raise ValueError(
+        f'process_count is {self.process_count}, but must be the number of '
+        'processes, at least 1.'
+      )
+    if self.process_id is None or not (
+      0 <= self.process_id < self.process_count
+    ):
+      raise ValueError(
+        f'process_id is {self.process_id}, but must be from 0 to '
+        f'{self.process_count - 1}, another for every process.'
+      )
+    return True
+
+
 Results = Annotated[Path, tyro.conf.arg(metavar='DIR')]
 _Flat = tyro.conf.OmitArgPrefixes
 DEMO_PROTOCOL = Protocol(epochs=5)
@@ -77,6 +123,9 @@ class RunCommand:
     selection: which cells.
     protocol: what is common to all of them.
     results: results folder.
+    hosts: which processes do it together.
+    devices: of each process, over which mini-batches are divided (default:
+      as many accelerators as divide them; one CPU).
     scan: compile a whole epoch as one loop (default: not on a CPU).
     checkpoint_share: share of a run's time that checkpoints may take; 1 writes
       one after every epoch.
@@ -85,6 +134,8 @@ class RunCommand:
   selection: Selection = Selection()
   protocol: ProtocolOptions = ProtocolOptions()
   results: Results = Path('results')
+  hosts: Hosts = Hosts()
+  devices: int | None = None
   scan: bool | None = None
   checkpoint_share: float = 0.03
 

@@ -4,7 +4,6 @@ import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from experiments import backend, cli, conditions, datasets, grid, listing
@@ -112,30 +111,34 @@ def _runs_on(
       yield run
 
 
-def _start_jax() -> None:
+def _start_jax(devices: int | None = None) -> None:
   """Sets what JAX reads when it is imported, and says so."""
-  for line in backend.configure():
+  for line in backend.configure(devices):
     print(f'set {line}', flush=True)
 
 
 def _execute(
   runs: Sequence[Run],
-  results: Path,
+  store: Any,  # a Store, or a SharedStore, which imports JAX
   load_for: Callable[[Run], Dataset],
+  devices: int | None = 1,
   **options: Any,
 ) -> int:
   """Carries out runs with progress; returns the exit status."""
-  store = Store(results)
   missing = store.missing(runs)
   if not missing:
-    print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
+    print(
+      f'all {len(runs)} runs are finished in {store.folder}: nothing to do.'
+    )
     return 0
   store.create()
-  print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
-  _start_jax()
+  print(f'{len(missing)} of {len(runs)} runs to do; results in {store.folder}')
+  _start_jax(devices)
   from experiments import runner
+  from experiments.devices import mesh_for
   from experiments.progress import reporter
 
+  options['mesh'] = mesh_for(missing, devices)
   with reporter(len(missing)) as listener:
     try:
       summary = runner.carry_out(missing, store, load_for, listener, **options)
@@ -156,7 +159,7 @@ def _execute(
 def _demo(command: cli.Demo) -> int:
   selection = cli.Selection(condition=_DEMO_CONDITIONS, rate=_DEMO_RATES)
   runs = selected_runs(selection, cli.DEMO_PROTOCOL)
-  status = _execute(runs, command.results, _loader(selection))
+  status = _execute(runs, Store(command.results), _loader(selection))
   if status == 0:
     status = _report(cli.Report(command.results))
     print(
@@ -172,23 +175,39 @@ def _run(command: cli.RunCommand) -> int:
   if not 0 <= share <= 1:
     raise ValueError(f'checkpoint_share must be in [0, 1], not {share!r}.')
   runs = selected_runs(command.selection, command.protocol.checked())
-  status = _execute(
+  execute = functools.partial(
+    _execute,
     runs,
-    command.results,
-    _loader(command.selection),
+    load_for=_loader(command.selection),
+    devices=command.devices,
     scan=command.scan,
     checkpoint_share=share,
   )
-  if status == 0:
-    from experiments import report
+  store, first = Store(command.results), True
+  if not command.hosts.several():
+    status = execute(store)
+  else:
+    _start_jax(command.devices)
+    from experiments import distributed
+    from experiments.shared_store import SharedStore
 
-    wanted = {run.run_id for run in runs}
-    records = [r for r in load(command.results) if r.run_id in wanted]
-    tables = [table.name for table in selected_tables(command.selection)]
-    if any(record.result for record in records):
-      print(report.text_tables(records, tables or None))
-    print(f'report: python -m experiments report {command.results}')
+    with distributed.joined(command.hosts, runs) as first:
+      status = execute(SharedStore(store), agree=distributed.any_signal)
+  if status == 0 and first:
+    _show(command, runs)
   return status
+
+
+def _show(command: cli.RunCommand, runs: Sequence[Run]) -> None:
+  """Prints the results of some runs."""
+  from experiments import report
+
+  wanted = {run.run_id for run in runs}
+  records = [r for r in load(command.results) if r.run_id in wanted]
+  tables = [table.name for table in selected_tables(command.selection)]
+  if any(record.result for record in records):
+    print(report.text_tables(records, tables or None))
+  print(f'report: python -m experiments report {command.results}')
 
 
 def _plan(command: cli.Plan) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from experiments.conditions import BatchPlan, Condition
 
-VERSION = 1
+VERSION = 2
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
 
 
@@ -37,6 +37,8 @@ class Protocol:
     input_scale: factor on pixels (0 to 255) minus the training mean image.
     reduction: of the gradient over the mini-batch, 'mean' or 'sum'.
     batch_norm_epsilon: in units of the variance.
+    batch_norm_groups: parts of a mini-batch that are normalised each with its
+      own statistics; as many as there are devices: each device its own.
     calibration_batches: mini-batches that the statistics for testing average.
     layer_metrics: also record signs and angles of every layer, each epoch.
   """
@@ -51,13 +53,14 @@ class Protocol:
   input_scale: float = 1.0
   reduction: str = 'mean'
   batch_norm_epsilon: float = 1e-4
+  batch_norm_groups: int = 1
   calibration_batches: int = 20
   layer_metrics: bool = False
 
   def __post_init__(self):
     positive = (
       'epochs', 'base_rate', 'initial_std', 'input_scale',
-      'batch_norm_epsilon', 'calibration_batches',
+      'batch_norm_epsilon', 'batch_norm_groups', 'calibration_batches',
     )  # fmt: skip
     for name in positive:
       _check(name, getattr(self, name), 'positive', lambda x: x > 0)
@@ -69,6 +72,18 @@ class Protocol:
     if self.reduction not in ('mean', 'sum'):
       raise ValueError(
         f"reduction must be 'mean' or 'sum', not {self.reduction!r}."
+      )
+
+  def check_groups(self, size: int) -> None:
+    """Checks that a mini-batch can be divided into the groups.
+
+    Raises:
+      ValueError: if not.
+    """
+    if size % self.batch_norm_groups:
+      raise ValueError(
+        f'batch_norm_groups is {self.batch_norm_groups}, but must divide a '
+        f'mini-batch of {size}.'
       )
 
   def rate_factor(self, epoch: int) -> float:
@@ -121,6 +136,8 @@ class Run:
   def __post_init__(self):
     _check('rate', self.rate, 'positive', lambda x: x > 0)
     _check('seed', self.seed, 'from 0 to 2**32 - 1', lambda x: 0 <= x < 2**32)
+    for _, size in self.batch_plan:
+      self.protocol.check_groups(size)
 
   def config(self) -> dict[str, Any]:
     """The configuration as JSON has it, flat."""

@@ -8,9 +8,10 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from experiments import devices
 from experiments.datasets import Dataset
 from experiments.grid import Run
 from experiments.holdout import held_out_rows
@@ -32,6 +33,7 @@ class Uploaded(NamedTuple):
   classes: int
   train: Images
   test: Images
+  mesh: Mesh | None
 
 
 class Parts(NamedTuple):
@@ -52,6 +54,7 @@ class Placed:
     parts: the arrays on the device.
     trained: int32, rows of ``parts.train`` to train on.
     held_out: int32, the other rows.
+    mesh: the devices that have it all, if they are several.
   """
 
   architecture: str
@@ -59,20 +62,27 @@ class Placed:
   parts: Parts
   trained: np.ndarray
   held_out: np.ndarray
+  mesh: Mesh | None = None
 
 
-def upload(data: Dataset) -> Uploaded:
-  """Puts a dataset on the device; what is in main memory can be forgotten."""
+def upload(data: Dataset, mesh: Mesh | None = None) -> Uploaded:
+  """Puts a dataset on the device; what is in main memory can be forgotten.
+
+  Args:
+    data: the dataset.
+    mesh: devices to have it all; None is the default device.
+  """
   return Uploaded(
     architecture=data.spec.architecture,
     classes=len(data.classes),
-    train=_images(data.x_train, data.y_train),
-    test=_images(data.x_test, data.y_test),
+    train=_images(data.x_train, data.y_train, mesh),
+    test=_images(data.x_test, data.y_test, mesh),
+    mesh=mesh,
   )
 
 
-def _images(x: np.ndarray, y: np.ndarray) -> Images:
-  return Images(jnp.asarray(x), jnp.asarray(y, jnp.int32))
+def _images(x: np.ndarray, y: np.ndarray, mesh: Mesh | None) -> Images:
+  return Images(*devices.replicate(mesh, (x, y.astype(np.int32))))
 
 
 def place(uploaded: Uploaded, run: Run) -> Placed:
@@ -80,19 +90,33 @@ def place(uploaded: Uploaded, run: Run) -> Placed:
   x, y = map(np.asarray, uploaded.train)
   held_out = held_out_rows(y, run)
   trained = np.setdiff1d(np.arange(len(y), dtype=np.int32), held_out)
+  _check_batches(run, len(trained), uploaded.mesh)
   # On the host, in float64: the same on every device.
   total = np.zeros(x.shape[1:], np.float64)
   for first in range(0, len(trained), _ROWS_AT_ONCE):
     chunk = x[trained[first : first + _ROWS_AT_ONCE]]
     total += chunk.sum(0, dtype=np.float64)
-  mean = jnp.asarray((total / len(trained)).astype(np.float32))
+  mean = (total / len(trained)).astype(np.float32)
   return Placed(
     architecture=uploaded.architecture,
     classes=uploaded.classes,
-    parts=Parts(uploaded.train, uploaded.test, mean),
+    parts=Parts(
+      uploaded.train,
+      uploaded.test,
+      devices.replicate(uploaded.mesh, mean),
+    ),
     trained=trained,
     held_out=held_out,
+    mesh=uploaded.mesh,
   )
+
+
+def _check_batches(run: Run, count: int, mesh: Mesh | None) -> None:
+  """Checks that mini-batches of ``count`` rows can be divided as asked."""
+  for _, size in run.batch_plan:
+    size = min(size, count)
+    devices.check_divides(mesh, size)
+    run.protocol.check_groups(size)
 
 
 def mini_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
@@ -108,9 +132,11 @@ def mini_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
 def calibration_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
   """As ``mini_batches``, of the number that statistics for testing take.
 
-  Goes round the rows as often as that needs.
+  Goes round the rows as often as that needs. They are of the size of which
+  statistics are taken in training.
   """
   size, count = min(run.batch_size(epoch), len(rows)), len(rows)
+  size //= run.protocol.batch_norm_groups
   random = np.random.default_rng([run.seed, epoch, 1])
   wanted = run.protocol.calibration_batches
   rounds = -(-wanted // (count // size))

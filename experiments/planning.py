@@ -24,7 +24,8 @@ def run_flops(run: Run, data: Dataset) -> float:
   trained = len(data.y_train) - evaluated
   evaluated += len(data.y_test)
   if run.batch_norm != 'none':
-    evaluated += run.protocol.calibration_batches * run.batch_size(1)
+    size = run.batch_size(1) // run.protocol.batch_norm_groups
+    evaluated += run.protocol.calibration_batches * size
   forward = 2 * sum(multiply_adds(architecture, classes))
   return run.protocol.epochs * (
     trained * training_flops(architecture, classes) + evaluated * forward

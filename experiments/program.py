@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
+from experiments import devices
 from experiments.datasets import SHAPES
 from experiments.grid import Run
 from experiments.models import Network
@@ -46,6 +48,8 @@ class Setup:
   input_scale: float
   reduction: str
   batch_norm_epsilon: float
+  batch_norm_groups: int
+  mesh: Mesh | None
 
   @classmethod
   def of(cls, run: Run, placed: Placed) -> 'Setup':
@@ -55,6 +59,7 @@ class Setup:
     return cls(
       architecture=placed.architecture,
       classes=placed.classes,
+      mesh=placed.mesh,
       **{name: config[name] for name in names & config.keys()},
     )
 
@@ -135,6 +140,23 @@ def _inputs(parts: Parts, images: Images, index, input_scale: float):
   return x * jnp.float32(input_scale)
 
 
+def _grouped(model: Network, groups: int) -> Callable[..., jax.Array]:
+  """The training mode, each group of a mini-batch with its own statistics."""
+
+  def apply(variables, x, rngs) -> Any:
+    return model.apply(variables, x, True, rngs=rngs)
+
+  if groups == 1 or model.batch_norm == 'none':
+    return apply
+
+  def apply_grouped(variables, x, rngs):
+    x = x.reshape(groups, -1, *x.shape[1:])
+    logits = jax.vmap(apply, (None, 0, None))(variables, x, rngs)
+    return logits.reshape(-1, logits.shape[-1])
+
+  return apply_grouped
+
+
 def _losses(logits, y):
   return optax.softmax_cross_entropy_with_integer_labels(logits, y)
 
@@ -159,6 +181,7 @@ _ANY = {
   'momentum': 0.0,
   'weight_decay': 0.0,
   'reduction': 'mean',
+  'batch_norm_groups': 1,
 }
 
 
@@ -166,12 +189,13 @@ _ANY = {
 def _common(setup: Setup) -> _Common:
   """Compiled once for all conditions that differ in ``_ANY`` only."""
   model = _network(setup)
+  jit = devices.compiler(setup.mesh)
 
   @jax.jit
   def initial_params(key):
     return _init(model, key)['params']
 
-  @jax.jit
+  @jit
   def evaluate(variables, parts, images, index, weight):
     x = _inputs(parts, images, index, setup.input_scale)
     logits = model.apply(variables, x, False)
@@ -204,6 +228,7 @@ def _common(setup: Setup) -> _Common:
 def program(setup: Setup) -> Program:
   """The functions of a setup; one compilation for all rates and seeds."""
   model = _network(setup)
+  jit = devices.compiler(setup.mesh)
   common = _common(dataclasses.replace(setup, **_ANY))
   optimizer = _optimizer(setup)
 
@@ -227,7 +252,7 @@ def program(setup: Setup) -> Program:
 
     def loss(params):
       variables = {'params': params, 'feedback': state['feedback']}
-      logits = model.apply(variables, x, True, rngs=rngs)
+      logits = _grouped(model, setup.batch_norm_groups)(variables, x, rngs)
       reduce = jnp.mean if setup.reduction == 'mean' else jnp.sum
       return reduce(_losses(logits, y)), _scores(logits, y).sum(1)
 
@@ -270,10 +295,10 @@ def program(setup: Setup) -> Program:
 
   return Program(
     initialize=initialize,
-    step=jax.jit(step, donate_argnums=0),
-    scan=jax.jit(scan, donate_argnums=0),
+    step=jit(step, donate_argnums=0),
+    scan=jit(scan, donate_argnums=0),
     evaluate=common.evaluate,
     statistics=common.statistics,
-    align=jax.jit(align),
-    finite=jax.jit(finite),
+    align=jit(align),
+    finite=jit(finite),
   )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import filelock
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import placement, train
 from experiments.datasets import Dataset, DatasetError
@@ -55,13 +56,22 @@ class StopRequest:
 
   What a stop loses is the epoch at hand.
 
-  Attributes:
-    asked: number of the signal; None if there was none.
+  Args:
+    agree: gives the signal that all processes stop for, of this one's own;
+      called by all of them at the same points.
   """
 
-  def __init__(self):
+  def __init__(
+    self, agree: Callable[[int | None], int | None] = lambda number: number
+  ):
     """Nothing asked yet."""
-    self.asked: int | None = None
+    self._agree = agree
+    self._number: int | None = None
+
+  @property
+  def asked(self) -> int | None:
+    """Number of the signal; None if there was none."""
+    return self._agree(self._number)
 
   def __enter__(self) -> 'StopRequest':
     """Listens; a second signal ends the program at once."""
@@ -78,9 +88,9 @@ class StopRequest:
 
   def _ask(self, number, frame) -> None:
     del frame
-    if self.asked is not None:
+    if self._number is not None:
       raise KeyboardInterrupt
-    self.asked = number
+    self._number = number
 
 
 class Stopped(Exception):
@@ -124,8 +134,9 @@ class _Checkpoints:
 class _Data:
   """The last dataset on the device, for the runs that share it."""
 
-  def __init__(self, load: Callable[[Run], Dataset]):
+  def __init__(self, load: Callable[[Run], Dataset], mesh: Mesh | None):
     self._load = load
+    self._mesh = mesh
     self._uploaded: tuple[str, placement.Uploaded] | None = None
     self._placed: tuple[tuple, Placed] | None = None
 
@@ -141,7 +152,7 @@ class _Data:
           f'{run.dataset}: {data.source} has changed since this command '
           'started; repeat the command.'
         )
-      self._uploaded = (run.digest, placement.upload(data))
+      self._uploaded = (run.digest, placement.upload(data, self._mesh))
     key = (run.digest, run.seed, run.protocol.holdout)
     if self._placed is None or self._placed[0] != key:
       self._placed = (key, placement.place(self._uploaded[1], run))
@@ -156,6 +167,8 @@ def carry_out(
   *,
   scan: bool | None = None,
   checkpoint_share: float = CHECKPOINT_SHARE,
+  mesh: Mesh | None = None,
+  agree: Callable[[int | None], int | None] = lambda number: number,
 ) -> Summary:
   """Does every run that has no result yet.
 
@@ -167,6 +180,8 @@ def carry_out(
     scan: as for ``train.epochs``.
     checkpoint_share: of a run's time that checkpoints may take; 1 writes one
       after every epoch.
+    mesh: devices to divide mini-batches over; None is the default device.
+    agree: as for ``StopRequest``.
 
   Raises:
     Stopped: after SIGINT or SIGTERM; all finished epochs are recorded.
@@ -174,11 +189,11 @@ def carry_out(
     DatasetError: if a dataset can't be loaded.
   """
   summary = Summary()
-  data, checkpoints = _Data(load), _Checkpoints(checkpoint_share)
-  with StopRequest() as stop:
+  data, checkpoints = _Data(load, mesh), _Checkpoints(checkpoint_share)
+  with StopRequest(agree) as stop:
     for run in runs:
-      if stop.asked is not None:
-        raise Stopped(stop.asked)
+      if (number := stop.asked) is not None:
+        raise Stopped(number)
       try:
         with store.lock(run):
           if store.finished(run):
@@ -227,8 +242,9 @@ def _one(
   except train.Stopped:
     if unsaved is not None:
       checkpoints.save(folder, *unsaved)
-    assert stop.asked is not None
-    raise Stopped(stop.asked) from None
+    number = stop.asked
+    assert number is not None
+    raise Stopped(number) from None
   result = train.result(run, placed.classes, lines)
   folder.finish(result)
   listener.run_finished(run, result)

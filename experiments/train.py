@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import devices
 from experiments.grid import Run
 from experiments.placement import (
   Images,
-  Parts,
   Placed,
   calibration_batches,
   mini_batches,
@@ -50,7 +50,7 @@ def epochs(
   Args:
     run: what to do.
     placed: its dataset.
-    state: before epoch ``first``; its buffers are used up.
+    state: before epoch ``first``, on whatever device; its buffers are used up.
     first: number of the epoch to begin with, from 1.
     scan: whether an epoch is one compiled loop; default: not on a CPU.
     stopping: asked before every step (every epoch with ``scan``) whether to
@@ -67,19 +67,19 @@ def epochs(
   key = jax.random.fold_in(jax.random.key(run.seed), 1)
   scan = jax.default_backend() != 'cpu' if scan is None else scan
   train = _scanned if scan else _looped
+  state = devices.replicate(placed.mesh, state)
   for epoch in range(first, run.protocol.epochs + 1):
     began = time.perf_counter()
     order = mini_batches(run, epoch, placed.trained)
     rate = np.float32(
       run.protocol.base_rate * run.rate * run.protocol.rate_factor(epoch)
     )
-    state, scores = train(
-      functions, stopping, state, placed.parts, order, rate, key
-    )
+    state, scores = train(functions, stopping, state, placed, order, rate, key)
     line = {'epoch': epoch} | _named('train', scores, order.size)
     line |= _evaluated(run, placed, functions, state, epoch)
     if run.protocol.layer_metrics:
-      rows = functions.align(state, placed.parts, order[0], key)
+      index = devices.split(placed.mesh, order[0])
+      rows = functions.align(state, placed.parts, index, key)
       line['layers'] = {
         layer: {name: _number(x) for name, x in row._asdict().items()}
         for layer, row in rows.items()
@@ -91,22 +91,28 @@ def epochs(
       return
 
 
-def _looped(functions: Program, stopping, state, parts, order, rate, key):
+def _looped(
+  functions: Program, stopping, state, placed: Placed, order, rate, key
+):
   """An epoch step by step; nothing waits for the device before its end."""
   scores = []
   for index in order:
     if stopping():
       raise Stopped
-    state, step_scores = functions.step(state, parts, index, rate, key)
+    index = devices.split(placed.mesh, index)
+    state, step_scores = functions.step(state, placed.parts, index, rate, key)
     scores.append(step_scores)
   return state, np.sum(jax.device_get(scores), axis=0, dtype=np.float32)
 
 
-def _scanned(functions: Program, stopping, state, parts, order, rate, key):
+def _scanned(
+  functions: Program, stopping, state, placed: Placed, order, rate, key
+):
   """An epoch as one compiled loop."""
   if stopping():
     raise Stopped
-  state, scores = functions.scan(state, parts, order, rate, key)
+  order = devices.split(placed.mesh, order)
+  state, scores = functions.scan(state, placed.parts, order, rate, key)
   return state, np.asarray(scores)
 
 
@@ -115,7 +121,10 @@ def _evaluated(
 ) -> Line:
   """The part of the line that test and held-out images give."""
   parts = placed.parts
-  batches = calibration_batches(run, epoch, placed.trained)
+  # Whole on every device: they are few, and may be of any size.
+  batches = devices.replicate(
+    placed.mesh, [*calibration_batches(run, epoch, placed.trained)]
+  )
   variables = functions.statistics(state['params'], parts, batches)
   line = {}
   for name, images, rows in (
@@ -123,21 +132,31 @@ def _evaluated(
     ('holdout', parts.train, placed.held_out),
   ):
     if len(rows):
-      scores = _scores(functions, variables, parts, images, rows)
+      scores = _scores(functions, variables, placed, images, rows)
       line |= _named(name, np.asarray(scores), len(rows))
   return line
 
 
 def _scores(
-  functions: Program, variables, parts: Parts, images: Images, rows: np.ndarray
+  functions: Program,
+  variables,
+  placed: Placed,
+  images: Images,
+  rows: np.ndarray,
 ) -> jax.Array:
   """Sums of losses and errors over rows, in batches of one size."""
   size = min(EVALUATION_BATCH, len(rows))
+  size += -size % devices.count(placed.mesh)
   missing = -len(rows) % size
   index = np.pad(rows, (0, missing), mode='edge').reshape(-1, size)
   weight = np.pad(np.ones(len(rows), np.float32), (0, missing))
   scores = [
-    functions.evaluate(variables, parts, images, *batch)
+    functions.evaluate(
+      variables,
+      placed.parts,
+      images,
+      *(devices.split(placed.mesh, each) for each in batch),
+    )
     for batch in zip(index, weight.reshape(-1, size), strict=True)
   ]
   return sum(scores[1:], start=scores[0])

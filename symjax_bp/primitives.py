@@ -18,7 +18,10 @@ The four equations:
 
 Both transposes are JAX's own (``jax.linear_transpose``), so with ``V = W`` the
 gradients are those of ``jax.grad`` bit for bit, and every option of the
-operations, every batching and every sharding works. Nothing here knows where V
+operations, every batching and every sharding works. One thing differs, on a CPU
+alone: dx of a large convolution that shrinks the image is the transpose of the
+same convolution in another formulation, ``symjax_bp.row_convolution``, which is
+several times quicker there and rounds differently. Nothing here knows where V
 comes from; see ``symjax_bp.feedback`` for the rules of the paper.
 
 Reverse mode over reverse mode works, and every reverse pass uses V. Forward
@@ -37,6 +40,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from symjax_bp.row_convolution import pays, row_convolution
+
 Padding = str | Sequence[tuple[int, int]]
 
 
@@ -53,9 +58,25 @@ def _forward(op, x, W, V):
 
 def _backward(op, operands, g):
   x, W, V = operands
-  (dx,) = jax.linear_transpose(lambda x: op(x, V), x)(g)
   (dW,) = jax.linear_transpose(lambda W: op(x, W), W)(g)
-  return dx, dW, None
+  return _input_gradient(op, x, V, g), dW, None
+
+
+def _input_gradient(op, x, V, g):
+  """The transpose of ``op(x, V)`` in x, on a CPU in the quicker formulation."""
+
+  def transpose(function, V, g):
+    formulation = dataclasses.replace(op, function=function)
+    return jax.linear_transpose(lambda x: formulation(x, V), x)(g)[0]
+
+  if op.function_on_cpu is None:
+    return transpose(op.function, V, g)
+  return lax.platform_dependent(
+    V,
+    g,
+    cpu=functools.partial(transpose, op.function_on_cpu),
+    default=functools.partial(transpose, op.function),
+  )
 
 
 _asymmetric.defvjp(_forward, _backward)
@@ -90,10 +111,18 @@ def _hashable(value):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Operation:
-  """A function of ``jax.lax`` with all options set: ``op(x, W)``."""
+  """A function of ``jax.lax`` with all options set: ``op(x, W)``.
+
+  Attributes:
+    function: of x, W and the options.
+    options: names and values.
+    function_on_cpu: the same function, if there is one whose transpose is
+      quicker on a CPU.
+  """
 
   function: Any
   options: tuple[tuple[str, Any], ...]
+  function_on_cpu: Any = None
 
   def __call__(self, x, W):
     return self.function(x, W, **dict(self.options))
@@ -217,6 +246,8 @@ def conv_general_dilated(
     preferred_element_type=preferred_element_type,
     out_sharding=out_sharding,
   )
+  if pays(jnp.shape(x), jnp.shape(W), dict(operation.options)):
+    operation = dataclasses.replace(operation, function_on_cpu=row_convolution)
   return _apply(operation, x, W, V)
 
 

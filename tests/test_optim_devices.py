@@ -25,7 +25,7 @@ def _device_step(optimizer, sign_first, weights, state, x, y):
 
 
 @pytest.mark.parametrize('setting', BATCH_MANHATTAN)
-@pytest.mark.parametrize('devices', [2, 4])
+@pytest.mark.parametrize('devices', [2, 4, 8])
 def test_sum_across_devices_before_the_sign(setting, devices):
   rng = np.random.default_rng(3)
   # Small integers: sums are exact, whatever their order.

@@ -1,5 +1,8 @@
 """The commands in this process: what they say, select and refuse."""
 
+import os
+import platform
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +16,7 @@ from experiments.store import Store
 @pytest.fixture(name='main')
 def _main(monkeypatch, capsys):
   """Calls the program with arguments: (exit status, output, errors)."""
-  monkeypatch.setattr(backend, 'configure', lambda: [])
+  monkeypatch.setattr(backend, 'configure', lambda devices=None: [])
 
   def main(*arguments):
     monkeypatch.setattr(sys, 'argv', ['experiments', *map(str, arguments)])
@@ -113,6 +116,8 @@ def test_every_option_is_in_the_help(main):
     'table', 'condition', 'dataset', 'rate', 'seed', 'data-dir', 'results',
     'epochs', 'train-size', 'holdout', 'base-rate', 'momentum', 'weight-decay',
     'initial-std', 'input-scale', 'reduction', 'batch-norm-epsilon',
+    'batch-norm-groups', 'devices', 'coordinator', 'process-id',
+    'process-count', 'distributed',
     'calibration-batches', 'layer-metrics', 'scan', 'checkpoint-share',
   ):  # fmt: skip
     assert f'--{option} ' in out or f'--{option},' in out
@@ -213,7 +218,7 @@ def test_finished_runs_are_seen_without_jax_or_a_new_folder(main, tmp_path):
   (tmp_path / run.run_id / 'result.json').write_text('{"paper_error": 1.0}')
   assert Store(tmp_path).missing([run]) == []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(commands, '_start_jax', lambda: pytest.fail('JAX started'))
+    patch.setattr(commands, '_start_jax', lambda _: pytest.fail('JAX started'))
     _, out, _ = main(
       'run', '--condition', 'SGD', '--rate', '1', '--results', tmp_path
     )
@@ -234,6 +239,7 @@ def test_a_second_interrupt_is_no_traceback(main, monkeypatch):
 def test_flags_of_the_user_are_kept(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=x')
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'mine')
+  monkeypatch.setenv('MALLOC_ARENA_MAX', '4')
   said = backend.configure()
   assert backend.os.environ['XLA_FLAGS'].startswith('--xla_dump_to=x ')
   assert backend.os.environ['JAX_COMPILATION_CACHE_DIR'] == 'mine'
@@ -242,3 +248,31 @@ def test_flags_of_the_user_are_kept(monkeypatch):
   monkeypatch.setattr(backend.importlib.metadata, 'version', lambda _: '0.11.0')
   monkeypatch.setenv('XLA_FLAGS', '')
   assert backend.configure() == []  # XLA ends on flags that it doesn't know
+
+
+def test_memory_is_kept_between_steps():
+  if platform.libc_ver()[0] != 'glibc':
+    return  # nothing is set elsewhere
+  script = """
+import resource
+import numpy as np
+from experiments import backend
+
+assert any('memory' in line for line in backend.configure())
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+large = lambda: np.ones(2**23)
+large()
+before = faults()
+for _ in range(4):
+  large()
+print(faults() - before)
+"""
+  faults = subprocess.run(
+    [sys.executable, '-c', script],
+    check=True,
+    capture_output=True,
+    text=True,
+    env={'PATH': os.environ['PATH']},
+  ).stdout
+  pages = 4 * 2**23 * 8 // os.sysconf('SC_PAGE_SIZE')
+  assert int(faults) < pages / 100

@@ -120,9 +120,6 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed, monkeypatch):
 
     questions = 0
 
-    def __init__(self):
-      pass
-
     @property
     def asked(self):
       Asked.questions += 1
@@ -242,7 +239,9 @@ def test_a_dataset_is_loaded_once_and_then_let_go(tmp_path, monkeypatch):
   uploads = []
   upload = placement.upload
   monkeypatch.setattr(
-    placement, 'upload', lambda data: uploads.append(data) or upload(data)
+    placement,
+    'upload',
+    lambda *given: uploads.append(given) or upload(*given),
   )
   Store(tmp_path).create()
   summary = runner.carry_out(runs, Store(tmp_path), load, _Listener())

@@ -1,0 +1,179 @@
+"""A run over several devices is that of one, whatever its condition."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import devices, placement, train
+from experiments.program import Setup, program
+from tests.experiments import tiny
+
+_PLAN = ((None, 72),)  # three of 216 images; 2, 4 and 8 divide it
+
+
+def _run(condition, **protocol):
+  run = tiny.run(condition, **protocol)
+  return dataclasses.replace(run, batch_plan=_PLAN)
+
+
+def _placed(run, count):
+  mesh = devices.mesh_for([run], count)
+  return placement.place(placement.upload(tiny.dataset(), mesh), run)
+
+
+def _trained(run, count, state=None, first=1, scan=None):
+  """States and lines; the state must be the same bits on every device."""
+  placed = _placed(run, count)
+  before = state or train.start(run, placed)
+  states, lines = [], []
+  for state, line in train.epochs(run, placed, before, first, scan):
+    for leaf in jax.tree.leaves(state):
+      shards = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+      assert len(shards) == count
+      for shard in shards:
+        np.testing.assert_array_equal(shard, shards[0])
+    states.append(jax.tree.map(np.array, state))
+    lines.append(line)
+  return states, lines
+
+
+def _assert_same_lines(lines, expected):
+  for line, wanted in zip(lines, expected, strict=True):
+    line, wanted = dict(line, seconds=0), dict(wanted, seconds=0)
+    for row in (line, wanted):
+      row |= {
+        f'{layer}.{name}': value
+        for layer, values in row.pop('layers', {}).items()
+        for name, value in values.items()
+      }
+    assert line == pytest.approx(wanted, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+  ('condition', 'count', 'scan'),
+  [
+    ('SGD', 8, False),
+    ('uSF+BN', 4, True),
+    ('NuSF+BN+BM3', 2, False),
+    ('RndF+BN', 8, False),
+    ('brSF-50%+BN+BM', 4, False),
+    ('frSF-50%+BN', 2, False),
+  ],
+)
+def test_several_devices_are_one(condition, count, scan):
+  run = _run(condition)
+  states, lines = _trained(run, count, scan=scan)
+  expected, expected_lines = _trained(run, 1)
+  _assert_same_lines(lines, expected_lines)
+  tree = zip(
+    jax.tree.leaves(states[-1]['params']),
+    jax.tree.leaves(expected[-1]['params']),
+    strict=True,
+  )
+  for actual, wanted in tree:
+    # The sign of a gradient that is nearly 0 may be another.
+    close = np.isclose(actual, wanted, rtol=1e-3, atol=1e-5)
+    assert close.mean() > 0.999
+  assert tiny.equal(states[-1]['feedback'], expected[-1]['feedback'])
+
+
+def test_layer_metrics_of_several_devices():
+  run = _run('uSF+BN', layer_metrics=True, epochs=1)
+  _assert_same_lines(_trained(run, 4)[1], _trained(run, 1)[1])
+
+
+def test_a_state_goes_on_with_another_number_of_devices():
+  run = _run('frSF+BN', epochs=3)
+  states, lines = _trained(run, 4)
+  _, others = _trained(run, 1, states[0], first=2)
+  _assert_same_lines(others, lines[1:])
+  _, others = _trained(run, 2, states[1], first=3)
+  _assert_same_lines(others, lines[2:])
+
+
+def test_groups_have_their_own_statistics_on_any_number_of_devices():
+  run = _run('uSF+BN', batch_norm_groups=4, epochs=1)
+  _, lines = _trained(run, 4)
+  _, same = _trained(run, 1)
+  _assert_same_lines(lines, same)
+  _, whole = _trained(_run('uSF+BN', epochs=1), 1)
+  assert abs(lines[0]['train_loss'] - whole[0]['train_loss']) > 0.01
+  # Where nothing is normalised there is nothing to group.
+  _, grouped = _trained(_run('SGD', batch_norm_groups=4, epochs=1), 1)
+  _, plain = _trained(_run('SGD', epochs=1), 1)
+  assert grouped[0] | {'seconds': 0} == plain[0] | {'seconds': 0}
+
+
+def test_a_step_in_groups_is_the_mean_of_the_gradients_of_the_groups():
+  """Momentum and decay are 0 and the rate is 1: the step is the gradient."""
+  options = dict(momentum=0.0, weight_decay=0.0)
+  grouped = _run('BN', batch_norm_groups=4, **options)
+  placed = _placed(grouped, 1)
+  index = placement.mini_batches(grouped, 1, placed.trained)[0]
+  key = jax.random.key(0)
+
+  def params_after(run, rows):
+    functions = program(Setup.of(run, placed))
+    state, _ = functions.step(
+      train.start(run, placed), placed.parts, rows, np.float32(1), key
+    )
+    return state['params']
+
+  parts = [
+    params_after(_run('BN', **options), rows) for rows in index.reshape(4, -1)
+  ]
+  mean = jax.tree.map(lambda *each: np.mean(each, 0), *parts)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    params_after(grouped, index),
+    mean,
+  )
+
+
+def test_statistics_for_testing_are_of_groups():
+  run = _run('uSF+BN', batch_norm_groups=4)
+  rows = np.arange(216, dtype=np.int32)
+  assert placement.calibration_batches(run, 1, rows).shape == (20, 18)
+  whole = _run('uSF+BN')
+  assert placement.calibration_batches(whole, 1, rows).shape == (20, 72)
+
+
+def test_the_default_is_what_divides_every_mini_batch(monkeypatch):
+  hundred = tiny.run('SGD')
+  assert devices.mesh_for([hundred], None) is None  # on a CPU
+  assert devices.mesh_for([hundred], 1) is None
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  for runs, count in (
+    ([hundred], 5),
+    ([_run('SGD')], 8),
+    ([hundred, _run('SGD')], 4),
+    ([tiny.run('BM-50')], 5),
+  ):
+    mesh = devices.mesh_for(runs, None)
+    assert mesh is not None
+    assert mesh.devices.tolist() == jax.devices()[:count]
+  assert devices.mesh_for([tiny.run('BM-17')], None) is None
+
+
+def test_what_can_not_be_divided_is_refused():
+  run = tiny.run('SGD')
+  with pytest.raises(ValueError, match='devices is 9, .* from 1 to 8'):
+    devices.mesh_for([run], 9)
+  with pytest.raises(ValueError, match='devices is 0'):
+    devices.mesh_for([run], 0)
+  with pytest.raises(ValueError, match='mini-batch of 100 .* 8 devices'):
+    devices.mesh_for([run], 8)
+  # A set that is smaller than the mini-batch.
+  large = dataclasses.replace(run, batch_plan=((None, 500),))
+  uploaded = placement.upload(tiny.dataset(), devices.mesh_for([large], 5))
+  with pytest.raises(ValueError, match='mini-batch of 216 .* 5 devices'):
+    placement.place(uploaded, large)
+  with pytest.raises(ValueError, match='batch_norm_groups is 3, .* of 100'):
+    tiny.run('uSF+BN', batch_norm_groups=3)
+  grouped = dataclasses.replace(
+    tiny.run('uSF+BN', batch_norm_groups=5), batch_plan=((None, 500),)
+  )
+  with pytest.raises(ValueError, match='batch_norm_groups is 5, .* of 216'):
+    tiny.placed(grouped)

@@ -1,0 +1,177 @@
+"""Two real processes on the loopback interface are one, or end together."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import experiments
+from experiments import store
+from experiments.cli import Hosts
+from tests.experiments import folders
+
+_ROOT = Path(experiments.__file__).parents[1]
+_EPOCHS = 10
+_OPTIONS = (
+  '--condition', 'uSF+BN', '--rate', '1', '--train-size', '200',
+  '--checkpoint-share', '1',
+)  # fmt: skip
+_WAIT = 120  # seconds until something is wrong
+_LOST = 60  # seconds in which the loss of a process must be noticed
+
+
+def _start(folder, *options, epochs=_EPOCHS):
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONUNBUFFERED='1')
+  environment.pop('XLA_FLAGS', None)
+  command = [sys.executable, '-m', 'experiments', 'run', *_OPTIONS]
+  return subprocess.Popen(
+    [*command, '--epochs', str(epochs), '--results', str(folder), *options],
+    cwd=_ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _start_both(tmp_path, *options, each=((), ()), **numbers):
+  """Both processes; only the first one's folder may be used."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    coordinator = f'127.0.0.1:{free.getsockname()[1]}'
+  return [
+    _start(
+      tmp_path / f'results {number}',
+      *('--coordinator', coordinator, '--process-count', '2'),
+      *('--process-id', str(number), *options, *each[number]),
+      **numbers,
+    )
+    for number in (0, 1)
+  ]
+
+
+def _finish(processes, wait=_WAIT):
+  """What became of each: (exit status, output, errors)."""
+  done = []
+  try:
+    for process in processes:
+      output, errors = process.communicate(timeout=wait)
+      done.append((process.returncode, output, errors))
+  finally:
+    for process in processes:
+      process.kill()
+  return done
+
+
+def _wait_for_epochs(tmp_path, count, processes):
+  end = time.monotonic() + _WAIT
+  while True:
+    files = (tmp_path / 'results 0').glob('*/metrics.jsonl')
+    if sum(path.read_text().count('\n') for path in files) >= count:
+      return
+    assert all(process.poll() is None for process in processes), _finish(
+      processes
+    )
+    assert time.monotonic() < end
+    time.sleep(0.01)
+
+
+def _assert_equal_to_one_process(tmp_path):
+  (status, _, errors), *_ = _finish([_start(tmp_path / 'one')])
+  assert status == 0, errors
+  expected = folders.contents(tmp_path / 'one')
+  actual = folders.contents(tmp_path / 'results 0')
+  assert actual.keys() == expected.keys()
+  for (run_id, name), wanted in expected.items():
+    found = actual[run_id, name]
+    if name == 'metrics.jsonl':
+      assert len(found) == len(wanted) == _EPOCHS
+      for line, wanted_line in zip(found, wanted, strict=True):
+        assert line == pytest.approx(wanted_line, rel=1e-3, abs=1e-6)
+    else:
+      assert found == wanted
+
+
+def test_two_processes_stop_together_go_on_and_are_one(tmp_path):
+  processes = _start_both(tmp_path)
+  _wait_for_epochs(tmp_path, 2, processes)
+  processes[1].send_signal(signal.SIGTERM)  # the one that doesn't write
+  (status, output, errors), other = _finish(processes)
+  assert (status, other[0]) == (143, 143), (errors, other)
+  assert 'stopped by SIGTERM; nothing recorded is lost. Go on' in output
+  (record,) = store.load(tmp_path / 'results 0')
+  done = len(record.metrics)
+  assert 2 <= done < _EPOCHS
+
+  (status, output, errors), other = _finish(
+    _start_both(tmp_path, '--devices', '2')
+  )
+  assert (status, other[0]) == (0, 0), (errors, other)
+  assert f'goes on with epoch {done + 1}' in output
+  assert 'Table 2' in output
+  assert 'seed 0' not in other[1]  # process 0 alone reports
+  assert not (tmp_path / 'results 1').exists()  # and writes
+  _assert_equal_to_one_process(tmp_path)
+
+  # Nothing to do is found by process 0 alone, too.
+  (status, output, _), other = _finish(_start_both(tmp_path))
+  assert (status, other[0]) == (0, 0)
+  assert 'all 1 runs are finished' in output
+
+
+@pytest.mark.parametrize('lost', [0, 1])
+def test_a_lost_process_ends_the_other(tmp_path, lost):
+  processes = _start_both(tmp_path, epochs=100_000)
+  _wait_for_epochs(tmp_path, 2, processes)
+  processes[lost].kill()
+  began = time.monotonic()
+  ((status, _, errors),) = _finish([processes[1 - lost]], _LOST)
+  assert time.monotonic() - began < _LOST
+  processes[lost].communicate()
+  assert status != 0
+  # Ours where computing fails, JAX's where it would hang.
+  assert re.search('one of them was lost|another task died', errors), errors
+  (record,) = store.load(tmp_path / 'results 0')
+  assert record.result is None
+  assert len(record.metrics) >= 2
+
+
+def test_errors_are_told_to_both(tmp_path):
+  differing = _start_both(tmp_path, each=((), ('--seed', '1')))
+  (tmp_path / 'file').write_text('')
+  unwritable = _start_both(
+    tmp_path, each=(('--results', str(tmp_path / 'file' / 'in it')), ())
+  )
+  for processes, message in (
+    (differing, 'error: the processes were asked for different runs: give'),
+    (unwritable, 'error: results folder .*in it can not be written'),
+  ):
+    for status, _, errors in _finish(processes):
+      assert status == 2, errors
+      assert re.search(message, errors)
+      assert 'Traceback' not in errors
+  assert not (tmp_path / 'results 1').exists()
+
+
+def test_where_the_other_processes_are():
+  assert not Hosts().several()
+  assert Hosts(distributed=True).several()
+  at = dict(coordinator='127.0.0.1:99', process_id=1, process_count=2)
+  assert Hosts(**at).several()
+  for wrong, message in (
+    ({'coordinator': None}, 'coordinator is None, but must be HOST:PORT'),
+    ({'coordinator': 'host'}, "coordinator is 'host'"),
+    ({'process_count': None}, 'process_count is None'),
+    ({'process_count': 0}, 'process_count is 0'),
+    ({'process_id': None}, 'process_id is None, but must be from 0 to 1'),
+    ({'process_id': 2}, 'process_id is 2'),
+    ({'process_id': -1}, 'process_id is -1'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Hosts(**{**at, **wrong}).several()
