@@ -67,7 +67,8 @@ def _network(torch: Any, layers: Any, workload: Workload) -> Any:
       size = (layer.features, layer.size, layer.stride, layer.padding)
       made = layers.Conv2d(sample.shape[1], *size, bias=bias)
     else:
-      add(torch.nn.Flatten())
+      if sample.ndim > 2:
+        add(torch.nn.Flatten())
       outputs = layer.features(workload.classes)
       made = layers.Linear(sample.shape[1], outputs, bias=bias)
     torch.nn.init.normal_(made.weight, std=PROTOCOL.initial_std)
@@ -76,17 +77,21 @@ def _network(torch: Any, layers: Any, workload: Workload) -> Any:
   *hidden, output = ARCHITECTURES[workload.architecture]
   for layer, following in itertools.pairwise((*hidden, output)):
     if isinstance(layer, Pool):
-      kind = {'max': torch.nn.MaxPool2d, 'average': torch.nn.AvgPool2d}
+      kind = 'MaxPool2d' if layer.kind == 'max' else 'AvgPool2d'
       # A window over the edge counts the pixels that exist, as ours does.
       over = layer.padding > 0
-      add(kind[layer.kind](layer.size, layer.stride, ceil_mode=over))
+      add(getattr(torch.nn, kind)(layer.size, layer.stride, ceil_mode=over))
     else:
       add_weights(layer, bias=workload.batch_norm == 'none')
       if workload.batch_norm != 'none':
-        norm = (
-          torch.nn.BatchNorm2d if sample.ndim == 4 else torch.nn.BatchNorm1d
+        kind = 'BatchNorm2d' if sample.ndim > 2 else 'BatchNorm1d'
+        norm = getattr(torch.nn, kind)(
+          sample.shape[1],
+          eps=PROTOCOL.batch_norm_epsilon,
+          affine=False,
+          track_running_stats=False,
         )
-        add(norm(sample.shape[1], affine=False, track_running_stats=False))
+        add(norm)
       if isinstance(following, Pool) and following.kind == 'max':
         continue
     if not (isinstance(layer, Pool) and layer.kind == 'average'):
