@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 
 from experiments import cli, models
-from experiments.bench import files, in_jax, in_torch, plots, tables
+from experiments.bench import files, in_jax, in_torch, machine, plots, tables
 from experiments.bench.contenders import Contender, check_steps, take_turns
 from experiments.bench.results import Result, summarized
 from experiments.bench.workload import Workload
@@ -32,6 +32,7 @@ def carry_out(command: cli.Bench) -> None:
     from_name(rule)
   check_steps(command.steps)
   out = files.folder(command.out)
+  machine.warn_if_busy()
   # Compilation is measured, too.
   jax.config.update('jax_enable_compilation_cache', False)
   results: list[Result] = []

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import conditions, grid
 from experiments.bench.contenders import Contender
 from experiments.bench.results import FLAX, PRODUCT
 from experiments.bench.workload import PROTOCOL, RATE, Workload
-from experiments.placement import Images, Parts
+from experiments.grid import Run
+from experiments.placement import Images, Parts, Placed
 from experiments.program import Setup, program
 
 _PRODUCT = 2048  # rows and columns
@@ -49,37 +51,49 @@ def repeated(step: Callable[[Any], Any], state: Any) -> Callable[[], None]:
 
 def contender(workload: Workload, rule: str | None) -> Contender:
   """The program of a rule; of Flax's own layers without one."""
-  protocol = dataclasses.asdict(PROTOCOL)
-  names = {field.name for field in dataclasses.fields(Setup)}
-  functions = program(
-    Setup(
-      architecture=workload.architecture,
-      classes=workload.classes,
-      rule=rule,
-      batch_norm=workload.batch_norm,
-      batch_manhattan=0,
-      frozen='nothing',
-      **{name: protocol[name] for name in names & protocol.keys()},
-    )
-  )
   x, y = workload.data()
   images = Images(jnp.asarray(x), jnp.asarray(y))
-  parts = Parts(images, images, jnp.asarray(x.mean(0, dtype=np.float32)))
+  placed = Placed(
+    architecture=workload.architecture,
+    classes=workload.classes,
+    parts=Parts(images, images, jnp.asarray(x.mean(0, dtype=np.float32))),
+    trained=np.arange(len(y)),
+    held_out=np.arange(0),
+  )
+  setup = dataclasses.replace(Setup.of(_run(workload, rule), placed), rule=rule)
+  functions = program(setup)
   indices, rate, key = workload.indices(), np.float32(RATE), jax.random.key(0)
   state = functions.initialize(key)
   draws = sum(draw.nbytes for draw in jax.tree.leaves(state['feedback']))
   step, seconds = compiled(
-    functions.step, state, parts, next(indices), rate, key
+    functions.step, state, placed.parts, next(indices), rate, key
   )
   return Contender(
     name=rule or FLAX,
     step=repeated(
-      lambda state: step(state, parts, next(indices), rate, key)[0], state
+      lambda state: step(state, placed.parts, next(indices), rate, key)[0],
+      state,
     ),
     compile_seconds=seconds,
     bytes=peak_bytes(step),
     draw_bytes=draws,
   )
+
+
+def _run(workload: Workload, rule: str | None) -> Run:
+  """What ``run`` would be asked for."""
+  norm = '' if workload.batch_norm == 'none' else '+BN'
+  (run,) = grid.runs_of(
+    conditions.find(f'{rule or "BP"}{norm}'),
+    (1.0,),
+    (0,),
+    dataset=workload.architecture,
+    digest='',
+    source='made by bench',
+    note='',
+    protocol=PROTOCOL,
+  )
+  return run
 
 
 def product() -> Contender:

@@ -49,3 +49,13 @@ def described() -> dict[str, str]:
   found |= {name: _version(name) for name in _PACKAGES}
   found |= {name: os.environ.get(name) for name in _VARIABLES}
   return {name: value for name, value in found.items() if value}
+
+
+def warn_if_busy() -> None:
+  """Says so if other programs are using the processor."""
+  load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0
+  if load > _threads() / 2:
+    print(
+      f'warning: other programs use the processor (load {load:.1f} on '
+      f'{_threads()} cores): what is measured now is theirs as much as ours.'
+    )

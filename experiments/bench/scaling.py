@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments import cli
-from experiments.bench import files, plots
+from experiments.bench import files, machine, plots
 from experiments.bench.contenders import check_steps
 from experiments.bench.family import AXES, step_times
 from experiments.bench.overhead import RUNS, grid_times
@@ -21,6 +21,7 @@ def carry_out(command: cli.Scaling) -> None:
   """
   check_steps(command.steps)
   out = files.folder(command.out)
+  machine.warn_if_busy()
   points = []
   for point in step_times(AXES, command.steps):
     points.append(point)
