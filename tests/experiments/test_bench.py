@@ -23,7 +23,7 @@ TIMIT = Workload(architecture='timit', batch_norm='none', batch=4)
 @pytest.fixture(name='carry_out')
 def _carry_out(monkeypatch):
   """Carries out a command, without torch; JAX's settings are given back."""
-  monkeypatch.setattr(backend, 'configure', lambda: [])
+  monkeypatch.setattr(backend, 'configure', lambda *_: [])
   monkeypatch.setitem(sys.modules, 'torch', None)
   monkeypatch.setattr(time, 'sleep', lambda _: None)
   cache = jax.config.jax_enable_compilation_cache
