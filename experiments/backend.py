@@ -74,3 +74,8 @@ def _keep_memory() -> bool:
     return False
   mallopt = ctypes.CDLL(None).mallopt
   return all([mallopt(*setting) == 1 for setting in _MALLOC.values()])
+
+
+def leave_accelerators_to_others() -> None:
+  """Keeps this process, which only writes results, to the CPU."""
+  os.environ['JAX_PLATFORMS'] = 'cpu'

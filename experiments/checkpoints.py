@@ -12,6 +12,8 @@ whether a file was damaged later, so that nothing damaged is ever parsed.
 import contextlib
 import hashlib
 import logging
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +22,33 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.files import StoreError, read_text, write_atomically
+from experiments.files import (
+  StoreError,
+  read_json,
+  read_text,
+  write_atomically,
+)
+from experiments.tasks import Arrays
 
 _KEPT = 2
+_NAME = re.compile(r'[\w.]+')
+_LARGEST = 2**32  # bytes of a state; the paper's have less than 2**27
 _SPARE_BYTES = 2**20  # what Orbax writes beside the arrays, and more
 
 
-def save(folder: Path, epoch: int, state: Any) -> None:
+def save(folder: Path, epoch: int, arrays: Arrays) -> None:
   """Writes the state after an epoch and drops all but the last two.
+
+  Args:
+    folder: of the checkpoints.
+    epoch: the number of the epoch.
+    arrays: what ``by_name`` makes of the state.
 
   Raises:
     StoreError: if it can't be written.
   """
   folder = folder.absolute()
   path = folder / str(epoch)
-  arrays = _by_name(jax.device_get(state))
   try:
     folder.mkdir(exist_ok=True)
     # Orbax on a full disk says more than it is asked, from several threads.
@@ -43,7 +57,7 @@ def save(folder: Path, epoch: int, state: Any) -> None:
     if free < wanted:
       raise OSError(f'it needs {wanted} bytes, of which {free} are left')
     with _checkpointer() as checkpointer:
-      checkpointer.save(path, arrays, force=True)
+      checkpointer.save(path, dict(arrays), force=True)
   except Exception as error:  # Orbax and its storage have errors of their own
     _remove(folder, keep=_epochs(folder))
     raise StoreError(
@@ -55,17 +69,16 @@ def save(folder: Path, epoch: int, state: Any) -> None:
   _remove(folder, keep=_epochs(folder)[:_KEPT])
 
 
-def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
+def restore(folder: Path, last: int) -> tuple[int, Arrays | None, list[str]]:
   """The last checkpoint that is whole; those after it are removed.
 
   Args:
     folder: of the checkpoints.
-    like: a state of the same structure, shapes and dtypes.
     last: epoch after which there can't be one.
 
   Returns:
-    The epoch (0 if there is none), the state (``like`` then), and what could
-    not be used, in words.
+    The epoch (0 if there is none), the arrays (None then), and what could not
+    be used, in words.
 
   Raises:
     StoreError: if the folder is a link.
@@ -80,25 +93,66 @@ def restore(folder: Path, like: Any, last: int) -> tuple[int, Any, list[str]]:
     try:
       if epoch > last:
         raise ValueError(f'there are metrics of {last} epochs only')
-      state = _read(path, like)
+      arrays = _read(path)
     except Exception as error:  # damaged files raise whatever they lead to
       problems.append(f'checkpoint {path} is not used: {_first_line(error)}')
       continue
     _remove(folder, keep=epochs[i:])
-    return epoch, state, problems
+    return epoch, arrays, problems
   _remove(folder, keep=[])
-  return 0, like, problems
+  return 0, None, problems
 
 
-def _read(path: Path, like: Any) -> Any:
-  """The state in a checkpoint, checked."""
+def drop_last(folder: Path) -> None:
+  """Removes the last checkpoint, so that the one before is the last."""
+  _remove(folder, keep=_epochs(folder)[1:])
+
+
+def _read(path: Path) -> Arrays:
+  """The arrays in a checkpoint, checked."""
   if read_text(_digest_path(path)) != _digests(path):
     raise ValueError('its files are damaged')
+  _check_names(path)
   with _checkpointer() as checkpointer:
-    found = checkpointer.restore(path)
+    arrays = dict(checkpointer.metadata(path).item_metadata)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays.values())
+    if size > _LARGEST:  # a short file can ask for any amount of memory
+      raise ValueError(f'its arrays would take {size} bytes')
+    return checkpointer.restore(path)
 
-  def checked(name, wanted):
-    array = found[name]
+
+def _check_names(path: Path) -> None:
+  """Checks that there are arrays alone, whose names are no paths."""
+  tree = read_json(path / '_METADATA')['tree_metadata']
+  for entry in tree.values():
+    names = [str(step['key']) for step in entry['key_metadata']]
+    kind = entry['value_metadata']['value_type']
+    if kind != 'np.ndarray' or not all(map(_NAME.fullmatch, names)):
+      raise ValueError(f'it has {kind} {"/".join(names)!r}, which is no array')
+
+
+def by_name(state: Any) -> Arrays:
+  """A copy on the host of all arrays of a state, by their places in it."""
+  return {
+    _name(path): np.array(leaf)
+    for path, leaf in jax.tree.leaves_with_path(state)
+  }
+
+
+def fit(arrays: Arrays, like: Any) -> Any:
+  """The state of which ``by_name`` made the arrays.
+
+  Args:
+    arrays: by their places.
+    like: a state of the same structure, shapes, dtypes and devices.
+
+  Raises:
+    ValueError: if an array is missing or another one than ``like`` has.
+  """
+
+  def fitted(path, wanted):
+    name = _name(path)
+    array = np.asarray(arrays.get(name))
     if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
       raise ValueError(
         f'{name} is {array.dtype} of shape {array.shape}, not {wanted.dtype} '
@@ -106,18 +160,11 @@ def _read(path: Path, like: Any) -> Any:
       )
     return jax.device_put(array, wanted.sharding)
 
-  state = [checked(name, array) for name, array in _by_name(like).items()]
-  return jax.tree.unflatten(jax.tree.structure(like), state)
+  return jax.tree.map_with_path(fitted, like)
 
 
-def _by_name(state: Any) -> dict[str, Any]:
-  """All arrays by their place in the state."""
-  return {
-    jax.tree_util.keystr(path, simple=True, separator='.'): leaf
-    if isinstance(leaf, jax.Array)
-    else np.asarray(leaf)
-    for path, leaf in jax.tree.leaves_with_path(state)
-  }
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
 def _epochs(folder: Path) -> list[int]:

@@ -6,13 +6,15 @@ Nothing here imports JAX, so ``--help`` is quick; the work is in
 
 import dataclasses
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from experiments.grid import RATES, Protocol
+from experiments.grid import RATES, Protocol, Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,83 @@ class Demo:
   results: Results = Path('results/demo')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """Where and how runs are carried out.
+
+  Attributes:
+    executor: this process, one worker process for each part of this host, or
+      Ray tasks.
+    workers: number of worker processes (default: one for each accelerator, or
+      else each core).
+    devices: of this process, over which mini-batches are divided (default: as
+      many accelerators as divide them; one CPU).
+    ray_address: of a Ray cluster (default: one is started on this host).
+    cpus_per_run: that a Ray task asks for.
+    gpus_per_run: that a Ray task asks for.
+    shard: I/N, the I-th of N equal parts of the runs, such as 1/4.
+    retries: how often a run that fails is tried again; then its error is
+      recorded, and the others go on.
+    lease: seconds without a sign of life after which a run may be taken over
+      from another process.
+    scan: compile a whole epoch as one loop (default: not on a CPU).
+    checkpoint_share: share of a run's time that checkpoints may take; 1 writes
+      one after every epoch.
+  """
+
+  executor: Literal['local', 'processes', 'ray'] = 'local'
+  workers: int | None = None
+  devices: int | None = None
+  ray_address: str | None = None
+  cpus_per_run: float = 1.0
+  gpus_per_run: float = 0.0
+  shard: str | None = None
+  retries: int = 2
+  lease: float = 120.0
+  scan: bool | None = None
+  checkpoint_share: float = 0.03
+
+  def check(self) -> None:
+    """Checks what no type says.
+
+    Raises:
+      ValueError: if a number is out of its range.
+    """
+    for name, allowed, holds in (
+      ('workers', 'positive', self.workers is None or self.workers > 0),
+      ('cpus_per_run', 'at least 0', self.cpus_per_run >= 0),
+      ('gpus_per_run', 'at least 0', self.gpus_per_run >= 0),
+      ('retries', 'at least 0', self.retries >= 0),
+      ('lease', 'at least 1 second', self.lease >= 1),
+      ('checkpoint_share', 'in [0, 1]', 0 <= self.checkpoint_share <= 1),
+    ):
+      if not holds:
+        value = getattr(self, name)
+        raise ValueError(f'{name} must be {allowed}, not {value!r}.')
+    if self.devices is not None and self.executor != 'local':
+      raise ValueError(
+        f'devices is {self.devices}, but only --executor local divides '
+        f'mini-batches; with {self.executor} every run has one device.'
+      )
+
+  def part_of(self, runs: Sequence[Run]) -> Sequence[Run]:
+    """The shard of the runs.
+
+    Raises:
+      ValueError: if the shard is none.
+    """
+    if self.shard is None:
+      return runs
+    found = re.fullmatch(r'(\d+)/(\d+)', self.shard)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+      raise ValueError(
+        f'shard must be I/N with I from 1 to N, such as 1/4, not '
+        f'{self.shard!r}.'
+      )
+    return runs[part - 1 :: parts]
+
+
 @dataclasses.dataclass(frozen=True)
 class RunCommand:
   """Runs a part of the grid; what is finished is not run again.
@@ -122,22 +201,16 @@ class RunCommand:
   Attributes:
     selection: which cells.
     protocol: what is common to all of them.
+    execution: where and how.
     results: results folder.
     hosts: which processes do it together.
-    devices: of each process, over which mini-batches are divided (default:
-      as many accelerators as divide them; one CPU).
-    scan: compile a whole epoch as one loop (default: not on a CPU).
-    checkpoint_share: share of a run's time that checkpoints may take; 1 writes
-      one after every epoch.
   """
 
   selection: Selection = Selection()
   protocol: ProtocolOptions = ProtocolOptions()
+  execution: Execution = Execution()
   results: Results = Path('results')
   hosts: Hosts = Hosts()
-  devices: int | None = None
-  scan: bool | None = None
-  checkpoint_share: float = 0.03
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,31 @@
 """What the commands do; see ``experiments.cli`` for their options."""
 
+import dataclasses
 import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from experiments import backend, cli, conditions, datasets, grid, listing
+from experiments import (
+  backend,
+  cli,
+  cluster,
+  conditions,
+  datasets,
+  executors,
+  grid,
+  listing,
+  runner,
+)
 from experiments.datasets import Dataset, DatasetError
+from experiments.executors import Executor
 from experiments.grid import Run
 from experiments.holdout import check_holdout
+from experiments.progress import reporter
 from experiments.store import Store, StoreError, load
+from experiments.tasks import Settings
 
 _DEMO_CONDITIONS = (
   'SGD',
@@ -33,17 +48,23 @@ def carry_out(command: Any) -> int:
     return 2
 
 
-def _loader(selection: cli.Selection) -> Callable[[Run], Dataset]:
+@dataclasses.dataclass(frozen=True)
+class Loader:
   """Loads the dataset of a run; nothing is kept in memory."""
 
-  def load_for(run: Run) -> Dataset:
+  data_dir: Path | None
+
+  def __call__(self, run: Run) -> Dataset:
+    """The dataset.
+
+    Raises:
+      DatasetError: if it is missing or broken.
+    """
     return datasets.load(
       run.dataset,
-      data_dir=selection.data_dir,
+      data_dir=self.data_dir,
       train_size=run.protocol.train_size,
     )
-
-  return load_for
 
 
 def selected_tables(selection: cli.Selection) -> list[conditions.Table]:
@@ -117,32 +138,68 @@ def _start_jax(devices: int | None = None) -> None:
     print(f'set {line}', flush=True)
 
 
+def _settings(
+  runs: Sequence[Run], options: cli.Execution, data_dir: Path | None
+) -> Settings:
+  """How this process carries out runs."""
+  mesh = None
+  if options.executor == 'local':
+    from experiments.devices import mesh_for
+
+    mesh = mesh_for(runs, options.devices)
+  return Settings(
+    Loader(data_dir and data_dir.absolute()),
+    options.scan,
+    options.checkpoint_share,
+    mesh,
+  )
+
+
+def _executor(settings: Settings, options: cli.Execution) -> Executor:
+  """The executor that is asked for."""
+  if options.executor == 'local':
+    return executors.Local(settings)
+  if options.executor == 'processes':
+    executor = executors.Processes(settings, executors.places(options.workers))
+  else:
+    executor = cluster.Ray(
+      settings,
+      options.ray_address,
+      options.cpus_per_run,
+      options.gpus_per_run,
+    )
+  backend.leave_accelerators_to_others()
+  return executor
+
+
 def _execute(
   runs: Sequence[Run],
-  store: Any,  # a Store, or a SharedStore, which imports JAX
-  load_for: Callable[[Run], Dataset],
-  devices: int | None = 1,
-  **options: Any,
+  results: Path,
+  data_dir: Path | None,
+  options: cli.Execution,
+  make_executor: Callable[[Settings, cli.Execution], Executor] = _executor,
 ) -> int:
   """Carries out runs with progress; returns the exit status."""
+  store = Store(results)
   missing = store.missing(runs)
   if not missing:
-    print(
-      f'all {len(runs)} runs are finished in {store.folder}: nothing to do.'
-    )
+    print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
     return 0
   store.create()
-  print(f'{len(missing)} of {len(runs)} runs to do; results in {store.folder}')
-  _start_jax(devices)
-  from experiments import runner
-  from experiments.devices import mesh_for
-  from experiments.progress import reporter
-
-  options['mesh'] = mesh_for(missing, devices)
+  print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
+  _start_jax(options.devices)
+  executor = make_executor(_settings(runs, options, data_dir), options)
   with reporter(len(missing)) as listener:
     try:
-      summary = runner.carry_out(missing, store, load_for, listener, **options)
-    except runner.Stopped as stopped:
+      summary = runner.carry_out(
+        missing,
+        store,
+        executor,
+        listener,
+        retries=options.retries,
+        lease=options.lease,
+      )
+    except runner.Interrupted as stopped:
       again = shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
       listener.message(
         f'{stopped}; nothing recorded is lost. Go on with: {again}'
@@ -153,13 +210,19 @@ def _execute(
       f'{summary.elsewhere} runs are being done by another process; repeat '
       'the command once it has finished.'
     )
+  if summary.failed:
+    print(
+      f'{summary.failed} runs failed and are recorded with their errors; '
+      'repeat the command to try them again.'
+    )
+    return 1
   return 0
 
 
 def _demo(command: cli.Demo) -> int:
   selection = cli.Selection(condition=_DEMO_CONDITIONS, rate=_DEMO_RATES)
   runs = selected_runs(selection, cli.DEMO_PROTOCOL)
-  status = _execute(runs, Store(command.results), _loader(selection))
+  status = _execute(runs, command.results, None, cli.Execution())
   if status == 0:
     status = _report(cli.Report(command.results))
     print(
@@ -171,35 +234,47 @@ def _demo(command: cli.Demo) -> int:
 
 
 def _run(command: cli.RunCommand) -> int:
-  share = command.checkpoint_share
-  if not 0 <= share <= 1:
-    raise ValueError(f'checkpoint_share must be in [0, 1], not {share!r}.')
-  runs = selected_runs(command.selection, command.protocol.checked())
-  execute = functools.partial(
-    _execute,
-    runs,
-    load_for=_loader(command.selection),
-    devices=command.devices,
-    scan=command.scan,
-    checkpoint_share=share,
+  options, data_dir = command.execution, command.selection.data_dir
+  options.check()
+  runs = options.part_of(
+    selected_runs(command.selection, command.protocol.checked())
   )
-  store, first = Store(command.results), True
-  if not command.hosts.several():
-    status = execute(store)
-  else:
-    _start_jax(command.devices)
-    from experiments import distributed
-    from experiments.shared_store import SharedStore
-
-    with distributed.joined(command.hosts, runs) as first:
-      status = execute(SharedStore(store), agree=distributed.any_signal)
-  if status == 0 and first:
+  if command.hosts.several():
+    return _run_in_step(command, runs)
+  status = _execute(runs, command.results, data_dir, options)
+  if status in (0, 1):
     _show(command, runs)
   return status
 
 
+def _run_in_step(command: cli.RunCommand, runs: Sequence[Run]) -> int:
+  """Carries out runs together with other processes."""
+  options, data_dir = command.execution, command.selection.data_dir
+  if options.executor != 'local':
+    raise ValueError(
+      f'executor is {options.executor!r}, but must be local where several '
+      'processes do the same runs.'
+    )
+  _start_jax(options.devices)
+  from experiments import distributed
+
+  with distributed.joined(command.hosts, runs) as first:
+    if not first:
+      return distributed.follow(runs, _settings(runs, options, data_dir))
+    status = _execute(
+      runs,
+      command.results,
+      data_dir,
+      options,
+      lambda settings, _: distributed.InStep(settings),
+    )
+    if status in (0, 1):
+      _show(command, runs)
+    return status
+
+
 def _show(command: cli.RunCommand, runs: Sequence[Run]) -> None:
-  """Prints the results of some runs."""
+  """Prints the tables that have results of the runs."""
   from experiments import report
 
   wanted = {run.run_id for run in runs}
@@ -217,7 +292,7 @@ def _plan(command: cli.Plan) -> int:
   from experiments import planning
 
   # Runs come dataset by dataset.
-  load_for = functools.lru_cache(maxsize=1)(_loader(command.selection))
+  load_for = functools.lru_cache(maxsize=1)(Loader(command.selection.data_dir))
   print(planning.plan_text(runs, missing, load_for, command.calibrate))
   return 0
 

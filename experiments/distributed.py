@@ -1,33 +1,67 @@
 """Several processes, usually one a host, that do the same runs in step.
 
 Each holds the data and computes its part of every mini-batch. Process 0 alone
-reads and writes the results folder, and the others are told what it found (see
-``experiments.shared_store``); they need no folder, shared or not. Whoever is
-asked to stop, all stop. When one of them is lost the others end.
+reads and writes the results folder; it tells the others every task, state
+included, so they need no folder, shared or not. Whoever is asked to stop, all
+stop. When one of them is lost the others end.
 """
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from experiments import executors
 from experiments.cli import Hosts
-from experiments.datasets import DatasetError
-from experiments.files import StoreError
 from experiments.grid import Run
+from experiments.runner import StopRequest
+from experiments.tasks import Event, Failed, Settings, Task
 
-T = TypeVar('T')
 LOST = 3  # exit status
 _HEARTBEAT = 30  # seconds without a sign of life, then a process is lost
-_CHUNK = 4096  # bytes; texts are sent in multiples, for few compilations
+_CHUNK = 4096  # bytes; messages are multiples of it, for few compilations
+
+
+class _Failure(RuntimeError):
+  """A run came to an end in this process, so the others can't go on."""
+
+
+class InStep(executors.Local):
+  """Tasks of process 0, carried out by all processes; see ``follow``."""
+
+  def carry_out(
+    self, next_task: Callable[[], Task | None], stopping: Callable[[], bool]
+  ) -> Iterator[tuple[Run, Event]]:
+    """See ``executors.Executor``."""
+
+    def next_told() -> Task | None:
+      task = next_task()
+      if task is not None:
+        _tell(task)
+      return task
+
+    for run, event in super().carry_out(next_told, lambda: _agree(stopping)):
+      _check(event)
+      yield run, event
+
+
+def follow(runs: Sequence[Run], settings: Settings) -> int:
+  """Carries out what process 0 tells this one; returns the exit status."""
+  with StopRequest() as stop:
+    for _, event in executors.Local(settings).carry_out(
+      lambda: _told(runs), lambda: _agree(lambda: stop.asked is not None)
+    ):
+      _check(event)
+  return 0 if stop.asked is None else 128 + stop.asked
 
 
 @contextlib.contextmanager
@@ -46,58 +80,70 @@ def joined(options: Hosts, runs: Sequence[Run]) -> Iterator[bool]:
     if not first:
       silence = stack.enter_context(open(os.devnull, 'w'))
       stack.enter_context(contextlib.redirect_stdout(silence))
+    _check_same(runs)
     try:
-      _check_same(runs)
       yield first
+      if first:
+        _tell(None)
     except BaseException as error:
-      if jax.distributed.is_initialized():
-        _end_alone(error)
-      raise
-  leave()
-
-
-def leave() -> None:
-  """Takes leave of the others, who do so at the same point."""
+      _end_alone(error)
   jax.distributed.shutdown()
 
 
-def told(ask: Callable[[], T]) -> T:
-  """What process 0 finds when it asks, as JSON has it, in all processes.
+def _tell(task: Task | None) -> None:
+  """Tells the others what is to be done next."""
+  if task is None:
+    _broadcast(b'')
+    return
+  arrays = io.BytesIO()
+  np.savez(arrays, **(task.state or {}))
+  about = json.dumps([task.run.run_id, task.lines, task.state is not None])
+  _broadcast(about.encode())
+  _broadcast(arrays.getvalue())
+
+
+def _told(runs: Sequence[Run]) -> Task | None:
+  """What process 0 tells."""
+  about = _broadcast(None)
+  if not about:
+    return None
+  run_id, lines, has_state = json.loads(about)
+  with np.load(io.BytesIO(_broadcast(None)), allow_pickle=False) as arrays:
+    state = dict(arrays) if has_state else None
+  (run,) = (run for run in runs if run.run_id == run_id)
+  return Task(run, tuple(lines), state)
+
+
+def _broadcast(message: bytes | None) -> bytes:
+  """The message of process 0; others give None."""
+  data = np.frombuffer(message or b'', np.uint8)
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(data.size)))
+  sent = np.zeros(-(-size // _CHUNK) * _CHUNK, np.uint8)
+  sent[: data.size] = data
+  return multihost_utils.broadcast_one_to_all(sent)[:size].tobytes()
+
+
+def _agree(stopping: Callable[[], bool]) -> bool:
+  """Whether any process was asked to stop, which then all are."""
+  asked = stopping()
+  any_asked = bool(multihost_utils.process_allgather(np.bool_(asked)).any())
+  if any_asked and not asked:
+    signal.raise_signal(signal.SIGTERM)
+  return any_asked
+
+
+def _check(event: Event) -> None:
+  """Raises where a run came to an end in this process, and perhaps here only.
 
   Raises:
-    StoreError: what process 0 raised, in all processes.
+    _Failure: if so.
   """
-  answer: Any = None
-  if jax.process_index() == 0:
-    try:
-      answer = {'found': ask()}
-    except StoreError as error:
-      answer = {'error': str(error)}
-  answer = json.loads(_broadcast_text(json.dumps(answer)))
-  if 'error' in answer:
-    leave()
-    raise StoreError(answer['error'])
-  return answer['found']
-
-
-def broadcast(tree: Any) -> Any:
-  """The arrays of process 0; others give arrays of the same shapes."""
-  return multihost_utils.broadcast_one_to_all(tree)
-
-
-def any_signal(number: int | None) -> int | None:
-  """The number of a signal that any process got; all ask at the same point."""
-  numbers = multihost_utils.process_allgather(np.int32(number or 0))
-  return int(np.max(numbers)) or None
-
-
-def _broadcast_text(text: str) -> str:
-  data = np.frombuffer(text.encode(), np.uint8)
-  size = int(broadcast(np.int32(data.size)))
-  sent = np.zeros(-(-size // _CHUNK) * _CHUNK, np.uint8)
-  if jax.process_index() == 0:
-    sent[:size] = data
-  return broadcast(sent)[:size].tobytes().decode()
+  if isinstance(event, Failed):
+    raise _Failure(
+      'computing with the other processes failed, most likely because one of '
+      f'them was lost: {event.error}\nNothing recorded is lost; start all '
+      'processes again with the same commands.'
+    )
 
 
 def _initialize(options: Hosts) -> None:
@@ -130,7 +176,7 @@ def _check_same(runs: Sequence[Run]) -> None:
   digest = hashlib.sha256(text.encode()).digest()
   digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
   if (digests != digests[:1]).any():
-    leave()
+    jax.distributed.shutdown()
     raise ValueError(
       'the processes were asked for different runs: give all of them the same '
       'options and the same data.'
@@ -139,16 +185,11 @@ def _check_same(runs: Sequence[Run]) -> None:
 
 def _end_alone(error: BaseException) -> None:
   """Says why and ends, without waiting for processes that wait for this one."""
-  if isinstance(error, jax.errors.JaxRuntimeError):
-    print(
-      'error: computing with the other processes failed, most likely because '
-      f'one of them was lost: {str(error).splitlines()[0]}\nNothing recorded '
-      'is lost; start all processes again with the same commands.',
-      file=sys.stderr,
-    )
-  elif isinstance(error, ValueError | DatasetError):
-    print(f'error: {error}', file=sys.stderr)
-  elif not isinstance(error, KeyboardInterrupt):
-    traceback.print_exception(error)
-  sys.stderr.flush()
-  os._exit(LOST)
+  try:
+    if isinstance(error, ValueError | _Failure):
+      print(f'error: {error}', file=sys.stderr)
+    elif not isinstance(error, KeyboardInterrupt):
+      traceback.print_exception(error)
+    sys.stderr.flush()
+  finally:
+    os._exit(LOST)

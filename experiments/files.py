@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,14 @@ def read_text(path: Path) -> str | None:
   """What a file holds; None if there is none.
 
   Raises:
-    StoreError: if it can't be read, or is a link.
+    StoreError: if it can't be read, is a link, or no ordinary file.
   """
   try:
-    if path.is_symlink():
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
       raise StoreError(f'{path} is a link, which is not followed. Remove it.')
+    if not stat.S_ISREG(mode):  # a pipe would be waited for
+      raise StoreError(f'{path} is not an ordinary file. Remove it.')
     return path.read_text(encoding='utf-8', errors='replace')
   except (FileNotFoundError, NotADirectoryError):
     return None

@@ -1,25 +1,27 @@
-"""Carries out runs one after the other, resuming what was interrupted."""
+"""Carries out runs and keeps what they give: the one writer of the store."""
 
+import collections
 import dataclasses
 import signal
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
-import filelock
-import jax
-import numpy as np
-from jax.sharding import Mesh
-
-from experiments import placement, train
-from experiments.datasets import Dataset, DatasetError
+from experiments.executors import Executor
 from experiments.grid import Run
-from experiments.placement import Placed
-from experiments.program import State, program
+from experiments.leases import Lease, Leases
 from experiments.store import RunFolder, Store
+from experiments.tasks import (
+  Epoch,
+  Event,
+  Failed,
+  Finished,
+  Stopped,
+  Task,
+  Unfit,
+)
 
-CHECKPOINT_SHARE = 0.03
-_FIRST_CHECKPOINT = 0.5  # seconds; what one costs before any was written
+RETRIES = 2
+LEASE = 120.0  # seconds
 
 
 class Listener(Protocol):
@@ -37,6 +39,10 @@ class Listener(Protocol):
     """A run has its result."""
     ...
 
+  def run_failed(self, run: Run, error: str, again: bool) -> None:
+    """A run has come to an end without result; it may be tried again."""
+    ...
+
   def message(self, text: str) -> None:
     """Something the user should know."""
     ...
@@ -49,6 +55,7 @@ class Summary:
   done: int = 0
   skipped: int = 0  # were finished already
   elsewhere: int = 0  # another process is at them
+  failed: int = 0  # for good
 
 
 class StopRequest:
@@ -56,22 +63,13 @@ class StopRequest:
 
   What a stop loses is the epoch at hand.
 
-  Args:
-    agree: gives the signal that all processes stop for, of this one's own;
-      called by all of them at the same points.
+  Attributes:
+    asked: number of the signal; None if there was none.
   """
 
-  def __init__(
-    self, agree: Callable[[int | None], int | None] = lambda number: number
-  ):
+  def __init__(self):
     """Nothing asked yet."""
-    self._agree = agree
-    self._number: int | None = None
-
-  @property
-  def asked(self) -> int | None:
-    """Number of the signal; None if there was none."""
-    return self._agree(self._number)
+    self.asked: int | None = None
 
   def __enter__(self) -> 'StopRequest':
     """Listens; a second signal ends the program at once."""
@@ -88,12 +86,12 @@ class StopRequest:
 
   def _ask(self, number, frame) -> None:
     del frame
-    if self._number is not None:
+    if self.asked is not None:
       raise KeyboardInterrupt
-    self._number = number
+    self.asked = number
 
 
-class Stopped(Exception):
+class Interrupted(Exception):
   """A signal asked to stop.
 
   Attributes:
@@ -105,146 +103,146 @@ class Stopped(Exception):
     self.signal = number
 
 
-class _Checkpoints:
-  """When a checkpoint is due: as often as a share of the time allows."""
-
-  def __init__(self, share: float):
-    self._share = share
-    self._cost = _FIRST_CHECKPOINT  # seconds, of the last one
-    self.begin()
-
-  def begin(self) -> None:
-    """A run begins."""
-    self._began, self._spent = time.perf_counter(), 0.0
-
-  def due(self) -> bool:
-    """Whether one more stays within the share."""
-    elapsed = time.perf_counter() - self._began
-    within = self._spent + self._cost <= self._share * elapsed
-    return within or self._share >= 1
-
-  def save(self, folder: RunFolder, epoch: int, state: State) -> None:
-    """Writes one."""
-    began = time.perf_counter()
-    folder.save(epoch, state)
-    self._cost = time.perf_counter() - began
-    self._spent += self._cost
-
-
-class _Data:
-  """The last dataset on the device, for the runs that share it."""
-
-  def __init__(self, load: Callable[[Run], Dataset], mesh: Mesh | None):
-    self._load = load
-    self._mesh = mesh
-    self._uploaded: tuple[str, placement.Uploaded] | None = None
-    self._placed: tuple[tuple, Placed] | None = None
-
-  def __call__(self, run: Run) -> Placed:
-    if self._uploaded is None or self._uploaded[0] != run.digest:
-      if self._uploaded is not None:  # frees memory, of programs too
-        self._uploaded = self._placed = None
-        program.cache_clear()
-        jax.clear_caches()
-      data = self._load(run)
-      if data.digest != run.digest:
-        raise DatasetError(
-          f'{run.dataset}: {data.source} has changed since this command '
-          'started; repeat the command.'
-        )
-      self._uploaded = (run.digest, placement.upload(data, self._mesh))
-    key = (run.digest, run.seed, run.protocol.holdout)
-    if self._placed is None or self._placed[0] != key:
-      self._placed = (key, placement.place(self._uploaded[1], run))
-    return self._placed[1]
-
-
 def carry_out(
   runs: Iterable[Run],
   store: Store,
-  load: Callable[[Run], Dataset],
+  executor: Executor,
   listener: Listener,
   *,
-  scan: bool | None = None,
-  checkpoint_share: float = CHECKPOINT_SHARE,
-  mesh: Mesh | None = None,
-  agree: Callable[[int | None], int | None] = lambda number: number,
+  retries: int = RETRIES,
+  lease: float = LEASE,
 ) -> Summary:
   """Does every run that has no result yet.
 
   Args:
     runs: what to do, in order.
     store: where results go.
-    load: gives the dataset of a run.
+    executor: trains.
     listener: is told of every step.
-    scan: as for ``train.epochs``.
-    checkpoint_share: of a run's time that checkpoints may take; 1 writes one
-      after every epoch.
-    mesh: devices to divide mini-batches over; None is the default device.
-    agree: as for ``StopRequest``.
+    retries: how often a run that fails is tried again; then its error is
+      recorded and the others go on.
+    lease: seconds without a sign of life after which another process may take
+      over what this one is at, and this one what another is at.
 
   Raises:
-    Stopped: after SIGINT or SIGTERM; all finished epochs are recorded.
+    Interrupted: after SIGINT or SIGTERM; all finished epochs are recorded.
     StoreError: if the store can't be read or written.
     DatasetError: if a dataset can't be loaded.
   """
-  summary = Summary()
-  data, checkpoints = _Data(load, mesh), _Checkpoints(checkpoint_share)
-  with StopRequest(agree) as stop:
-    for run in runs:
-      if (number := stop.asked) is not None:
-        raise Stopped(number)
-      try:
-        with store.lock(run):
-          if store.finished(run):
-            summary.skipped += 1
-            continue
-          _one(run, store, data(run), listener, stop, scan, checkpoints)
-          summary.done += 1
-      except filelock.Timeout:
-        summary.elsewhere += 1
-  return summary
+  with StopRequest() as stop, store.leases(lease) as leases:
+    driver = _Driver(runs, store, leases, listener, stop, retries)
+    for run, event in executor.carry_out(
+      driver.next_task, lambda: stop.asked is not None
+    ):
+      driver.take(run, event)
+    if driver.unfinished and stop.asked is not None:
+      raise Interrupted(stop.asked)
+    return driver.summary
 
 
-def _one(
-  run: Run,
-  store: Store,
-  placed: Placed,
-  listener: Listener,
-  stop: StopRequest,
-  scan: bool | None,
-  checkpoints: _Checkpoints,
-) -> None:
-  """Carries out a run, from where it was interrupted."""
-  folder = store.open(run)
-  epoch, state, problems = folder.restore(train.start(run, placed))
-  for problem in problems:
-    listener.message(problem)
-  listener.run_started(run, epoch + 1)
-  checkpoints.begin()
-  lines = folder.metrics()
-  unsaved: tuple[int, Any] | None = None
-  epochs = train.epochs(
-    run, placed, state, epoch + 1, scan, lambda: stop.asked is not None
-  )
-  try:
-    for state, line in epochs:
-      folder.append(line)
-      lines.append(line)
-      listener.epoch_finished(run, line)
-      if line['epoch'] == run.protocol.epochs or not line['finite']:
-        break
-      unsaved = None
-      if checkpoints.due():
-        checkpoints.save(folder, line['epoch'], state)
-      else:  # a copy, for the next epoch uses the state up
-        unsaved = line['epoch'], jax.tree.map(np.array, state)
-  except train.Stopped:
-    if unsaved is not None:
-      checkpoints.save(folder, *unsaved)
-    number = stop.asked
-    assert number is not None
-    raise Stopped(number) from None
-  result = train.result(run, placed.classes, lines)
-  folder.finish(result)
-  listener.run_finished(run, result)
+@dataclasses.dataclass
+class _AtWork:
+  """A run that is being carried out."""
+
+  folder: RunFolder
+  lease: Lease
+
+
+class _Driver:
+  """Hands out tasks and records events."""
+
+  def __init__(
+    self,
+    runs: Iterable[Run],
+    store: Store,
+    leases: Leases,
+    listener: Listener,
+    stop: StopRequest,
+    retries: int,
+  ):
+    self.summary = Summary()
+    self._store, self._leases = store, leases
+    self._listener, self._stop = listener, stop
+    self._retries = retries
+    self._waiting = collections.deque(runs)
+    self._failures = collections.Counter[str]()
+    self._at_work: dict[str, _AtWork] = {}
+
+  @property
+  def unfinished(self) -> bool:
+    """Whether there are runs that were not begun, or stopped."""
+    return bool(self._waiting)
+
+  def next_task(self) -> Task | None:
+    """The next run that is this process's to do."""
+    while self._waiting and self._stop.asked is None:
+      run = self._waiting.popleft()
+      lease = self._leases.acquire(run.run_id)
+      if lease is None:
+        self.summary.elsewhere += 1
+        continue
+      if self._store.finished(run):
+        self._leases.remove(lease)
+        self.summary.skipped += 1
+        continue
+      folder = self._store.open(run)
+      epoch, state, problems = folder.restore()
+      for problem in problems:
+        self._listener.message(problem)
+      self._listener.run_started(run, epoch + 1)
+      self._at_work[run.run_id] = _AtWork(folder, lease)
+      return Task(run, tuple(folder.metrics()), state)
+    return None
+
+  def take(self, run: Run, event: Event) -> None:
+    """Records an event of a task that was handed out."""
+    at_work = self._at_work.get(run.run_id)
+    if at_work is None:  # lost, see below
+      return
+    if not at_work.lease.held():
+      self._end(run)
+      self.summary.elsewhere += 1
+      self._listener.message(
+        f'run {run.run_id} was taken over by another process, as this one '
+        'gave no sign of life for too long'
+      )
+      return
+    self._record(run, event, at_work.folder)
+
+  def _record(self, run: Run, event: Event, folder: RunFolder) -> None:
+    match event:
+      case Epoch(line, state):
+        folder.append(line)
+        self._listener.epoch_finished(run, line)
+        if state is not None:
+          folder.save(line['epoch'], state)
+      case Finished(result):
+        folder.finish(result)
+        self._leases.remove(self._at_work.pop(run.run_id).lease)
+        self.summary.done += 1
+        self._listener.run_finished(run, result)
+      case Stopped(epoch, state):
+        if state is not None:
+          folder.save(epoch, state)
+        self._again(run)
+      case Unfit(why):
+        self._listener.message(f'checkpoint of {folder.path} not used: {why}')
+        folder.drop_last()
+        self._again(run)
+      case Failed(error):
+        self._failures[run.run_id] += 1
+        again = self._failures[run.run_id] <= self._retries
+        self._listener.run_failed(run, error, again)
+        if again:
+          self._again(run)
+        else:
+          folder.fail(error)
+          self.summary.failed += 1
+          self._end(run)
+
+  def _again(self, run: Run) -> None:
+    self._end(run)
+    self._waiting.appendleft(run)
+
+  def _end(self, run: Run) -> None:
+    self._leases.give_up(self._at_work.pop(run.run_id).lease)

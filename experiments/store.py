@@ -6,6 +6,8 @@
                  metrics.jsonl   a line per epoch
                  checkpoints/    the state after the last epochs
                  result.json     written last, atomically: the run is finished
+                 error.json      why it failed for good; it can be tried again
+          .leases/               who is at which run; see ``experiments.leases``
 
 Files are written beside their place and moved there, so a reader never sees
 half a file. A line of metrics that was torn by a crash is dropped; a checkpoint
@@ -15,6 +17,7 @@ could lead out of the folder, are refused.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -25,8 +28,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from experiments.files import (
   UNFINISHED,
   StoreError,
@@ -36,8 +37,11 @@ from experiments.files import (
   write_atomically,
 )
 from experiments.grid import VERSION, Run
+from experiments.leases import Leases
+from experiments.tasks import Arrays
 
 _RUN_ID = re.compile('[0-9a-f]{20}')
+_LEASES = '.leases'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Record:
     metrics: a dictionary per epoch.
     result: both results; None while unfinished.
     error: why it failed for good; None if it did not.
+    problem: why it can't be read, in which case nothing else is known; None if
+      it can.
   """
 
   run_id: str
@@ -57,6 +63,7 @@ class Record:
   metrics: list[dict[str, Any]]
   result: dict[str, Any] | None
   error: str | None = None
+  problem: str | None = None
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
@@ -95,6 +102,14 @@ def _result(path: Path) -> dict[str, Any] | None:
   return result
 
 
+def _error(path: Path) -> str | None:
+  """Why the run failed for good, or None."""
+  error = read_json(path / 'error.json')
+  if isinstance(error, dict):
+    error = error.get('error')
+  return None if error is None else str(error)
+
+
 def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and math.isfinite(value)
 
@@ -114,7 +129,7 @@ def _config(path: Path) -> dict[str, Any] | None:
 
 
 class RunFolder:
-  """The folder of one run, for the process that holds its lock."""
+  """The folder of one run, for the process that holds its lease."""
 
   def __init__(self, path: Path, run: Run):
     """Creates the folder or checks that it is this run's.
@@ -127,6 +142,7 @@ class RunFolder:
       raise StoreError(f'{path} is a link, which is not followed. Remove it.')
     try:
       path.mkdir(parents=True, exist_ok=True)
+      (path / 'error.json').unlink(missing_ok=True)
       for torn in path.glob(f'{UNFINISHED}*'):
         torn.unlink()
     except OSError as error:
@@ -149,11 +165,22 @@ class RunFolder:
     return _metrics(self.path / 'metrics.jsonl')
 
   def append(self, line: dict[str, Any]) -> None:
-    """Adds the line of an epoch."""
+    """Adds the line of an epoch, or nothing.
+
+    Raises:
+      StoreError: if it can't be written.
+    """
     path = self.path / 'metrics.jsonl'
+    text = json.dumps(line, allow_nan=False) + '\n'
     try:
-      with path.open('a', encoding='utf-8') as file:
-        file.write(json.dumps(line, allow_nan=False) + '\n')
+      with path.open('ab', buffering=0) as file:
+        size = file.tell()
+        try:
+          if file.write(text.encode()) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+          file.truncate(size)
+          raise
     except OSError as error:
       raise not_written(path, error) from error
 
@@ -163,33 +190,41 @@ class RunFolder:
     write_atomically(self.path / 'result.json', text + '\n')
     _tidy(self.path)
 
-  def save(self, epoch: int, state: Any) -> None:
+  def fail(self, error: str) -> None:
+    """Records why the run failed for good; a new attempt forgets it."""
+    text = json.dumps({'error': error}, indent=1)
+    write_atomically(self.path / 'error.json', text + '\n')
+
+  def save(self, epoch: int, state: Arrays) -> None:
     """Writes the state after an epoch and drops all but the last two."""
     from experiments import checkpoints
 
     checkpoints.save(self.path / 'checkpoints', epoch, state)
 
-  def restore(self, like: Any) -> tuple[int, Any, list[str]]:
+  def restore(self) -> tuple[int, Arrays | None, list[str]]:
     """The last epoch whose state and metrics are whole.
 
     What comes after it is removed, so that training goes on from there.
 
-    Args:
-      like: a state of the same structure, shapes and dtypes.
-
     Returns:
-      The epoch (0 if there is none), the state (``like`` then), and what could
+      The epoch (0 if there is none), the state (None then), and what could
       not be used, in words.
     """
     from experiments import checkpoints
 
     lines = self.metrics()
     epoch, state, problems = checkpoints.restore(
-      self.path / 'checkpoints', like, last=len(lines)
+      self.path / 'checkpoints', last=len(lines)
     )
     rows = ''.join(json.dumps(line) + '\n' for line in lines[:epoch])
     write_atomically(self.path / 'metrics.jsonl', rows)
     return epoch, state, problems
+
+  def drop_last(self) -> None:
+    """Removes the last state, so that ``restore`` gives the one before."""
+    from experiments import checkpoints
+
+    checkpoints.drop_last(self.path / 'checkpoints')
 
 
 def _without_words(config: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +252,7 @@ class Store:
       StoreError: if it can't.
     """
     try:
-      (self.folder / '.locks').mkdir(parents=True, exist_ok=True)
+      (self.folder / _LEASES).mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=self.folder) as file:
         file.write(b'0')
     except OSError as error:
@@ -251,20 +286,21 @@ class Store:
     return missing
 
   def open(self, run: Run) -> RunFolder:
-    """The folder of a run; hold its lock."""
+    """The folder of a run; hold its lease."""
     return RunFolder(self.folder / run.run_id, run)
 
-  def lock(self, run: Run) -> filelock.BaseFileLock:
-    """A lock that the system frees when the process that holds it dies."""
-    path = self.folder / '.locks' / f'{run.run_id}.lock'
-    return filelock.FileLock(path, timeout=0)
+  def leases(self, limit: float) -> Leases:
+    """The leases of runs, by their names; see ``Leases`` for the limit."""
+    return Leases(self.folder / _LEASES, limit)
 
 
 def load(folder: str | os.PathLike[str]) -> list[Record]:
   """All runs in a results folder, in order of their names.
 
+  One that can't be read is there with its problem.
+
   Raises:
-    StoreError: if there is no such folder, or a file in it can't be read.
+    StoreError: if there is no such folder, or it can't be read.
   """
   root = Path(folder)
   if not root.is_dir():
@@ -283,12 +319,16 @@ def _records(root: Path) -> Iterator[Record]:
   for path in paths:
     if not _RUN_ID.fullmatch(path.name) or path.is_symlink():
       continue
-    config = _config(path)
-    if config is None:
-      continue
-    yield Record(
-      run_id=path.name,
-      config=config,
-      metrics=_metrics(path / 'metrics.jsonl'),
-      result=_result(path),
-    )
+    try:
+      config = _config(path)
+      if config is None:
+        continue
+      yield Record(
+        run_id=path.name,
+        config=config,
+        metrics=_metrics(path / 'metrics.jsonl'),
+        result=_result(path),
+        error=_error(path),
+      )
+    except StoreError as error:
+      yield Record(path.name, {}, [], None, problem=str(error))

@@ -53,8 +53,8 @@ def epochs(
     state: before epoch ``first``, on whatever device; its buffers are used up.
     first: number of the epoch to begin with, from 1.
     scan: whether an epoch is one compiled loop; default: not on a CPU.
-    stopping: asked before every step (every epoch with ``scan``) whether to
-      stop.
+    stopping: asked before every step (every epoch with ``scan``) and every
+      batch of an evaluation whether to stop.
 
   Yields:
     The state after each epoch, which the next epoch uses up, and its line of
@@ -76,7 +76,7 @@ def epochs(
     )
     state, scores = train(functions, stopping, state, placed, order, rate, key)
     line = {'epoch': epoch} | _named('train', scores, order.size)
-    line |= _evaluated(run, placed, functions, state, epoch)
+    line |= _evaluated(run, placed, functions, stopping, state, epoch)
     if run.protocol.layer_metrics:
       index = devices.split(placed.mesh, order[0])
       rows = functions.align(state, placed.parts, index, key)
@@ -117,7 +117,12 @@ def _scanned(
 
 
 def _evaluated(
-  run: Run, placed: Placed, functions: Program, state: State, epoch: int
+  run: Run,
+  placed: Placed,
+  functions: Program,
+  stopping: Callable[[], bool],
+  state: State,
+  epoch: int,
 ) -> Line:
   """The part of the line that test and held-out images give."""
   parts = placed.parts
@@ -132,13 +137,14 @@ def _evaluated(
     ('holdout', parts.train, placed.held_out),
   ):
     if len(rows):
-      scores = _scores(functions, variables, placed, images, rows)
+      scores = _scores(functions, stopping, variables, placed, images, rows)
       line |= _named(name, np.asarray(scores), len(rows))
   return line
 
 
 def _scores(
   functions: Program,
+  stopping: Callable[[], bool],
   variables,
   placed: Placed,
   images: Images,
@@ -150,15 +156,12 @@ def _scores(
   missing = -len(rows) % size
   index = np.pad(rows, (0, missing), mode='edge').reshape(-1, size)
   weight = np.pad(np.ones(len(rows), np.float32), (0, missing))
-  scores = [
-    functions.evaluate(
-      variables,
-      placed.parts,
-      images,
-      *(devices.split(placed.mesh, each) for each in batch),
-    )
-    for batch in zip(index, weight.reshape(-1, size), strict=True)
-  ]
+  scores = []
+  for batch in zip(index, weight.reshape(-1, size), strict=True):
+    if stopping():
+      raise Stopped
+    batch = [devices.split(placed.mesh, each) for each in batch]
+    scores.append(functions.evaluate(variables, placed.parts, images, *batch))
   return sum(scores[1:], start=scores[0])
 
 

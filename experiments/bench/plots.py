@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
 from experiments.bench.results import Result
 from experiments.report.figures import (
   COLOURS,
@@ -88,6 +90,9 @@ def scaling(
         )
       panel.set_xscale('log', base=2)
       panel.set_yscale('log')
+      panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+      panel.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f'{ms:g}'))
+      panel.yaxis.set_minor_locator(NullLocator())
       panel.set_xticks(
         [member[axis] for member in members],
         [str(member[axis]) for member in members],

@@ -50,9 +50,21 @@ def source(path: Path) -> Source:
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
-  """A hash of the files' places, sizes and times, without reading them."""
-  lines = [str(root.resolve())]
+  """A hash of the files' places, sizes and times, without reading them.
+
+  Raises:
+    DatasetError: a file is none, or lies outside of the folder.
+  """
+  inside = root.resolve()
+  lines = [str(inside)]
   for file in files:
+    if not file.resolve().is_relative_to(inside):
+      raise DatasetError(
+        f'{file}: a link that leads out of {root}, which is not followed; copy '
+        'the file there'
+      )
+    if not file.is_file():
+      raise DatasetError(f'{file}: not a file; remove it')
     stat = file.stat()
     lines.append(f'{file.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}')
   return hashlib.sha256(json.dumps(lines).encode()).hexdigest()

@@ -21,6 +21,12 @@ from experiments.datasets.splits import Split, draw_split
 _INFO = 'dataset_info.json'
 # Splits that are not for us: unlabelled pictures of STL10, extra ones of SVHN.
 _SPLITS = ('train', 'validation', 'test')
+_FEATURES = 'tensorflow_datasets.core.features.'
+_CLASSES = (
+  'pythonClassName',
+  'python_class_name',
+  'type',
+)  # keys, old ones too
 _NAMES = ('file', 'file_name', 'image/file_name')
 
 
@@ -110,7 +116,32 @@ def _files(path: Path, spec: Spec) -> list[Path]:
       if not (path / name).is_file():
         raise DatasetError(f'{path / name}: missing, half prepared; {again}')
       files.append(path / name)
+  _check_features(path / 'features.json', again)
   return files
+
+
+def _check_features(path: Path, again: str) -> None:
+  """TFDS imports the modules that this file names: its own alone may be."""
+  names: list[str] = []
+
+  def collect(item: Mapping[str, Any]) -> Mapping[str, Any]:
+    names.extend(str(item[key]) for key in _CLASSES if key in item)
+    return item
+
+  try:
+    json.loads(path.read_text(), object_hook=collect)
+  except FileNotFoundError:
+    return
+  except (OSError, ValueError, RecursionError) as error:
+    raise DatasetError(
+      f'{path}: cannot be read ({error!r}); {again}'
+    ) from error
+  for name in names:
+    if not name.startswith(_FEATURES):
+      raise DatasetError(
+        f'{path}: names {name!r}, which is no feature of TFDS and is not '
+        f'imported; {again}'
+      )
 
 
 def _again(path: Path, spec: Spec) -> str:

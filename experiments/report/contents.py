@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from experiments.report import comparisons, disagreement, plots
-from experiments.report.figures import Picture
+from experiments.report.figures import Picture, drawn
 from experiments.report.studies import Store, Study
 from experiments.report.tables import Grid, grids
 from experiments.report.verdicts import Claim, claims_of
@@ -61,16 +61,18 @@ def contents(store: Store) -> Contents:
 
 def _section(study: Study) -> Section:
   found, claims = grids(study), claims_of(study)
+  plans = {
+    (grid.name, line.label): plots.for_line(study, grid, line)
+    for grid in found
+    for line in grid.lines
+    if line.ours
+  }
+  made = iter(drawn([plan for each in plans.values() for plan in each]))
   return Section(
     study,
     found,
     claims,
     disagreement.sentences(study, found, claims),
     comparisons.against_p(study),
-    {
-      (grid.name, line.label): plots.for_line(study, grid, line)
-      for grid in found
-      for line in grid.lines
-      if line.ours
-    },
+    {key: [next(made) for _ in each] for key, each in plans.items()},
   )

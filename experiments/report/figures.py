@@ -4,9 +4,11 @@ Figures are made without pyplot, so no window system is ever asked for. Text in
 an SVG stays text; nothing in a name is read as mathematics or markup.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import io
+import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
@@ -26,6 +28,7 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
 OURS, PAPER, QUIET = '#0072B2', '#B34700', '#777777'
 
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_MANY = 60  # pictures that are worth starting processes
 _LOGARITHMIC = 8.0  # ratio of errors from which an axis is logarithmic
 
 _STYLE = {
@@ -75,6 +78,19 @@ def picture(figure: Figure, name: str, title: str) -> Picture:
       empty = {'svg': ('Date', 'Creator'), 'png': ('Software',)}[kind]
       figure.savefig(file, format=kind, metadata=dict.fromkeys(empty))
   return Picture(name, title, files['svg'].getvalue(), files['png'].getvalue())
+
+
+def drawn(plans: Sequence[Callable[[], Picture]]) -> list[Picture]:
+  """The pictures that the plans draw, on all cores if there are many."""
+  if len(plans) < _MANY:
+    return [plan() for plan in plans]
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(mp_context=context) as pool:
+    return list(pool.map(_draw, plans, chunksize=2))
+
+
+def _draw(plan: Callable[[], Picture]) -> Picture:
+  return plan()
 
 
 def short(text: str, length: int = 34) -> str:

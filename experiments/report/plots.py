@@ -1,7 +1,8 @@
 """Learning curves, error against rate, and error against p."""
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -37,8 +38,13 @@ def slug(text: str) -> str:
   return f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'.strip('-')
 
 
-def for_line(study: Study, grid: Grid, line: Line) -> list[Picture]:
-  """Learning curves and error against rate of one row of a table."""
+def for_line(
+  study: Study, grid: Grid, line: Line
+) -> list[Callable[[], Picture]]:
+  """Learning curves and error against rate of one row of a table.
+
+  What draws them has names and numbers alone, so that any process can do it.
+  """
   cells = {
     entry.condition: entry.cell
     for entry in line.entries
@@ -48,14 +54,16 @@ def for_line(study: Study, grid: Grid, line: Line) -> list[Picture]:
     return []
   name = f'protocol-{study.number}-{slug(line.label)}-table-{grid.table.name}'
   about = f'{short(line.label)}, {grid.name}'
-  return [
-    made
-    for made in (
-      _curves(f'{name}-curves'.lower(), about, cells),
-      _rates(f'{name}-rates'.lower(), about, cells),
+  plans = []
+  if curves := _curves_of(cells):
+    plans.append(
+      functools.partial(_curves, f'{name}-curves'.lower(), about, curves)
     )
-    if made
-  ]
+  by_rate = {condition: _by_rate(cell) for condition, cell in cells.items()}
+  plans.append(
+    functools.partial(_rates, f'{name}-rates'.lower(), about, by_rate)
+  )
+  return plans
 
 
 def mean_curve(runs: Sequence[Run]) -> list[tuple[int, float]]:
@@ -72,16 +80,22 @@ def mean_curve(runs: Sequence[Run]) -> list[tuple[int, float]]:
   ]
 
 
-def _curves(name: str, about: str, cells: Mapping[str, Cell]) -> Picture | None:
-  lines = {}
+_Curve = tuple[Sequence[tuple[int, float]], bool]  # and whether one diverged
+
+
+def _curves_of(cells: Mapping[str, Cell]) -> dict[str, _Curve]:
+  """The mean curve at the best setting of each condition that has one."""
+  curves = {}
   for condition, cell in cells.items():
     assert cell.best_setting
     runs = cell.by_setting[cell.best_setting]
     if curve := mean_curve(runs):
-      lines[condition] = (curve, any(r.outcome.diverged for r in runs
-                                     if r.outcome))  # fmt: skip
-  if not lines:
-    return None
+      curves[condition] = (curve, any(r.outcome.diverged for r in runs
+                                      if r.outcome))  # fmt: skip
+  return curves
+
+
+def _curves(name: str, about: str, lines: Mapping[str, _Curve]) -> Picture:
   title = f'Test error by epoch, best rate: {about}'
   with style(name):
     figure, axes = labelled_axes(title, list(lines))
@@ -113,9 +127,10 @@ def _by_rate(cell: Cell) -> dict[float, tuple[float, bool]]:
   return dict(sorted(found.items()))
 
 
-def _rates(name: str, about: str, cells: Mapping[str, Cell]) -> Picture:
+def _rates(
+  name: str, about: str, lines: Mapping[str, dict[float, tuple[float, bool]]]
+) -> Picture:
   """A row per condition, a column per rate, the best one framed."""
-  lines = {condition: _by_rate(cell) for condition, cell in cells.items()}
   title = f'Best validation error (%) by learning rate: {about}'
   rates = sorted({*RATES, *(rate for line in lines.values() for rate in line)})
   errors = [error for line in lines.values() for error, _ in line.values()]

@@ -32,6 +32,8 @@ class Record(Protocol):
   def result(self) -> Mapping[str, Any] | None: ...  # noqa: D102
   @property
   def error(self) -> str | None: ...  # noqa: D102
+  @property
+  def problem(self) -> str | None: ...  # noqa: D102
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +91,8 @@ def read(records: Iterable[Record]) -> tuple[list[Run], list[str]]:
   runs, warnings = [], []
   for record in sorted(records, key=lambda record: str(record.run_id)):
     try:
+      if record.problem is not None:
+        raise _Torn(printable(record.problem))
       runs.append(_run(record))
     except _Torn as torn:
       run_id = printable(str(record.run_id))

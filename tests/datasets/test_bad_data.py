@@ -1,7 +1,10 @@
 """Broken data gets an error that names the file, the fault and the remedy."""
 
+import os
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import datasets
 from experiments.datasets import DatasetError
@@ -189,3 +192,28 @@ def test_missing_dataset_says_how_to_get_it(tmp_path):
 def test_unknown_dataset(tmp_path):
   with pytest.raises(DatasetError, match="did you mean 'cifar10'"):
     _load(tmp_path, 'cifr10')
+
+
+def _image_folder(root):
+  for part in ('train', 'test'):
+    for name in ('a', 'b'):
+      folder = root / 'cifar10' / part / name
+      folder.mkdir(parents=True)
+      for i in range(3):
+        Image.new('RGB', (8, 8)).save(folder / f'{i}.png')
+  return root / 'cifar10'
+
+
+@pytest.mark.parametrize('linked', ['train/a/0.png', 'train/a'])
+def test_links_out_of_an_image_folder_are_refused(tmp_path, linked):
+  path = _image_folder(tmp_path) / linked
+  path.rename(tmp_path / 'outside')
+  path.symlink_to(tmp_path / 'outside')
+  with pytest.raises(DatasetError, match='a link that leads out of'):
+    _load(tmp_path)
+
+
+def test_pipes_among_pictures_are_not_waited_for(tmp_path):
+  os.mkfifo(_image_folder(tmp_path) / 'test' / 'b' / '9.png')
+  with pytest.raises(DatasetError, match=r'9.png: not a file'):
+    _load(tmp_path)

@@ -1,6 +1,7 @@
 """Prepared folders are read without TensorFlow, and only when whole."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -128,3 +129,28 @@ def test_order_and_content_do_not_depend_on_the_cache(root):
   second = _load(root)
   np.testing.assert_array_equal(first.x_train, second.x_train)
   np.testing.assert_array_equal(first.files_test, second.files_test)
+
+
+@pytest.mark.parametrize('key', ['pythonClassName', 'type'])
+def test_modules_that_a_description_names_are_not_imported(root, key):
+  (path,) = root.rglob('features.json')
+  text = path.read_text()
+  assert '"pythonClassName": "tensorflow_datasets.core.features.' in text
+  path.write_text(
+    re.sub(
+      r'"pythonClassName": "tensorflow_datasets[^"]*Image',
+      f'"{key}": "antigravity.Image',
+      text,
+    )
+  )
+  with pytest.raises(DatasetError, match="names 'antigravity.Image'"):
+    _load(root)
+  assert 'antigravity' not in sys.modules
+
+
+def test_links_out_of_a_prepared_folder_are_refused(root, tmp_path):
+  shard = next(root.rglob('*.array_record-*'))
+  shard.rename(tmp_path / 'outside')
+  shard.symlink_to(tmp_path / 'outside')
+  with pytest.raises(DatasetError, match='a link that leads out of'):
+    _load(root)

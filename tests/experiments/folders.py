@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import store
+from experiments import checkpoints, store
+from experiments.grid import Run
 from experiments.store import Store
 from tests.experiments import tiny
 
@@ -26,19 +27,27 @@ def state(epoch: int) -> dict:
   }
 
 
-def interrupted(folder: Path, epochs: int = 3) -> store.RunFolder:
+def arrays(epoch: int) -> dict:
+  return dict(checkpoints.by_name(state(epoch)))
+
+
+def interrupted(
+  folder: Path, epochs: int = 3, run: Run | None = None
+) -> store.RunFolder:
   """A run with metrics and checkpoints of some epochs."""
-  folder = Store(folder).open(tiny.run())
+  folder = Store(folder).open(run or tiny.run())
   for epoch in range(1, epochs + 1):
     folder.append(line(epoch))
-    folder.save(epoch, state(epoch))
+    folder.save(epoch, arrays(epoch))
   return folder
 
 
 def check(folder: store.RunFolder, epoch: int) -> list[str]:
   """Restores; the state and the metrics must be those of the epoch."""
-  found, restored, problems = folder.restore(state(0))
+  found, kept, problems = folder.restore()
   assert found == epoch
+  assert (kept is None) == (epoch == 0)
+  restored = state(0) if kept is None else checkpoints.fit(kept, state(0))
   jax.tree.map(np.testing.assert_array_equal, restored, state(epoch))
   assert [row['epoch'] for row in folder.metrics()] == [*range(1, epoch + 1)]
   return problems

@@ -1,14 +1,16 @@
 """Going on from what is whole, whatever happened to the rest."""
 
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 import pytest
 
-from experiments import store
+from experiments import checkpoints, store
 from experiments.store import StoreError
 from tests.experiments import folders
 
@@ -117,12 +119,19 @@ def test_two_damaged_checkpoints_begin_anew(tmp_path):
   assert len(folders.check(folder, 0)) == 2
 
 
-def test_a_checkpoint_of_other_arrays_is_not_used(tmp_path):
-  folder = folders.interrupted(tmp_path)
-  params = {'kernel': jnp.zeros((8, 8), jnp.float32)}
-  like = folders.state(0) | {'params': params}
-  epoch, state, problems = folder.restore(like)
-  assert (epoch, state, len(problems)) == (0, like, 2)
+def test_other_arrays_do_not_fit():
+  arrays = folders.arrays(1)
+  like = folders.state(0)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    checkpoints.fit(arrays, like),
+    folders.state(1),
+  )
+  kernel = arrays.pop('params.kernel')
+  for other in (None, kernel[:8], kernel.astype(np.float64)):
+    changed = arrays if other is None else arrays | {'params.kernel': other}
+    with pytest.raises(ValueError, match=r'params.kernel is .* not float32 of'):
+      checkpoints.fit(changed, like)
 
 
 def test_a_checkpoint_without_digests_was_never_finished(tmp_path):
@@ -143,7 +152,7 @@ def test_a_checkpoint_that_can_not_be_written(tmp_path, monkeypatch):
 
   monkeypatch.setattr(ocp.StandardCheckpointer, 'save', fails)
   with pytest.raises(StoreError, match='checkpoints/3 .*: RES.*: quota. Noth'):
-    folder.save(3, folders.state(3))
+    folder.save(3, folders.arrays(3))
   monkeypatch.undo()
   assert not (folder.path / 'checkpoints' / '3.orbax-checkpoint-tmp').exists()
   assert folders.check(folder, 2) == []
@@ -155,3 +164,59 @@ def test_an_unfinished_checkpoint_is_removed(tmp_path):
   unfinished.mkdir()
   assert folders.check(folder, 3) == []
   assert not unfinished.exists()
+
+
+def _hostile(folder, change) -> str:
+  """What is said of a checkpoint whose digests are those of its maker."""
+  path = folders.interrupted(folder, 1).path / 'checkpoints'
+  change(path / '1')
+  lines = [
+    f'{hashlib.sha256(file.read_bytes()).hexdigest()}  '
+    f'{file.relative_to(path).as_posix()}\n'
+    for file in sorted((path / '1').rglob('*'))
+    if file.is_file()
+  ]
+  (path / '1.sha256').write_text(''.join(lines))
+  epoch, arrays, problems = checkpoints.restore(path, last=1)
+  assert (epoch, arrays) == (0, None)
+  (problem,) = problems
+  return problem
+
+
+@pytest.mark.parametrize('name', ['{outside}', '../../outside', 'a/b', ''])
+def test_an_array_outside_is_not_read(tmp_path, name):
+  name = name.format(outside=tmp_path / 'outside')
+
+  def change(path):
+    text = (path / '_METADATA').read_text()
+    assert '"params.kernel"' in text
+    text = text.replace('"params.kernel"', json.dumps(name))
+    (path / '_METADATA').write_text(
+      text.replace('"use_ocdbt": true', '"use_ocdbt": false')
+    )
+
+  assert 'which is no array' in _hostile(tmp_path / 'results', change)
+
+
+def test_something_else_than_arrays_is_not_read(tmp_path):
+  def change(path):
+    text = (path / '_METADATA').read_text()
+    (path / '_METADATA').write_text(text.replace('np.ndarray', 'string'))
+
+  assert 'which is no array' in _hostile(tmp_path, change)
+
+
+def test_a_small_file_can_not_ask_for_all_memory(tmp_path):
+  import tensorstore
+
+  def change(path):
+    store_ = {'driver': 'ocdbt', 'base': f'file://{path}/'}
+    tensorstore.open(
+      {'driver': 'zarr', 'kvstore': store_ | {'path': 'params.kernel/'}},
+      create=True,
+      delete_existing=True,
+      shape=[2**40],
+      dtype='float32',
+    ).result()
+
+  assert 'its arrays would take 4398' in _hostile(tmp_path, change)

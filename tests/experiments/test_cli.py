@@ -56,6 +56,12 @@ def _error(result) -> str:
     (['--condition', 'SGD', '--train-size', '50'], 'change --holdout'),
     (['--condition', 'SGD', '--train-size', '5'], 'train_size is 5'),
     (['--condition', 'SGD', '--checkpoint-share', '2'], 'checkpoint_share'),
+    (['--condition', 'SGD', '--workers', '0'], 'workers must be positive, no'),
+    (['--condition', 'SGD', '--retries', '-1'], 'retries must be at least 0'),
+    (['--condition', 'SGD', '--lease', '0'], 'lease must be at least 1 second'),
+    (['--condition', 'SGD', '--shard', '0/4'], 'I/N with I from 1 to N, such'),
+    (['--condition', 'SGD', '--shard', '5/4'], "not '5/4'"),
+    (['--condition', 'SGD', '--shard', 'a'], "not 'a'"),
     (['--condition', 'SGD', '--dataset', 'mnist'], 'MNIST was not found'),
   ],
 )
@@ -119,6 +125,8 @@ def test_every_option_is_in_the_help(main):
     'batch-norm-groups', 'devices', 'coordinator', 'process-id',
     'process-count', 'distributed',
     'calibration-batches', 'layer-metrics', 'scan', 'checkpoint-share',
+    'executor', 'workers', 'ray-address', 'cpus-per-run', 'gpus-per-run',
+    'shard', 'retries', 'lease',
   ):  # fmt: skip
     assert f'--{option} ' in out or f'--{option},' in out
   assert '0.0005' in out  # defaults are there
@@ -145,6 +153,58 @@ def test_table_4_is_both_halves_with_their_baseline():
   c2 = _runs(table=('4-C2',))
   assert len(c2) == (8 + 1) * 5  # cells are coloured against SGD
   assert 'SGD' not in TABLES['4-C2'].columns
+
+
+@pytest.mark.parametrize('parts', [1, 2, 7, 100])
+def test_shards_are_all_runs_once(parts):
+  runs = _runs(table=('2',))
+  shards = [
+    cli.Execution(shard=f'{part}/{parts}').part_of(runs)
+    for part in range(1, parts + 1)
+  ]
+  assert sorted(r.run_id for shard in shards for r in shard) == sorted(
+    run.run_id for run in runs
+  )
+  sizes = {len(shard) for shard in shards}
+  assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_failed_run_is_in_the_exit_status_and_the_report(
+  main, tmp_path, monkeypatch
+):
+  def fails(self, run):
+    raise RuntimeError('no <memory>')
+
+  monkeypatch.setattr(commands.Loader, '__call__', fails)
+  arguments = (
+    'run', '--condition', 'SGD', '--rate', '1', '--retries', '1',
+    '--results', tmp_path,
+  )  # fmt: skip
+  status, out, _ = main(*arguments)
+  assert status == 1
+  assert out.count('; it is tried again') == 1
+  assert 'FAILED: RuntimeError in line' in out
+  assert '1 runs failed and are recorded with their errors' in out
+  status, _, _ = main('report', tmp_path)
+  assert status == 0
+  page = (tmp_path / 'report' / 'report.html').read_text()
+  assert 'no &lt;memory&gt;' in page
+
+
+@pytest.mark.parametrize('command', ['report', 'claims'])
+def test_an_unreadable_run_is_left_out_and_named(main, tmp_path, command):
+  arguments = (
+    'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
+    '--train-size', '200', '--results', tmp_path,
+  )  # fmt: skip
+  assert main(*arguments)[0] == 0
+  (tmp_path / ('0' * 20)).mkdir()
+  (tmp_path / ('0' * 20) / 'config.json').write_text('{"version": 1, <b>')
+  status, out, _ = main(command, tmp_path)
+  assert status == 0
+  assert f'run {"0" * 20} is left out: ' in out
+  assert 'config.json is broken' in out
+  assert 'Protocol 1: 1 epochs, 200 training images' in out
 
 
 def test_list(main):

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 import experiments
-from experiments import store
+from experiments import executors, store
 from tests.experiments import folders
 
 _ROOT = Path(experiments.__file__).parents[1]
@@ -23,6 +24,7 @@ _OPTIONS = (
   '--epochs', str(_EPOCHS), '--checkpoint-share', '1',
 )  # fmt: skip
 _WAIT = 120  # seconds until something is wrong
+_PREEMPTION = 10  # seconds between SIGTERM and SIGKILL on many clusters
 
 
 def _environment() -> dict[str, str]:
@@ -37,9 +39,9 @@ def _command(folder: Path) -> list[str]:
   return [*program, '--results', str(folder)]
 
 
-def _start(folder: Path) -> subprocess.Popen:
+def _start(folder: Path, *options: str) -> subprocess.Popen:
   return subprocess.Popen(
-    _command(folder),
+    [*_command(folder), *options],
     cwd=_ROOT,
     env=_environment(),
     stdout=subprocess.PIPE,
@@ -48,8 +50,10 @@ def _start(folder: Path) -> subprocess.Popen:
   )
 
 
-def _finish(process: subprocess.Popen, status: int = 0) -> str:
-  output, errors = process.communicate(timeout=_WAIT)
+def _finish(
+  process: subprocess.Popen, status: int = 0, within: float = _WAIT
+) -> str:
+  output, errors = process.communicate(timeout=within)
   assert process.returncode == status, (output, errors)
   assert 'Traceback' not in errors
   return output
@@ -126,7 +130,7 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   process = _start(tmp_path)
   _wait_for(tmp_path, _EPOCHS + 2, process)
   process.send_signal(signal.SIGTERM)
-  output = _finish(process, 143)
+  output = _finish(process, 143, within=_PREEMPTION)
   assert f'goes on with epoch {done + 1}' in output
   assert 'stopped by SIGTERM' in output
 
@@ -169,6 +173,28 @@ def test_two_processes_share_a_folder(tmp_path, undisturbed):
   done = ''.join(outputs)
   for condition in ('SGD', 'uSF+BN'):  # each once
     assert len(re.findall(rf'\] digits {re.escape(condition)}, ', done)) == 1
+
+
+def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
+  process = _start(tmp_path, '--executor', 'processes', '--workers', '1')
+  _wait_for(tmp_path, 3, process)
+  workers = psutil.Process(process.pid).children(recursive=True)
+  cores = {
+    tuple(w.cpu_affinity()) for w in workers if 'spawn_main' in str(w.cmdline())
+  }
+  process.kill()
+  process.communicate()
+  _, alive = psutil.wait_procs(workers, timeout=_WAIT)
+  assert not alive
+  shares = {place.cores for place in executors.places(1)}
+  assert shares <= cores  # as many as without workers, for the same bits
+  # Its runs are not waited for, and shards know of each other's.
+  outputs = [
+    _finish(_start(tmp_path, '--shard', shard)) for shard in ('1/2', '2/2')
+  ]
+  assert 'another process' not in ''.join(outputs)
+  assert all('[1/1] digits' in output for output in outputs)
+  assert folders.contents(tmp_path) == undisturbed[0]
 
 
 def test_a_reader_that_goes_away_is_no_traceback():

@@ -89,8 +89,10 @@ def test_a_config_of_something_else(tmp_path, text, said):
     Store(tmp_path).open(run)
   assert run.run_id in str(error.value)
   if said != 'another run':
-    with pytest.raises(StoreError, match=said):
-      store.load(tmp_path)
+    folders.interrupted(tmp_path, run=tiny.run('uSF'))
+    bad, good = sorted(store.load(tmp_path), key=lambda r: r.problem is None)
+    assert said in (bad.problem or '')
+    assert (bad.run_id, good.metrics[0]) == (run.run_id, folders.line(1))
   assert (path / 'config.json').read_text() == text
 
 
@@ -112,14 +114,12 @@ def test_a_result_that_is_none(tmp_path, text):
   if text == 'null':
     assert not Store(tmp_path).finished(run)
     return
-  for read in (
-    lambda: Store(tmp_path).missing([run]),
-    lambda: store.load(tmp_path),
-  ):
-    with pytest.raises(StoreError, match='result.json') as error:
-      read()
-    assert run.run_id in str(error.value)
-    assert 'do that run again' in str(error.value)
+  with pytest.raises(StoreError, match='result.json') as error:
+    Store(tmp_path).missing([run])
+  assert run.run_id in str(error.value)
+  assert 'do that run again' in str(error.value)
+  (record,) = store.load(tmp_path)
+  assert record.problem == str(error.value)
 
 
 def test_links_are_not_followed(tmp_path):
@@ -128,13 +128,13 @@ def test_links_are_not_followed(tmp_path):
   inside = tmp_path / 'inside'
   (inside / run.run_id).mkdir(parents=True)
   (inside / run.run_id / 'config.json').symlink_to(outside / 'config.json')
-  with pytest.raises(StoreError, match='config.json is a link'):
-    store.load(inside)
+  (record,) = store.load(inside)
+  assert 'config.json is a link' in (record.problem or '')
   (inside / run.run_id / 'config.json').unlink()
   folder = Store(inside).open(run)
   (folder.path / 'checkpoints').symlink_to(outside / 'checkpoints')
   with pytest.raises(StoreError, match='checkpoints is a link'):
-    folder.restore(folders.state(0))
+    folder.restore()
   shutil.rmtree(folder.path)
   folder.path.symlink_to(outside)
   with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
@@ -143,9 +143,18 @@ def test_links_are_not_followed(tmp_path):
   assert {'2', '3'} < set(os.listdir(outside / 'checkpoints'))
 
 
+@pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl'])
+def test_pipes_are_not_waited_for(tmp_path, name):
+  path = folders.interrupted(tmp_path).path / name
+  path.unlink()
+  os.mkfifo(path)
+  (record,) = store.load(tmp_path)
+  assert f'{name} is not an ordinary file' in (record.problem or '')
+
+
 def test_other_folders_are_ignored(tmp_path):
   folders.interrupted(tmp_path)
-  for name in ('report', '0' * 19, 'G' * 20, '.locks', '0' * 20):
+  for name in ('report', '0' * 19, 'G' * 20, '.leases', '0' * 20):
     (tmp_path / name).mkdir(exist_ok=True)
   (tmp_path / 'notes.txt').write_text('mine')
   (tmp_path / ('1' * 20)).write_text('a file')
@@ -174,8 +183,8 @@ def test_a_folder_that_can_not_be_read(tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(Path, 'read_text', denied)
-    with pytest.raises(StoreError, match='config.json can not be read: Perm'):
-      store.load(tmp_path)
+    (record,) = store.load(tmp_path)
+    assert 'config.json can not be read: Perm' in (record.problem or '')
   with monkeypatch.context() as patch:
     patch.setattr(Path, 'iterdir', denied)
     with pytest.raises(StoreError, match=f'{tmp_path} can not be read: Perm'):
@@ -203,7 +212,7 @@ def test_a_full_disk_tears_nothing(tiny_disk):
   size = shutil.disk_usage(tiny_disk).free
   fill.write_bytes(b'0' * size)
   with pytest.raises(StoreError, match='checkpoints/3 could not.*make room'):
-    folder.save(3, folders.state(3))
+    folder.save(3, folders.arrays(3))
   with pytest.raises(StoreError, match='metrics.jsonl could not.*No space'):
     for epoch in range(3, 100_000):
       folder.append(folders.line(epoch))
@@ -246,15 +255,12 @@ def _environment() -> dict[str, str]:
   return {**os.environ, 'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
 
 
-def test_one_lock_a_run(tmp_path):
-  import filelock
-
-  folder = Store(tmp_path)
-  folder.create()
-  with folder.lock(tiny.run()):
-    with pytest.raises(filelock.Timeout), folder.lock(tiny.run()):
-      pass
-    with folder.lock(tiny.run('uSF')):
-      pass
-  with folder.lock(tiny.run()):
-    pass
+def test_why_a_run_failed_is_kept_until_it_is_tried_again(tmp_path):
+  folder = folders.interrupted(tmp_path)
+  folder.fail('RuntimeError: <out of memory>')
+  (record,) = store.load(tmp_path)
+  assert record.error == 'RuntimeError: <out of memory>'
+  assert record.result is None
+  assert Store(tmp_path).missing([tiny.run()]) == [tiny.run()]
+  Store(tmp_path).open(tiny.run())
+  assert store.load(tmp_path)[0].error is None

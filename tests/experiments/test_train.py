@@ -181,17 +181,25 @@ def test_metrics_do_not_change_training():
 def test_stopping(scan):
   run = tiny.run()
   placed = tiny.placed(run)
-  answers = iter([False] if scan else [False, False, False])
-  epochs = train.epochs(
-    run,
-    placed,
-    train.start(run, placed),
-    scan=scan,
-    stopping=lambda: next(answers, True),
-  )
-  next(epochs)  # two steps, or one scan
+
+  def epochs(answers):
+    return train.epochs(
+      run,
+      placed,
+      train.start(run, placed),
+      scan=scan,
+      stopping=lambda: next(answers, True),
+    )
+
+  steps, evaluations = (1 if scan else 2), 2
+  goes_on = steps + evaluations
+  for asked in range(goes_on):
+    with pytest.raises(train.Stopped):
+      next(epochs(iter([False] * asked)))
+  trained = epochs(iter([False] * goes_on))
+  next(trained)
   with pytest.raises(train.Stopped):
-    next(epochs)
+    next(trained)
 
 
 def test_both_results():

@@ -30,6 +30,7 @@ class Record:
   metrics: list[dict[str, Any]]
   result: dict[str, Any] | None
   error: str | None = None
+  problem: str | None = None
 
 
 def record(

@@ -109,6 +109,23 @@ def test_the_page_shows_names_as_text_and_needs_nothing_else(folder):
   assert all(link.startswith('#') for link in page.links)
 
 
+@pytest.mark.parametrize('field', ['rule', 'dataset', 'note'])
+def test_a_name_that_is_markup_is_shown_as_text_everywhere(tmp_path, field):
+  name = '<script>alert(2)</script>'
+  records = [*cell('SGD', 20.0, **{field: name}), *cell('BM', 3.0)]
+  for path in report.write_report(records, tmp_path):
+    if path.suffix == '.html':
+      page = _Reader(path.read_text())
+      assert 'script' not in page.tags
+      assert any(name in words for words in page.words)
+    elif path.suffix == '.md':
+      text = re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL)
+      assert '<script' not in text
+    elif path.suffix == '.svg':
+      tags = [each.tag for each in ElementTree.parse(path).getroot().iter()]
+      assert not [tag for tag in tags if tag.endswith('}script')]
+
+
 def test_ids_of_the_page_are_unique_and_every_link_has_its_target(folder):
   page = _Reader((folder / 'report.html').read_text())
   assert len(page.ids) == len(set(page.ids))

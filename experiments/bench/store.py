@@ -1,0 +1,98 @@
+"""How long a results folder takes to read and report, by its number of runs.
+
+``python -m experiments.bench.store``
+"""
+
+import itertools
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from experiments import report, store
+from experiments.conditions import CONDITIONS
+from experiments.datasets import SPECS
+from experiments.grid import Protocol, Run, runs_of, unique
+
+_PROTOCOL = Protocol()
+
+
+def measure(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
+  """Prints seconds for made-up runs of 65 epochs.
+
+  Args:
+    sizes: numbers of runs.
+  """
+  print('  runs     load   tables   report')
+  for size in sizes:
+    with tempfile.TemporaryDirectory() as folder:
+      root = Path(folder)
+      for run in itertools.islice(_runs(), size):
+        _write(root / run.run_id, run)
+      records, loading = _timed(lambda: store.load(root))  # noqa: B023
+      _, tables = _timed(lambda: report.text_tables(records))  # noqa: B023
+      _, writing = _timed(
+        lambda: report.write_report(records, root / 'report')  # noqa: B023
+      )
+    print(
+      f'{size:>6} {loading:>6.2f} s {tables:>6.2f} s {writing:>6.2f} s',
+      flush=True,
+    )
+
+
+def _timed(act: Callable[[], Any]) -> tuple[Any, float]:
+  began = time.perf_counter()
+  return act(), time.perf_counter() - began
+
+
+def _runs() -> Iterator[Run]:
+  """All runs of all datasets, seed by seed."""
+  for seed in itertools.count():
+    yield from unique(
+      run
+      for dataset, condition in itertools.product(SPECS, CONDITIONS.values())
+      for run in runs_of(
+        condition,
+        seeds=(seed,),
+        dataset=dataset,
+        digest=f'digest of {dataset}',
+        protocol=_PROTOCOL,
+      )
+    )
+
+
+def _write(path: Path, run: Run) -> None:
+  chance = random.Random(run.run_id)
+  best = chance.uniform(1, 80)
+  errors = [best + 20 * chance.random() / n for n in range(1, 66)]
+  lines = [
+    {'epoch': epoch, 'finite': True, 'seconds': 1.5}
+    | {
+      f'{part}_{what}': error * chance.random()
+      for part in ('train', 'test', 'holdout')
+      for what in ('loss', 'error')
+    }
+    for epoch, error in enumerate(errors, 1)
+  ]
+  test = [line['test_error'] for line in lines]
+  at = test.index(min(test))
+  result = {
+    'paper_error': test[at], 'paper_epoch': at + 1, 'holdout_error': test[at],
+    'honest_epoch': at + 1, 'honest_error': test[at], 'epochs_run': 65,
+    'diverged': False, 'chance_error': 90.0,
+  }  # fmt: skip
+  path.mkdir()
+  (path / 'config.json').write_text(json.dumps(run.config()))
+  (path / 'metrics.jsonl').write_text(
+    ''.join(json.dumps(line) + '\n' for line in lines)
+  )
+  (path / 'result.json').write_text(json.dumps(result))
+
+
+if __name__ == '__main__':
+  tyro.cli(measure)

@@ -1,0 +1,170 @@
+"""Killed, or out of room: the same command then ends with the same bits."""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+
+import pytest
+
+from experiments import executors, runner
+from experiments.store import Store, StoreError, load
+from experiments.tasks import Settings
+from tests.experiments import folders, tiny
+from tests.experiments.listener import Listener
+
+_KILLS = 20
+_RUNS = [
+  tiny.run(condition, epochs=3) for condition in ('uSF', 'brSF-50%+BN+BM')
+]
+_WAIT = 120  # seconds until something is wrong
+# What a process does to the files of the store, as Python tells it.
+_CHANGES = {
+  'open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.utime',
+  'os.truncate', 'shutil.rmtree',
+}  # fmt: skip
+
+
+def _load(run):
+  del run
+  return tiny.dataset()
+
+
+class _Changes:
+  """Counts changes of files in a folder; the last one is never made."""
+
+  def __init__(self, folder, last):
+    self.count = 0
+    self._folder, self._last = os.fspath(folder), last
+
+  def __call__(self, event, arguments):
+    if event in _CHANGES and str(arguments[0]).startswith(self._folder):
+      self.count += 1
+      if self.count == self._last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _do(folder, began, last, room, share) -> None:
+  """The grid, in a process of its own; tells when it began, and changes."""
+  if room is not None:  # Python ignores the signal, so writing fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+  changes = _Changes(folder, last)
+  sys.addaudithook(changes)
+  target = Store(folder)
+  target.create()
+  local = executors.Local(Settings(_load, None, share))
+  listener = Listener()
+  listener.run_started = lambda *_: began.send(time.monotonic())
+  try:
+    summary = runner.carry_out(
+      target.missing(_RUNS), target, local, listener, lease=1e6
+    )
+  except StoreError as error:
+    began.send(str(error))
+    return
+  assert (summary.failed, summary.elsewhere) == (0, 0)
+  began.send((time.monotonic(), changes.count))
+
+
+@pytest.fixture(name='start', scope='module')
+def _start(tmp_path_factory):
+  """Starts the grid in a folder: (process, what it tells)."""
+  context = multiprocessing.get_context('forkserver')
+  # All imports are done once; what is forked has no threads yet.
+  context.set_forkserver_preload(
+    [__name__, 'experiments.worker', 'orbax.checkpoint']
+  )
+
+  def start(folder, last=None, room=None, share=1.0):
+    told, tell = context.Pipe(duplex=False)
+    process = context.Process(
+      target=_do, args=(folder, tell, last, room, share)
+    )
+    process.start()
+    tell.close()
+    return process, told
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv(
+      'JAX_COMPILATION_CACHE_DIR', str(tmp_path_factory.mktemp('compiled'))
+    )
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    yield start
+
+
+def _finish(start, folder, **limits) -> list:
+  """Lets the grid come to its end; all that it told."""
+  process, told = start(folder, **limits)
+  process.join(_WAIT)
+  assert process.exitcode == 0
+  tellings = []
+  with contextlib.suppress(EOFError):
+    while told.poll():
+      tellings.append(told.recv())
+  return tellings
+
+
+@pytest.fixture(name='undisturbed', scope='module')
+def _undisturbed(start, tmp_path_factory):
+  """What is left by a grid that nothing happens to."""
+  folder = tmp_path_factory.mktemp('undisturbed')
+  _finish(start, folder)
+  contents = folders.contents(folder)
+  assert len(contents) == 2 * 3
+  return contents
+
+
+def test_killed_at_twenty_moments(start, tmp_path, undisturbed):
+  began, _, (ended, changes) = _finish(start, tmp_path / 'another')
+  assert folders.contents(tmp_path / 'another') == undisturbed
+  chance = random.Random(0)
+  kills = 0
+  for grid in itertools.count():
+    folder = tmp_path / f'grid {grid}'
+    while kills < _KILLS and Store(folder).missing(_RUNS):
+      # At a change of a file, or while training and between all changes.
+      by_file = kills % 2 == 0
+      last = chance.randrange(1, changes) if by_file else None
+      process, told = start(folder, last)
+      if not by_file and told.poll(_WAIT):
+        process.join(chance.uniform(0, ended - began))
+        process.kill()
+      process.join(_WAIT)
+      assert process.exitcode in (0, -signal.SIGKILL)
+      kills += process.exitcode != 0
+    _finish(start, folder)
+    assert folders.contents(folder) == undisturbed
+    if kills == _KILLS:
+      return
+
+
+# Room in bytes for any one file: as on a disk that fills, a write stops in its
+# middle. No rights are needed for that.
+@pytest.mark.parametrize(
+  ('room', 'share', 'what', 'lines'),
+  [
+    (400, 1.0, 'config.json', 0),
+    (600, 0.0, 'metrics.jsonl', 2),
+    (40_000, 1.0, 'checkpoints/1', 1),
+  ],
+)
+def test_out_of_room(start, tmp_path, undisturbed, room, share, what, lines):
+  *_, error = _finish(start, tmp_path, room=room, share=share)
+  assert isinstance(error, str)
+  assert f'{what} could not be written' in error
+  assert 'make room' in error
+  assert 'Nothing finished is lost' in error
+  for record in load(tmp_path):
+    path = tmp_path / record.run_id / 'metrics.jsonl'
+    text = path.read_text()
+    assert text.endswith('\n') or not text
+    assert text.count('\n') == len(record.metrics) == lines
+    left = [file.name for file in tmp_path.rglob('*') if file.is_file()]
+    assert not [name for name in left if 'writing' in name or 'tmp' in name]
+  _finish(start, tmp_path)
+  assert folders.contents(tmp_path) == undisturbed
