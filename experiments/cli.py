@@ -283,6 +283,47 @@ class Claims:
   results: tyro.conf.Positional[Results] = Path('results')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+  """Measures training steps of every rule beside plain Flax, torch, biotorch.
+
+  All programs make steps in turn. torch and biotorch take part where they are
+  installed: pip install -e '.[bench]'.
+
+  Attributes:
+    architecture: columns of Table 1, such as cifar; default: all five.
+    batch_norm: none, plain (without learnable parameters) or both.
+    rule: feedback rules by name, such as brSF-50%.
+    batch: examples in a mini-batch.
+    steps: the least number of measured steps of each program.
+    seconds: go on with steps for so long on each network.
+    out: folder for the measurements, their tables and their plot.
+  """
+
+  architecture: tuple[str, ...] = ()
+  batch_norm: tuple[str, ...] = ('none', 'plain')
+  rule: tuple[str, ...] = (
+    'BP', 'uSF', 'NuSF', 'brSF', 'brSF-50%', 'frSF', 'RndF',
+  )  # fmt: skip
+  batch: int = 100
+  steps: int = 15
+  seconds: float = 20.0
+  out: Results = Path('results/bench')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scaling:
+  """Measures how cost grows with batch, width, depth and number of runs.
+
+  Attributes:
+    steps: measured steps of each program.
+    out: folder for the measurements and their plot.
+  """
+
+  steps: int = 10
+  out: Results = Path('results/bench')
+
+
 Command = (
   Annotated[Demo, tyro.conf.subcommand('demo')]
   | Annotated[RunCommand, tyro.conf.subcommand('run')]
@@ -291,6 +332,8 @@ Command = (
   | Annotated[Data, tyro.conf.subcommand('data')]
   | Annotated[Report, tyro.conf.subcommand('report')]
   | Annotated[Claims, tyro.conf.subcommand('claims')]
+  | Annotated[Bench, tyro.conf.subcommand('bench')]
+  | Annotated[Scaling, tyro.conf.subcommand('scaling')]
 )
 
 

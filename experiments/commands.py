@@ -345,6 +345,22 @@ def _claims(command: cli.Claims) -> int:
   return 0
 
 
+def _bench(command: cli.Bench) -> int:
+  _start_jax()
+  from experiments.bench import comparison
+
+  comparison.carry_out(command)
+  return 0
+
+
+def _scaling(command: cli.Scaling) -> int:
+  _start_jax()
+  from experiments.bench import scaling
+
+  scaling.carry_out(command)
+  return 0
+
+
 _COMMANDS = {
   cli.Demo: _demo,
   cli.RunCommand: _run,
@@ -353,4 +369,6 @@ _COMMANDS = {
   cli.Data: _data,
   cli.Report: _report,
   cli.Claims: _claims,
+  cli.Bench: _bench,
+  cli.Scaling: _scaling,
 }

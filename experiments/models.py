@@ -91,7 +91,8 @@ class Network(nn.Module):
   Attributes:
     architecture: key of ``ARCHITECTURES``.
     classes: number of classes.
-    rule: feedback rule of every layer of weights, the last one too.
+    rule: feedback rule of every layer of weights, the last one too; None for
+      Flax's own layers, which know nothing of feedback.
     batch_norm: 'none', 'plain' or 'affine'.
     initial_std: standard deviation of the initial weights; biases are 0.
     epsilon: of batch normalisation, in units of the variance.
@@ -100,7 +101,7 @@ class Network(nn.Module):
 
   architecture: str
   classes: int
-  rule: FeedbackRule
+  rule: FeedbackRule | None
   batch_norm: str = 'none'
   initial_std: float = 0.01
   epsilon: float = 1e-4
@@ -110,10 +111,13 @@ class Network(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits ``(batch, classes)`` of inputs of the architecture."""
     layers = ARCHITECTURES[self.architecture]
+    conv, dense = nn.Conv, nn.Dense
     options: dict[str, Any] = dict(
-      feedback=self.rule,
       kernel_init=nn.initializers.normal(self.initial_std),
     )
+    if self.rule is not None:
+      conv, dense = linen.Conv, linen.Dense
+      options['feedback'] = self.rule
     for layer, following in itertools.pairwise(layers):
       if isinstance(layer, Pool):
         x = pool(x, layer)
@@ -121,7 +125,7 @@ class Network(nn.Module):
         continue
       options['use_bias'] = self.batch_norm == 'none'
       if isinstance(layer, Conv):
-        x = linen.Conv(
+        x = conv(
           layer.features,
           (layer.size, layer.size),
           layer.stride,
@@ -130,7 +134,7 @@ class Network(nn.Module):
         )(x)
       else:
         x = x.reshape(x.shape[0], -1)
-        x = linen.Dense(layer.features(self.classes), **options)(x)
+        x = dense(layer.features(self.classes), **options)(x)
       if self.batch_norm != 'none':
         affine = self.batch_norm == 'affine'
         x = BatchNorm(
@@ -144,7 +148,7 @@ class Network(nn.Module):
       if not (isinstance(following, Pool) and following.kind == 'max'):
         x = nn.relu(x)
     options['use_bias'] = True
-    return linen.Dense(self.classes, name='output', **options)(x)
+    return dense(self.classes, name='output', **options)(x)
 
 
 def multiply_adds(architecture: str, classes: int) -> list[int]:

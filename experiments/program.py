@@ -29,11 +29,16 @@ _KEPT_PROGRAMS = 8  # in memory; runs come in an order that needs one or two
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
-  """All of a run that its compiled functions depend on."""
+  """All of a run that its compiled functions depend on.
+
+  Attributes:
+    rule: for ``symjax_bp.from_name``; None for Flax's own layers. All other
+      fields are those of a run and its dataset.
+  """
 
   architecture: str
   classes: int
-  rule: str
+  rule: str | None
   batch_manhattan: int
   batch_norm: str
   frozen: str
@@ -123,7 +128,7 @@ def _network(setup: Setup) -> Network:
   return Network(
     architecture=setup.architecture,
     classes=setup.classes,
-    rule=from_name(setup.rule),
+    rule=None if setup.rule is None else from_name(setup.rule),
     batch_norm=setup.batch_norm,
     initial_std=setup.initial_std,
     epsilon=setup.batch_norm_epsilon,
@@ -229,7 +234,8 @@ def program(setup: Setup) -> Program:
 
   def initialize(key):
     params = common.initial_params(key)
-    keeps_a_draw = model.rule.draws and not model.rule.redraws
+    rule = model.rule
+    keeps_a_draw = rule is not None and rule.draws and not rule.redraws
     return {
       'params': params,
       'feedback': draw(key) if keeps_a_draw else {},

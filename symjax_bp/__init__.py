@@ -39,16 +39,10 @@ and ``nnx`` (Flax), ``optim`` (Batch Manhattan), ``normalization`` (batch norm
 with the paper's protocol), ``metrics`` and ``testing``.
 """
 
-from symjax_bp import (
-  feedback,
-  linen,
-  metrics,
-  nnx,
-  normalization,
-  optim,
-  primitives,
-  testing,
-)
+import importlib
+import typing
+
+from symjax_bp import feedback, linen, metrics, optim, primitives
 from symjax_bp.feedback import (
   FeedbackRule,
   brsf,
@@ -59,6 +53,9 @@ from symjax_bp.feedback import (
   symmetric,
   usf,
 )
+
+if typing.TYPE_CHECKING:
+  from symjax_bp import nnx, normalization, testing
 
 __version__ = '0.1.0'
 
@@ -80,3 +77,17 @@ __all__ = [
   'testing',
   'usf',
 ]
+
+# Importing Flax's NNX takes four times as long as all of this: it waits for
+# those who use it.
+_IMPORT_NNX = ('nnx', 'normalization', 'testing')
+
+
+def __getattr__(name: str):
+  if name in _IMPORT_NNX:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__():
+  return sorted({*globals(), *__all__})

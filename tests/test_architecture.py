@@ -65,15 +65,8 @@ def test_the_library_imports_its_declared_dependencies_alone(path):
   assert roots - sys.stdlib_module_names <= declared | {'symjax_bp'}
 
 
-def test_the_library_loads_without_the_experiments_and_their_packages():
-  program = """
-import importlib, pkgutil, sys, symjax_bp
-for module in pkgutil.walk_packages(symjax_bp.__path__, 'symjax_bp.'):
-  importlib.import_module(module.name)
-  print(module.name)
-unwanted = {'experiments', 'tensorflow', 'matplotlib', 'torch'}
-assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
-"""
+def run_alone(program):
+  """What a program prints, in a process of its own."""
   done = subprocess.run(
     [sys.executable, '-c', program],
     cwd=ROOT,
@@ -83,7 +76,37 @@ assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  assert set(done.stdout.split()) == {module.__name__ for module in MODULES[1:]}
+  return done.stdout
+
+
+def test_nnx_which_takes_long_to_import_waits_for_its_use():
+  program = """
+import sys, symjax_bp
+assert 'flax.nnx' not in sys.modules
+missing = set(symjax_bp.__all__) - set(dir(symjax_bp))
+assert not missing, missing
+for name in symjax_bp.__all__:
+  getattr(symjax_bp, name)
+assert 'flax.nnx' in sys.modules
+try:
+  symjax_bp.nxx
+except AttributeError as error:
+  print(error)
+"""
+  assert "'symjax_bp' has no attribute 'nxx'" in run_alone(program)
+
+
+def test_the_library_loads_without_the_experiments_and_their_packages():
+  program = """
+import importlib, pkgutil, sys, symjax_bp
+for module in pkgutil.walk_packages(symjax_bp.__path__, 'symjax_bp.'):
+  importlib.import_module(module.name)
+  print(module.name)
+unwanted = {'experiments', 'tensorflow', 'matplotlib', 'torch'}
+assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
+"""
+  output = run_alone(program)
+  assert set(output.split()) == {module.__name__ for module in MODULES[1:]}
 
 
 # --- what is public is documented

@@ -52,12 +52,15 @@ def write_report(
     contents_by_name[f'plots/{picture.name}.png'] = picture.png
   root = Path(folder)
   (root / 'plots').mkdir(parents=True, exist_ok=True)
-  return [
-    _replace(root / name, body) for name, body in contents_by_name.items()
-  ]
+  return [replace(root / name, body) for name, body in contents_by_name.items()]
 
 
-def _replace(path: Path, body: bytes) -> Path:
+def replace(path: Path, body: bytes) -> Path:
+  """Writes a file, whole or not at all; returns its path.
+
+  Raises:
+    OSError: it can't be written; what was there is still there.
+  """
   descriptor, name = tempfile.mkstemp(dir=path.parent, prefix='.writing-')
   try:
     with os.fdopen(descriptor, 'wb') as file:
