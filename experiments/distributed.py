@@ -95,10 +95,10 @@ def _tell(task: Task | None) -> None:
   if task is None:
     _broadcast(b'')
     return
+  names = None if task.state is None else list(task.state)
   arrays = io.BytesIO()
-  np.savez(arrays, **(task.state or {}))
-  about = json.dumps([task.run.run_id, task.lines, task.state is not None])
-  _broadcast(about.encode())
+  np.savez(arrays, *(task.state or {}).values())
+  _broadcast(json.dumps([task.run.run_id, task.lines, names]).encode())
   _broadcast(arrays.getvalue())
 
 
@@ -107,9 +107,10 @@ def _told(runs: Sequence[Run]) -> Task | None:
   about = _broadcast(None)
   if not about:
     return None
-  run_id, lines, has_state = json.loads(about)
+  run_id, lines, names = json.loads(about)
   with np.load(io.BytesIO(_broadcast(None)), allow_pickle=False) as arrays:
-    state = dict(arrays) if has_state else None
+    values = list(arrays.values())
+  state = None if names is None else dict(zip(names, values, strict=True))
   (run,) = (run for run in runs if run.run_id == run_id)
   return Task(run, tuple(lines), state)
 

@@ -35,7 +35,9 @@ def pool(x: jax.Array, layer: Pool) -> jax.Array:
     windows = _windows(x, layer, -jnp.inf)
     return functools.reduce(lambda a, b: jnp.where(b > a, b, a), windows)
   share = _share(x.shape, layer, x.dtype)
-  return sum(pixel * share for pixel in _windows(x, layer, 0.0))
+  return functools.reduce(
+    jnp.add, [pixel * share for pixel in _windows(x, layer, 0.0)]
+  )
 
 
 def _forward(x, layer):

@@ -6,7 +6,7 @@ stand in for them in testing, are a dictionary of ``mean``, ``std`` and
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -102,10 +102,12 @@ def _normalized_jvp(axes, epsilon, axis_name, axis_index_groups, primal, dx):
   return (y, mean, std), (dy * jnp.expand_dims(1 / std, axes), dmean, dstd)
 
 
-def _averaging(axes, axis_name, axis_index_groups):
-  """Means over `axes`, of ``values + origin``, and over devices."""
+def _averaging(
+  axes: tuple[int, ...], axis_name: str | None, axis_index_groups: Any
+) -> Callable[..., jax.Array]:
+  """Means over `axes`, of values measured from an origin, and over devices."""
 
-  def average(values, origin=0.0):
+  def average(values: jax.Array, origin: Any = 0.0) -> jax.Array:
     mean = origin + jnp.mean(values, axes)
     if axis_name is None:
       return mean

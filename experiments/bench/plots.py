@@ -61,7 +61,7 @@ def steps(results: Sequence[Result]) -> Picture:
         va='top',
         color=COLOURS[at],
       )
-    return picture(figure, 'bench', title)
+    return picture(figure, 'bench', title, png=True)
 
 
 def scaling(
@@ -116,4 +116,4 @@ def scaling(
     grid_axes.set_ylim(0, None)
     grid_axes.legend(fontsize=8)
     figure.text(*top_left(figure, 0.1), title, va='top', fontsize=11)
-    return picture(figure, 'scaling', title)
+    return picture(figure, 'scaling', title, png=True)

@@ -73,7 +73,7 @@ def story(store: Store) -> Picture | None:
       loc='upper left', ncols=2 if len(found) == 1 else 4, borderaxespad=0,
       bbox_to_anchor=top_left(figure, 0.5),
     )  # fmt: skip
-    return picture(figure, name, title)
+    return picture(figure, name, title, png=True)
 
 
 def _missing(cells: Iterable[Cell | None]) -> list[Line2D]:
@@ -154,7 +154,7 @@ def against_p(study: Study) -> Picture | None:
       ncols=3 if len(labels) > 1 else 2, columnspacing=1.6,
       bbox_to_anchor=top_left(figure, 0.08),
     )  # fmt: skip
-    return picture(figure, name, title)
+    return picture(figure, name, title, png=True)
 
 
 _RULES = {'brSF': ('o', 'redrawn at every update'), 'frSF': ('s', 'drawn once')}

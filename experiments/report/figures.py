@@ -53,12 +53,15 @@ _STYLE = {
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """A plot as files' contents; `title` says what it shows."""
+  """A plot as files' contents; `title` says what it shows.
+
+  Only pictures worth sending around have a PNG: it takes longer than the rest.
+  """
 
   name: str
   title: str
   svg: bytes
-  png: bytes
+  png: bytes | None
 
 
 @contextlib.contextmanager
@@ -68,16 +71,23 @@ def style(name: str) -> Iterator[None]:
     yield
 
 
-def picture(figure: Figure, name: str, title: str) -> Picture:
-  """Both files of a figure; the same figure gives the same bytes."""
-  files = {'svg': io.BytesIO(), 'png': io.BytesIO()}
+def picture(
+  figure: Figure, name: str, title: str, png: bool = False
+) -> Picture:
+  """The files of a figure; the same figure gives the same bytes."""
+  files = {kind: io.BytesIO() for kind in (('svg', 'png') if png else ('svg',))}
   with warnings.catch_warnings():
     # A name may have letters that the font lacks.
     warnings.filterwarnings('ignore', message='Glyph')
     for kind, file in files.items():
       empty = {'svg': ('Date', 'Creator'), 'png': ('Software',)}[kind]
       figure.savefig(file, format=kind, metadata=dict.fromkeys(empty))
-  return Picture(name, title, files['svg'].getvalue(), files['png'].getvalue())
+  return Picture(
+    name,
+    title,
+    files['svg'].getvalue(),
+    files['png'].getvalue() if png else None,
+  )
 
 
 def drawn(plans: Sequence[Callable[[], Picture]]) -> list[Picture]:

@@ -49,7 +49,8 @@ def write_report(
   contents_by_name = {name: body.encode() for name, body in files.items()}
   for picture in report.pictures():
     contents_by_name[f'plots/{picture.name}.svg'] = picture.svg
-    contents_by_name[f'plots/{picture.name}.png'] = picture.png
+    if picture.png is not None:
+      contents_by_name[f'plots/{picture.name}.png'] = picture.png
   root = Path(folder)
   (root / 'plots').mkdir(parents=True, exist_ok=True)
   return [replace(root / name, body) for name, body in contents_by_name.items()]
