@@ -57,10 +57,15 @@ def configure(devices: int | None = None) -> list[str]:
     os.environ['XLA_FLAGS'] = flags
   if _keep_memory():
     said.append('malloc: memory is kept between steps')
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    folder = str(default_dir() / 'compiled')
-    os.environ['JAX_COMPILATION_CACHE_DIR'] = folder
-    said.append(f'JAX_COMPILATION_CACHE_DIR {folder}')
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(default_dir() / 'compiled'),
+    # JAX's own limit of a second leaves most of these programs out.
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  for name, value in cache.items():
+    if name not in os.environ:
+      os.environ[name] = value
+      said.append(f'{name} {value}')
   return said
 
 

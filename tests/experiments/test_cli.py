@@ -299,6 +299,7 @@ def test_a_second_interrupt_is_no_traceback(main, monkeypatch):
 def test_flags_of_the_user_are_kept(monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_dump_to=x')
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'mine')
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '3')
   monkeypatch.setenv('MALLOC_ARENA_MAX', '4')
   said = backend.configure()
   assert backend.os.environ['XLA_FLAGS'].startswith('--xla_dump_to=x ')
