@@ -29,9 +29,9 @@ def _device_step(optimizer, sign_first, weights, state, x, y):
 def test_sum_across_devices_before_the_sign(setting, devices):
   rng = np.random.default_rng(3)
   # Small integers: sums are exact, whatever their order.
-  x = rng.integers(-3, 4, (8, 5)).astype(np.float32)
-  y = rng.integers(-3, 4, 8).astype(np.float32)
-  weights = jnp.zeros(5)
+  x = rng.integers(-3, 4, (16, 20)).astype(np.float32)
+  y = rng.integers(-3, 4, 16).astype(np.float32)
+  weights = jnp.zeros(20)
   optimizer = optim.batch_manhattan(0.25, 0.5, 0.25, setting)
 
   def train(sign_first):
@@ -45,7 +45,7 @@ def test_sum_across_devices_before_the_sign(setting, devices):
     w, state = weights, optimizer.init(weights)
     for _ in range(2):
       w, state = step(
-        w, state, x.reshape(devices, -1, 5), y.reshape(devices, -1)
+        w, state, x.reshape(devices, -1, 20), y.reshape(devices, -1)
       )
     return w
 

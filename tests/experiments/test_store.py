@@ -72,12 +72,12 @@ def test_what_a_crash_leaves_is_removed(tmp_path):
 @pytest.mark.parametrize(
   ('text', 'said'),
   [
-    ('{"version": 2}', 'not of version 1'),
-    ('{}', 'not of version 1'),
-    ('[1]', 'not of version 1'),
-    ('{"version": 1, "dataset"', 'broken'),
+    ('{"version": 1}', 'not of version 2'),
+    ('{}', 'not of version 2'),
+    ('[1]', 'not of version 2'),
+    ('{"version": 2, "dataset"', 'broken'),
     ('[' * 100_000, 'broken'),
-    ('{"version": 1, "dataset": "other"}', 'another run'),
+    ('{"version": 2, "dataset": "other"}', 'another run'),
   ],
 )
 def test_a_config_of_something_else(tmp_path, text, said):

@@ -201,7 +201,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(write.os, 'replace', broken)
   with pytest.raises(OSError, match='no space'):
-    write._replace(target, b'new')
+    write.replace(target, b'new')
   assert target.read_text() == 'old'
   assert list(tmp_path.iterdir()) == [target]
 
