@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import jax
 
 from experiments import cli, models
-from experiments.bench import files, in_jax, in_torch, machine, plots, tables
+from experiments.bench import (
+  files,
+  in_jax,
+  in_torch,
+  machine,
+  operations,
+  plots,
+  tables,
+)
 from experiments.bench.contenders import Contender, check_steps, take_turns
 from experiments.bench.results import Result, summarized
 from experiments.bench.workload import Workload
@@ -57,6 +65,7 @@ def compare(
     in_jax.product(),
     in_jax.contender(workload, None),
     *(in_jax.contender(workload, rule) for rule in rules),
+    operations.contender(workload),
     *in_torch.contenders(workload),
   ]
   flops = models.training_flops(workload.architecture, workload.classes)

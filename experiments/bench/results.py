@@ -10,6 +10,7 @@ from experiments.bench.contenders import Contender
 from experiments.bench.workload import Workload
 
 FLAX, TORCH, PRODUCT = 'Flax', 'torch', 'product'
+OPERATIONS = 'operations alone'
 # The rule of which each of biotorch's modes is a variant.
 BIOTORCH = {
   'BP': 'backpropagation',
@@ -25,7 +26,8 @@ class Row:
   """One program; seconds are of whole steps, one per round.
 
   Attributes:
-    name: a rule, or ``FLAX``, ``TORCH``, or 'biotorch ' and its mode.
+    name: a rule, or ``FLAX``, ``TORCH``, ``OPERATIONS``, or 'biotorch ' and
+      its mode.
     variant: memory layout; the fastest one.
     seconds: of each step.
     median: of the seconds.

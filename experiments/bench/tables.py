@@ -2,7 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
-from experiments.bench.results import FLAX, TORCH, Result, Row, rival
+from experiments.bench.results import (
+  FLAX,
+  OPERATIONS,
+  TORCH,
+  Result,
+  Row,
+  rival,
+)
 from experiments.report.markdown import table
 
 
@@ -37,7 +44,8 @@ def markdown(results: Sequence[Result]) -> str:
   """All networks in a few tables."""
   tables = {
     'Plain backpropagation: milliseconds a step, median [quartiles]; ratio '
-    'within rounds; share of the rate of a matrix product.': _plain(results),
+    'within rounds; share of the rate of a matrix product; the operations of '
+    "JAX's layers alone.": _plain(results),
     'A rule / plain Flax: time, and memory without stored draws.': _ratios(
       results,
       lambda row: f'{_ratio(row, FLAX)}, {_number(row.memory_to_flax, 2)}',
@@ -59,7 +67,8 @@ def _plain(results: Sequence[Result]) -> list[str]:
   lines = []
   for result in results:
     plain, torch = result.row(FLAX), result.row(TORCH)
-    assert plain is not None
+    alone = result.row(OPERATIONS)
+    assert plain is not None and alone is not None
     line = [title(result), f'{result.flops / 1e9:.1f}', _milliseconds(plain)]
     if torch is None:
       line += ['', '', f'{plain.peak_share:.2f}', '']
@@ -71,11 +80,13 @@ def _plain(results: Sequence[Result]) -> list[str]:
         f'{torch.peak_share:.2f}',
       ]
     lines.append([
-      *line, _number(plain.compile_seconds, 1), _megabytes(plain.bytes),
+      *line, f'{1e3 * alone.median:.1f}', _ratio(alone, TORCH),
+      _number(plain.compile_seconds, 1), _megabytes(plain.bytes),
     ])  # fmt: skip
   header = (
     'network', 'GFLOP', 'Flax', 'torch', 'Flax / torch', 'share, Flax',
-    'share, torch', 'compile s', 'memory MB',
+    'share, torch', 'operations alone', 'alone / torch', 'compile s',
+    'memory MB',
   )  # fmt: skip
   return table(header, lines)
 

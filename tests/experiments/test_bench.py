@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import sys
 import time
 
@@ -9,11 +10,19 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import backend, cli, commands
-from experiments.bench import family, in_jax, in_torch, overhead, scaling
+from experiments import backend, cli, commands, models
+from experiments.bench import (
+  family,
+  in_jax,
+  in_torch,
+  operations,
+  overhead,
+  scaling,
+)
 from experiments.bench.contenders import Contender, take_turns
 from experiments.bench.results import summarized
 from experiments.bench.workload import Workload
+from experiments.datasets import SHAPES
 from experiments.models import Network
 from symjax_bp import symmetric
 
@@ -46,8 +55,9 @@ def test_bench_without_torch(carry_out, tmp_path, capsys):
   document = json.loads((tmp_path / 'bench.json').read_text())
   assert {'jax', 'processor', 'cores', 'command'} <= document['machine'].keys()
   (result,) = document['results']
-  plain, rule = result['rows']
-  assert (plain['name'], rule['name']) == ('Flax', 'frSF')
+  plain, rule, alone = result['rows']
+  names = ('Flax', 'frSF', 'operations alone')
+  assert (plain['name'], rule['name'], alone['name']) == names
   assert plain['to'] == {'Flax': 1.0}
   ratios = np.divide(rule['seconds'], plain['seconds'])
   assert rule['to'] == {'Flax': pytest.approx(np.median(ratios))}
@@ -58,6 +68,18 @@ def test_bench_without_torch(carry_out, tmp_path, capsys):
   markdown = (tmp_path / 'bench.md').read_text()
   assert f'| timit + BN | {rule["to"]["Flax"]:.2f}, ' in markdown
   assert (tmp_path / 'bench.svg').read_bytes().startswith(b'<?xml')
+
+
+@pytest.mark.parametrize('architecture', SHAPES)
+def test_the_operations_are_those_of_the_network(architecture):
+  workload = Workload(architecture=architecture, batch_norm='none', batch=2)
+  counts = []
+  for operation, x, W in operations._layers(workload):
+    shapes = [jax.ShapeDtypeStruct(each, 'float32') for each in (x, W, W)]
+    y = jax.eval_shape(operation, *shapes)
+    counts.append(math.prod(y.shape) * math.prod(W[:-1]))
+  wanted = models.multiply_adds(architecture, workload.classes)
+  assert counts == [2 * count for count in wanted]
 
 
 @pytest.mark.parametrize(
