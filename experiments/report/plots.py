@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -139,18 +140,25 @@ def _rates(
   size = 0.72 * len(rates), 0.27 * len(lines)
   with style(name):
     figure, (axes,) = panels(1, size, across=1, left=room, top=0.5, between=1)
+    squares, faces, frames, inks = [], [], [], []
     for row, line in enumerate(lines.values()):
       best = min(error for error, _ in line.values())
       for rate, (error, diverged) in line.items():
         face, ink = colour(error)
         at = rates.index(rate)
-        axes.add_patch(Rectangle((at - 0.5, row - 0.5), 1, 1, color=face))
+        squares.append(Rectangle((at - 0.5, row - 0.5), 1, 1))
+        faces.append(face)
         axes.text(at, row, f'{error:.2f}{" ×" * diverged}', color=ink,
                   ha='center', va='center', fontsize=8.5,
                   fontweight='bold' if error == best else 'normal')  # fmt: skip
         if error == best:
-          axes.add_patch(Rectangle((at - 0.47, row - 0.45), 0.94, 0.9,
-                                   fill=False, ec=ink, lw=1.3))  # fmt: skip
+          frames.append(Rectangle((at - 0.47, row - 0.45), 0.94, 0.9))
+          inks.append(ink)
+    # One collection is drawn several times as fast as its patches.
+    axes.add_collection(PatchCollection(squares, facecolors=faces, lw=0))
+    axes.add_collection(
+      PatchCollection(frames, facecolors='none', edgecolors=inks, lw=1.3)
+    )
     axes.set_xlim(-0.5, len(rates) - 0.5)
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
