@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,15 +64,12 @@ def _carry_out(
   summary = runner.carry_out(
     runs, store, local, listener or Listener(), **options
   )
-  return summary, folders.contents(folder)
+  found: dict[tuple[str, str], Any] = folders.contents(folder)
+  return summary, found
 
 
 def _started(listener):
-  return {
-    run_id: epoch
-    for what, run_id, epoch, *_ in listener.told
-    if what == 'started'
-  }
+  return dict(event[1:] for event in listener.told if event[0] == 'started')
 
 
 def _check_close(found, wanted, runs, data=None):
@@ -177,7 +175,7 @@ def test_five_rates_and_two_seeds_compile_the_step_once(tmp_path, size):
   )
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **about: (
+    lambda event, duration_secs, **about: (
       compiled.append(about['fun_name'])
       if event == '/jax/core/compile/backend_compile_duration'
       else None
@@ -207,7 +205,7 @@ def test_a_stop_ends_the_group_which_goes_on_with_the_same_bits(
 def test_a_group_whose_runs_stand_at_different_epochs_goes_on(tmp_path, alone):
   with pytest.raises(_Crash):  # after three checkpoints
     _carry_out(tmp_path, _DENSE, 6, _Counter(4, _crash), share=1.0)
-  # And the second of these is of other arrays.
+  # One of which is of other arrays.
   folder = Store(tmp_path).open(_DENSE[1])
   folder.save(1, {'params': np.zeros(3, np.float32)})
   listener = Listener()
