@@ -16,7 +16,7 @@ from experiments.executors import Local
 from experiments.models import Conv, Full
 from experiments.pooling import Pool
 from experiments.store import Store
-from experiments.tasks import Failed, Finished, Settings, Task
+from experiments.tasks import Epoch, Failed, Finished, Settings, Task
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener
 
@@ -247,13 +247,23 @@ def test_one_that_diverges_ends_alone(tmp_path, alone):
   _check_close(found, alone, [first, last])
 
 
-def test_a_group_ends_with_its_last_run(tmp_path):
-  listener = Listener()
-  summary, _ = _carry_out(
-    tmp_path, _cell('uSF', (1e30, 1e31), (0,), epochs=5), 2, listener
-  )
-  assert listener.epochs() == [1, 1]
-  assert summary.done == 2
+@pytest.mark.parametrize(
+  ('rate', 'then'),
+  [(1e31, [Epoch, Finished]), (1.0, [Epoch] * 5 + [Finished])],
+)
+def test_a_group_ends_with_its_last_run(rate, then):
+  runs = _cell('uSF', (1e30, rate), (0,), epochs=5)
+  tasks = map(Task, runs)
+  local = Local(Settings(lambda run: tiny.dataset(), None, 0.0), 2)
+  events = [
+    (run, type(event))
+    for run, event in local.carry_out(lambda: next(tasks, None), lambda: False)
+  ]
+  # And of one that has ended nothing is heard.
+  assert events == [
+    *((runs[0], event) for event in (Epoch, Finished)),
+    *((runs[1], event) for event in then),
+  ]
 
 
 def test_what_fails_is_tried_again_alone(tmp_path, alone, monkeypatch):
