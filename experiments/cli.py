@@ -128,6 +128,8 @@ class Execution:
       else each core).
     devices: of this process, over which mini-batches are divided (default: as
       many accelerators as divide them; one CPU).
+    together: how many runs that differ in rate or seed only this process trains
+      as one program (default: up to 32 on a single accelerator, else 1).
     ray_address: of a Ray cluster (default: one is started on this host).
     cpus_per_run: that a Ray task asks for.
     gpus_per_run: that a Ray task asks for.
@@ -144,6 +146,7 @@ class Execution:
   executor: Literal['local', 'processes', 'ray'] = 'local'
   workers: int | None = None
   devices: int | None = None
+  together: int | None = None
   ray_address: str | None = None
   cpus_per_run: float = 1.0
   gpus_per_run: float = 0.0
@@ -161,6 +164,7 @@ class Execution:
     """
     for name, allowed, holds in (
       ('workers', 'positive', self.workers is None or self.workers > 0),
+      ('together', 'positive', self.together is None or self.together > 0),
       ('cpus_per_run', 'at least 0', self.cpus_per_run >= 0),
       ('gpus_per_run', 'at least 0', self.gpus_per_run >= 0),
       ('retries', 'at least 0', self.retries >= 0),
@@ -174,6 +178,11 @@ class Execution:
       raise ValueError(
         f'devices is {self.devices}, but only --executor local divides '
         f'mini-batches; with {self.executor} every run has one device.'
+      )
+    if (self.together or 1) > 1 and self.executor != 'local':
+      raise ValueError(
+        f'together is {self.together}, but only --executor local trains '
+        f'several runs as one program; with {self.executor} it must be 1.'
       )
 
   def part_of(self, runs: Sequence[Run]) -> Sequence[Run]:

@@ -158,7 +158,11 @@ def _settings(
 def _executor(settings: Settings, options: cli.Execution) -> Executor:
   """The executor that is asked for."""
   if options.executor == 'local':
-    return executors.Local(settings)
+    from experiments.together import group_size
+
+    return executors.Local(
+      settings, group_size(options.together, settings.mesh)
+    )
   if options.executor == 'processes':
     executor = executors.Processes(settings, executors.places(options.workers))
   else:
@@ -254,6 +258,11 @@ def _run_in_step(command: cli.RunCommand, runs: Sequence[Run]) -> int:
     raise ValueError(
       f'executor is {options.executor!r}, but must be local where several '
       'processes do the same runs.'
+    )
+  if (options.together or 1) > 1:
+    raise ValueError(
+      f'together is {options.together}, but must be 1 where several processes '
+      'do the same runs.'
     )
   _start_jax(options.devices)
   from experiments import distributed

@@ -20,7 +20,7 @@ from concurrent.futures import (
 )
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from experiments.grid import Run
 from experiments.tasks import (
@@ -59,11 +59,23 @@ class Executor(Protocol):
 
 
 class Local:
-  """One task after the other in this process."""
+  """One group of tasks after the other in this process.
 
-  def __init__(self, settings: Settings):
-    """Starts nothing yet."""
+  A group are tasks in a row whose runs differ in rate and seed only and stand
+  at the same epoch. A run that fails is tried again alone, for what failed may
+  have been the group: it takes more memory.
+  """
+
+  def __init__(self, settings: Settings, together: int = 1):
+    """Starts nothing yet.
+
+    Args:
+      settings: how runs are carried out.
+      together: size of a group, at most.
+    """
     self._settings = settings
+    self._together = together
+    self._failed: set[Run] = set()
 
   def carry_out(
     self, next_task: Callable[[], Task | None], stopping: Callable[[], bool]
@@ -71,9 +83,39 @@ class Local:
     """See ``Executor``."""
     from experiments.worker import worker
 
-    while (task := next_task()) is not None:
-      for event in worker(self._settings).carry_out(task, stopping):
-        yield task.run, event
+    kept: Task | None = None
+    while (first := kept or next_task()) is not None:
+      group, kept = self._group(first, next_task)
+      for run, event in worker(self._settings).carry_out_group(group, stopping):
+        if isinstance(event, Failed):
+          self._failed.add(run)
+        yield run, event
+      if kept is not None and stopping():
+        yield kept.run, Stopped()
+        kept = None
+
+  def _group(
+    self, first: Task, next_task: Callable[[], Task | None]
+  ) -> tuple[list[Task], Task | None]:
+    """A group, and the first task that is not of it, if that was asked for.
+
+    No more is asked for, as other processes may do what this one does not.
+    """
+    group = [first]
+    while len(group) < self._together:
+      if (task := next_task()) is None:
+        break
+      if self._kind(task) != self._kind(first):
+        return group, task
+      group.append(task)
+    return group, None
+
+  def _kind(self, task: Task) -> Any:
+    """What the tasks of a group have in common."""
+    if task.run in self._failed:
+      return task.run
+    cell = dataclasses.replace(task.run, rate=1.0, seed=0)
+    return cell, len(task.lines)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,16 @@ several times slower inside a compiled loop there; elsewhere it is one
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import devices
-from experiments.grid import Run
+from experiments.grid import Protocol, Run
 from experiments.placement import (
-  Images,
+  Parts,
   Placed,
   calibration_batches,
   mini_batches,
@@ -24,6 +25,7 @@ from experiments.placement import (
 from experiments.program import Program, Setup, State, program
 
 Line = dict[str, Any]  # of metrics, of an epoch
+Measured = dict[str, Any]  # of an epoch, as arrays
 EVALUATION_BATCH = 250
 
 
@@ -35,6 +37,55 @@ def start(run: Run, placed: Placed) -> State:
   """The state before the first epoch."""
   key = jax.random.key(run.seed)
   return program(Setup.of(run, placed)).initialize(key)
+
+
+class Rows(NamedTuple):
+  """The images that an epoch meets, an entry for each mini-batch.
+
+  Attributes:
+    trained: to train on, shuffled.
+    calibration: for the statistics for testing.
+    evaluated: rows and their weights, of 'test' and, if any are, 'holdout'.
+  """
+
+  trained: np.ndarray
+  calibration: np.ndarray
+  evaluated: dict[str, tuple[np.ndarray, np.ndarray]]
+
+  @classmethod
+  def of(cls, run: Run, placed: Placed, epoch: int) -> 'Rows':
+    """The rows of a run's epoch, counted from 1."""
+    test = np.arange(len(placed.parts.test.y), dtype=np.int32)
+    return cls(
+      trained=mini_batches(run, epoch, placed.trained),
+      calibration=calibration_batches(run, epoch, placed.trained),
+      evaluated={
+        name: _batches(rows, devices.count(placed.mesh))
+        for name, rows in (('test', test), ('holdout', placed.held_out))
+        if len(rows)
+      },
+    )
+
+
+def _batches(rows: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows in batches of one size, and weights: 0 for what fills the last."""
+  size = min(EVALUATION_BATCH, len(rows))
+  size += -size % parts
+  missing = -len(rows) % size
+  index = np.pad(rows, (0, missing), mode='edge')
+  weight = np.pad(np.ones(len(rows), np.float32), (0, missing))
+  return index.reshape(-1, size), weight.reshape(-1, size)
+
+
+def key_of(run: Run) -> jax.Array:
+  """The key of all of a run's steps."""
+  return jax.random.fold_in(jax.random.key(run.seed), 1)
+
+
+def rate_of(run: Run, epoch: int) -> np.float32:
+  """The rate of an epoch, counted from 1."""
+  protocol = run.protocol
+  return np.float32(protocol.base_rate * run.rate * protocol.rate_factor(epoch))
 
 
 def epochs(
@@ -63,106 +114,125 @@ def epochs(
   Raises:
     Stopped: if ``stopping()`` says so.
   """
-  functions = program(Setup.of(run, placed))
-  key = jax.random.fold_in(jax.random.key(run.seed), 1)
-  scan = jax.default_backend() != 'cpu' if scan is None else scan
-  train = _scanned if scan else _looped
+  functions, key = program(Setup.of(run, placed)), key_of(run)
+  trainer = Trainer(functions, placed.mesh, run.protocol, scan, stopping)
   state = devices.replicate(placed.mesh, state)
   for epoch in range(first, run.protocol.epochs + 1):
     began = time.perf_counter()
-    order = mini_batches(run, epoch, placed.trained)
-    rate = np.float32(
-      run.protocol.base_rate * run.rate * run.protocol.rate_factor(epoch)
+    rows = Rows.of(run, placed, epoch)
+    state, measured = trainer.epoch(
+      state, placed.parts, rows, rate_of(run, epoch), key
     )
-    state, scores = train(functions, stopping, state, placed, order, rate, key)
-    line = {'epoch': epoch} | _named('train', scores, order.size)
-    line |= _evaluated(run, placed, functions, stopping, state, epoch)
-    if run.protocol.layer_metrics:
-      index = devices.split(placed.mesh, order[0])
-      rows = functions.align(state, placed.parts, index, key)
-      line['layers'] = {
-        layer: {name: _number(x) for name, x in row._asdict().items()}
-        for layer, row in rows.items()
-      }
-    line['finite'] = bool(np.all(functions.finite(state['params'])))
-    line['seconds'] = round(time.perf_counter() - began, 3)
+    line = line_of(epoch, rows, measured, time.perf_counter() - began)
     yield state, line
     if not line['finite']:
       return
 
 
-def _looped(
-  functions: Program, stopping, state, placed: Placed, order, rate, key
-):
-  """An epoch step by step; nothing waits for the device before its end."""
-  scores = []
-  for index in order:
-    if stopping():
-      raise Stopped
-    index = devices.split(placed.mesh, index)
-    state, step_scores = functions.step(state, placed.parts, index, rate, key)
-    scores.append(step_scores)
-  return state, np.sum(jax.device_get(scores), axis=0, dtype=np.float32)
+class Trainer:
+  """Carries out epochs, of one run or of several at once."""
 
-
-def _scanned(
-  functions: Program, stopping, state, placed: Placed, order, rate, key
-):
-  """An epoch as one compiled loop."""
-  if stopping():
-    raise Stopped
-  order = devices.split(placed.mesh, order)
-  state, scores = functions.scan(state, placed.parts, order, rate, key)
-  return state, np.asarray(scores)
-
-
-def _evaluated(
-  run: Run,
-  placed: Placed,
-  functions: Program,
-  stopping: Callable[[], bool],
-  state: State,
-  epoch: int,
-) -> Line:
-  """The part of the line that test and held-out images give."""
-  parts = placed.parts
-  # Whole on every device: they are few, and may be of any size.
-  batches = devices.replicate(
-    placed.mesh, [*calibration_batches(run, epoch, placed.trained)]
-  )
-  variables = functions.statistics(state['params'], parts, batches)
-  line = {}
-  for name, images, rows in (
-    ('test', parts.test, np.arange(len(parts.test.y), dtype=np.int32)),
-    ('holdout', parts.train, placed.held_out),
+  def __init__(
+    self,
+    functions: Program,
+    mesh: Mesh | None,
+    protocol: Protocol,
+    scan: bool | None,
+    stopping: Callable[[], bool],
   ):
-    if len(rows):
-      scores = _scores(functions, stopping, variables, placed, images, rows)
-      line |= _named(name, np.asarray(scores), len(rows))
-  return line
+    """Compiles nothing yet.
 
+    Args:
+      functions: those of several runs take arrays with an axis more.
+      mesh: devices to divide mini-batches over.
+      protocol: of all runs.
+      scan: as for ``epochs``.
+      stopping: as for ``epochs``.
+    """
+    self._functions = functions
+    self._mesh = mesh
+    self._aligns = protocol.layer_metrics
+    self._scan = jax.default_backend() != 'cpu' if scan is None else scan
+    self._stopping = stopping
 
-def _scores(
-  functions: Program,
-  stopping: Callable[[], bool],
-  variables,
-  placed: Placed,
-  images: Images,
-  rows: np.ndarray,
-) -> jax.Array:
-  """Sums of losses and errors over rows, in batches of one size."""
-  size = min(EVALUATION_BATCH, len(rows))
-  size += -size % devices.count(placed.mesh)
-  missing = -len(rows) % size
-  index = np.pad(rows, (0, missing), mode='edge').reshape(-1, size)
-  weight = np.pad(np.ones(len(rows), np.float32), (0, missing))
-  scores = []
-  for batch in zip(index, weight.reshape(-1, size), strict=True):
-    if stopping():
+  def epoch(
+    self, state: State, parts: Parts, rows: Rows, rate: Any, key: Any
+  ) -> tuple[State, Measured]:
+    """Carries out an epoch.
+
+    Args:
+      state: before it, which is used up.
+      parts: of the dataset.
+      rows: that it meets.
+      rate: of the epoch.
+      key: of all steps.
+
+    Returns:
+      The state after it, and what was measured.
+
+    Raises:
+      Stopped: if ``stopping()`` says so.
+    """
+    train = self._scanned if self._scan else self._looped
+    state, scores = train(state, parts, rows.trained, rate, key)
+    measured: Measured = {'train': scores}
+    measured |= self._evaluated(state['params'], parts, rows)
+    if self._aligns:
+      index = devices.split(self._mesh, rows.trained[0])
+      measured['layers'] = self._functions.align(state, parts, index, key)
+    measured['finite'] = self._functions.finite(state['params'])
+    return state, jax.device_get(measured)
+
+  def _looped(self, state, parts: Parts, order, rate, key):
+    """An epoch step by step; nothing waits for the device before its end."""
+    scores = []
+    for index in order:
+      (index,) = self._split(index)
+      state, step_scores = self._functions.step(state, parts, index, rate, key)
+      scores.append(step_scores)
+    return state, np.sum(jax.device_get(scores), axis=0, dtype=np.float32)
+
+  def _scanned(self, state, parts: Parts, order, rate, key):
+    """An epoch as one compiled loop."""
+    (order,) = self._split(order)
+    return self._functions.scan(state, parts, order, rate, key)
+
+  def _evaluated(self, params, parts: Parts, rows: Rows) -> Measured:
+    """Sums of losses and errors over test and held-out images."""
+    # Whole on every device: they are few, and may be of any size.
+    batches = devices.replicate(self._mesh, [*rows.calibration])
+    variables = self._functions.statistics(params, parts, batches)
+    measured = {}
+    for name, evaluated in rows.evaluated.items():
+      images = parts.test if name == 'test' else parts.train
+      first, *others = [
+        self._functions.evaluate(variables, parts, images, *self._split(*batch))
+        for batch in zip(*evaluated, strict=True)
+      ]
+      measured[name] = sum(others, start=first)
+    return measured
+
+  def _split(self, *rows: np.ndarray) -> list[Any]:
+    """Rows as the next call takes them, unless it is time to stop."""
+    if self._stopping():
       raise Stopped
-    batch = [devices.split(placed.mesh, each) for each in batch]
-    scores.append(functions.evaluate(variables, placed.parts, images, *batch))
-  return sum(scores[1:], start=scores[0])
+    return [devices.split(self._mesh, each) for each in rows]
+
+
+def line_of(epoch: int, rows: Rows, measured: Measured, seconds: float) -> Line:
+  """The line of an epoch, from what was measured of one run."""
+  line: Line = {'epoch': epoch}
+  line |= _named('train', measured['train'], rows.trained.size)
+  for name, (_, weight) in rows.evaluated.items():
+    line |= _named(name, measured[name], int(weight.sum()))
+  if 'layers' in measured:
+    line['layers'] = {
+      layer: {name: _number(x) for name, x in row._asdict().items()}
+      for layer, row in measured['layers'].items()
+    }
+  line['finite'] = bool(measured['finite'].all())
+  line['seconds'] = round(seconds, 3)
+  return line
 
 
 def _named(name: str, scores: np.ndarray, count: int) -> Line:

@@ -1,14 +1,15 @@
-"""Trains: a task in, events out, in whatever process it is."""
+"""Trains: tasks in, events out, in whatever process it is."""
 
+import dataclasses
 import functools
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax.sharding import Mesh
 
-from experiments import checkpoints, placement, train
+from experiments import checkpoints, placement, together, train
 from experiments.datasets import DatasetError
 from experiments.grid import Run
 from experiments.placement import Placed
@@ -38,13 +39,13 @@ class Pace:
     self.begin()
 
   def begin(self) -> None:
-    """A run begins."""
+    """A run, or a group of them, begins."""
     self._began, self._spent = time.perf_counter(), 0.0
 
-  def due(self) -> bool:
-    """Whether one more stays within the share."""
+  def due(self, count: int = 1) -> bool:
+    """Whether so many more stay within the share."""
     elapsed = time.perf_counter() - self._began
-    within = self._spent + self._cost <= self._share * elapsed
+    within = self._spent + count * self._cost <= self._share * elapsed
     return within or self._share >= 1
 
   def took(self, seconds: float) -> None:
@@ -86,8 +87,27 @@ def worker(settings: Settings) -> 'Worker':
   return Worker(settings)
 
 
+@dataclasses.dataclass
+class _AtWork:
+  """A run that is being trained.
+
+  Attributes:
+    run: which.
+    placed: its dataset.
+    lines: of metrics, of the epochs that are done.
+    untold: what to say when it is stopped.
+    ended: whether it has its result.
+  """
+
+  run: Run
+  placed: Placed
+  lines: list[train.Line]
+  untold: Stopped = Stopped()
+  ended: bool = False
+
+
 class Worker:
-  """Carries out one task after the other."""
+  """Carries out one group of tasks after the other."""
 
   def __init__(self, settings: Settings):
     """Loads nothing yet."""
@@ -98,64 +118,103 @@ class Worker:
   def carry_out(
     self, task: Task, stopping: Callable[[], bool]
   ) -> Iterator[Event]:
-    """Trains; the last event is not an epoch.
+    """Trains a run alone; see ``carry_out_group``."""
+    for _, event in self.carry_out_group([task], stopping):
+      yield event
+
+  def carry_out_group(
+    self, tasks: Sequence[Task], stopping: Callable[[], bool]
+  ) -> Iterator[tuple[Run, Event]]:
+    """Trains runs as one program; the last event of each is not an epoch.
 
     Args:
-      task: what to do.
+      tasks: what to do: one, or several that stand at the same epoch and whose
+        runs differ in rate and seed only.
       stopping: asked before every step whether to stop.
 
     Raises:
       DatasetError: if the dataset can't be loaded.
     """
+    group, states = [], []
+    for task in tasks:
+      try:
+        placed = self._data(task.run)
+        states.append(_state(task, placed))
+        group.append(_AtWork(task.run, placed, [*task.lines]))
+      except DatasetError:
+        raise
+      except _Unfit as error:
+        yield task.run, Unfit(str(error))
+      except Exception as error:
+        yield task.run, Failed(_in_words(error))
     try:
-      placed = self._data(task.run)
-      state = train.start(task.run, placed)
-      if task.state is not None:
-        try:
-          state = checkpoints.fit(task.state, state)
-        except ValueError as error:
-          yield Unfit(str(error))
-          return
-      yield from self._train(task, placed, state, stopping)
-    except DatasetError:
-      raise
+      yield from self._train(group, states, stopping)
     # What it is depends on the device; the other runs may not have it.
     except Exception as error:
-      yield Failed(_in_words(error))
+      failed = Failed(_in_words(error))
+      yield from ((each.run, failed) for each in group if not each.ended)
 
   def _train(
     self,
-    task: Task,
-    placed: Placed,
-    state: State,
+    group: Sequence[_AtWork],
+    states: Sequence[State],
     stopping: Callable[[], bool],
-  ) -> Iterator[Event]:
-    run, lines = task.run, [*task.lines]
-    untold = Stopped()
-    self._pace.begin()
-    try:
-      epochs = train.epochs(
-        run, placed, state, len(lines) + 1, self._scan, stopping
-      )
-      for after, line in epochs:
-        lines.append(line)
-        if line['epoch'] == run.protocol.epochs or not line['finite']:
-          yield Epoch(line)
-          break
-        # A copy, for the next epoch uses the state up.
-        arrays = checkpoints.by_name(after)
-        untold = Stopped()
-        if self._pace.due():
-          began = time.perf_counter()
-          yield Epoch(line, arrays)
-          self._pace.took(time.perf_counter() - began)
-        else:
-          untold = Stopped(line['epoch'], arrays)
-          yield Epoch(line)
-    except train.Stopped:
-      yield untold
+  ) -> Iterator[tuple[Run, Event]]:
+    if not group:
       return
-    yield Finished(train.result(run, placed.classes, lines))
+    self._pace.begin()
+    epochs = together.epochs(
+      [each.run for each in group],
+      [each.placed for each in group],
+      states,
+      len(group[0].lines) + 1,
+      self._scan,
+      stopping,
+    )
+    try:
+      for done in epochs:
+        due = self._pace.due(len(done))  # for all, which stay at one epoch
+        for i, (after, line) in done.items():
+          yield from self._told(group[i], after, line, due)
+    except train.Stopped:
+      yield from ((each.run, each.untold) for each in group if not each.ended)
+
+  def _told(
+    self, at_work: _AtWork, after: State, line: train.Line, due: bool
+  ) -> Iterator[tuple[Run, Event]]:
+    """What is told of a run after an epoch."""
+    run, lines = at_work.run, at_work.lines
+    lines.append(line)
+    if line['epoch'] == run.protocol.epochs or not line['finite']:
+      yield run, Epoch(line)
+      yield run, Finished(train.result(run, at_work.placed.classes, lines))
+      at_work.ended = True
+      return
+    # A copy, for the next epoch uses the state up.
+    arrays = checkpoints.by_name(after)
+    if due:
+      at_work.untold = Stopped()
+      began = time.perf_counter()
+      yield run, Epoch(line, arrays)
+      self._pace.took(time.perf_counter() - began)
+    else:
+      at_work.untold = Stopped(line['epoch'], arrays)
+      yield run, Epoch(line)
+
+
+class _Unfit(Exception):
+  """The state of a task is of other arrays than the run has."""
+
+
+def _state(task: Task, placed: Placed) -> State:
+  """Where a task begins."""
+  state = train.start(task.run, placed)
+  if task.state is None:
+    return state
+  try:
+    return checkpoints.fit(task.state, state)
+  except ValueError as error:
+    raise _Unfit(str(error)) from error
 
 
 def _in_words(error: Exception) -> str:

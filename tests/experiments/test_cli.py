@@ -62,6 +62,26 @@ def _error(result) -> str:
     (['--condition', 'SGD', '--shard', '0/4'], 'I/N with I from 1 to N, such'),
     (['--condition', 'SGD', '--shard', '5/4'], "not '5/4'"),
     (['--condition', 'SGD', '--shard', 'a'], "not 'a'"),
+    (['--condition', 'SGD', '--together', '0'], 'together must be positive'),
+    (
+      ['--condition', 'SGD', '--together', '2', '--executor', 'processes'],
+      'together is 2, but only --executor local',
+    ),
+    (
+      [
+        '--condition',
+        'SGD',
+        '--together',
+        '2',
+        '--coordinator',
+        'h:1',
+        '--process-id',
+        '0',
+        '--process-count',
+        '2',
+      ],
+      'together is 2, but must be 1 where several processes',
+    ),
     (['--condition', 'SGD', '--dataset', 'mnist'], 'MNIST was not found'),
   ],
 )
@@ -126,7 +146,7 @@ def test_every_option_is_in_the_help(main):
     'process-count', 'distributed',
     'calibration-batches', 'layer-metrics', 'scan', 'checkpoint-share',
     'executor', 'workers', 'ray-address', 'cpus-per-run', 'gpus-per-run',
-    'shard', 'retries', 'lease',
+    'shard', 'retries', 'lease', 'together',
   ):  # fmt: skip
     assert f'--{option} ' in out or f'--{option},' in out
   assert '0.0005' in out  # defaults are there
