@@ -12,9 +12,11 @@ import time
 
 import tyro
 
-from experiments import backend, cli, commands, executors, runner
+from experiments import backend, processes, runner
 from experiments.grid import Protocol
+from experiments.options import Selection
 from experiments.progress import reporter
+from experiments.selection import Loader, selected_runs
 from experiments.store import Store
 from experiments.tasks import Settings
 
@@ -27,19 +29,19 @@ def measure(repeats: int = 3, epochs: int = 20) -> None:
     epochs: of each run, on the embedded digits.
   """
   backend.configure()
-  selection = cli.Selection(
+  selection = Selection(
     condition=('SGD', 'uSF+BN'), rate=(1.0, 10.0), seed=(0, 1, 2, 3)
   )
-  runs = commands.selected_runs(selection, Protocol(epochs=epochs))
-  settings = Settings(commands.Loader(None), None, 0.03)
-  places = executors.places(2)
+  runs = selected_runs(selection, Protocol(epochs=epochs))
+  settings = Settings(Loader(None), None, 0.03)
+  places = processes.places(2)
 
   def seconds(workers: int) -> tuple[float, float]:
     """Of the clock, and of the processors in the workers."""
     with tempfile.TemporaryDirectory() as folder, reporter(16) as listener:
       store = Store(folder)
       store.create()
-      executor = executors.Processes(settings, places[:workers])
+      executor = processes.Processes(settings, places[:workers])
       used, began = _used(), time.perf_counter()
       runner.carry_out(runs, store, executor, listener)
       return time.perf_counter() - began, _used() - used

@@ -8,7 +8,16 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import backend, cli, commands, grid, planning
+from experiments import (
+  backend,
+  cli,
+  commands,
+  grid,
+  options,
+  planning,
+  running,
+  selection,
+)
 from experiments.conditions import TABLES
 from experiments.store import Store
 
@@ -152,8 +161,8 @@ def test_every_option_is_in_the_help(main):
   assert '0.0005' in out  # defaults are there
 
 
-def _runs(**selection):
-  return commands.selected_runs(cli.Selection(**selection), grid.Protocol())
+def _runs(**chosen):
+  return selection.selected_runs(options.Selection(**chosen), grid.Protocol())
 
 
 def test_a_selection_is_tables_and_conditions_times_datasets_and_rates():
@@ -179,7 +188,7 @@ def test_table_4_is_both_halves_with_their_baseline():
 def test_shards_are_all_runs_once(parts):
   runs = _runs(table=('2',))
   shards = [
-    cli.Execution(shard=f'{part}/{parts}').part_of(runs)
+    options.Execution(shard=f'{part}/{parts}').part_of(runs)
     for part in range(1, parts + 1)
   ]
   assert sorted(r.run_id for shard in shards for r in shard) == sorted(
@@ -195,7 +204,7 @@ def test_a_failed_run_is_in_the_exit_status_and_the_report(
   def fails(self, run):
     raise RuntimeError('no <memory>')
 
-  monkeypatch.setattr(commands.Loader, '__call__', fails)
+  monkeypatch.setattr(selection.Loader, '__call__', fails)
   arguments = (
     'run', '--condition', 'SGD', '--rate', '1', '--retries', '1',
     '--results', tmp_path,
@@ -268,8 +277,9 @@ def test_plan_calibrated(main, tmp_path):
 
 
 def test_the_cost_of_a_run_by_hand():
-  (run,) = commands.selected_runs(
-    cli.Selection(condition=('uSF+BN',), rate=(1.0,)), grid.Protocol(epochs=2)
+  (run,) = selection.selected_runs(
+    options.Selection(condition=('uSF+BN',), rate=(1.0,)),
+    grid.Protocol(epochs=2),
   )
   data = commands.datasets.load('digits')
   forward = 2 * (288_000 + 1_600_000 + 400_000 + 5_000)
@@ -298,7 +308,7 @@ def test_finished_runs_are_seen_without_jax_or_a_new_folder(main, tmp_path):
   (tmp_path / run.run_id / 'result.json').write_text('{"paper_error": 1.0}')
   assert Store(tmp_path).missing([run]) == []
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(commands, '_start_jax', lambda _: pytest.fail('JAX started'))
+    patch.setattr(running, 'start_jax', lambda _: pytest.fail('JAX started'))
     _, out, _ = main(
       'run', '--condition', 'SGD', '--rate', '1', '--results', tmp_path
     )

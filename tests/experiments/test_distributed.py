@@ -14,8 +14,8 @@ import pytest
 
 import experiments
 from experiments import store
-from experiments.cli import Hosts
 from experiments.distributed import LOST
+from experiments.options import Hosts
 from tests.experiments import folders
 
 _ROOT = Path(experiments.__file__).parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments import executors, runner, store
+from experiments import executors, processes, runner, store
 from experiments.cluster import Ray
 from experiments.datasets import DatasetError
 from experiments.store import Store
@@ -41,7 +41,7 @@ class _Load:
 
 
 def _processes(settings):
-  return executors.Processes(settings, executors.places(1))
+  return processes.Processes(settings, processes.places(1))
 
 
 _EXECUTORS = {
@@ -215,17 +215,17 @@ def test_more_than_this_host_has_is_refused(tmp_path):
 def test_each_worker_has_its_own_part_of_the_host(monkeypatch):
   monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 4, 5})
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  assert [place.cores for place in executors.places(2)] == [(0, 1), (2, 4, 5)]
-  assert [place.cores for place in executors.places(None)] == [
+  assert [place.cores for place in processes.places(2)] == [(0, 1), (2, 4, 5)]
+  assert [place.cores for place in processes.places(None)] == [
     (0,), (1,), (2,), (4,), (5,),
   ]  # fmt: skip
-  more = executors.places(10)
+  more = processes.places(10)
   assert {place.cores for place in more} == {(0,), (1,), (2,), (4,), (5,)}
   with pytest.raises(ValueError, match='workers must be positive, not 0'):
-    executors.places(0)
+    processes.places(0)
   monkeypatch.setenv('JAX_PLATFORMS', '')
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,GPU-8f')
-  devices = [place.environment for place in executors.places(None)]
+  devices = [place.environment for place in processes.places(None)]
   assert devices == [
     {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': '3'},
     {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': 'GPU-8f'},

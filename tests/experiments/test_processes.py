@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 import experiments
-from experiments import executors, store
+from experiments import processes, store
 from tests.experiments import folders
 
 _ROOT = Path(experiments.__file__).parents[1]
@@ -186,7 +186,7 @@ def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
   process.communicate()
   _, alive = psutil.wait_procs(workers, timeout=_WAIT)
   assert not alive
-  shares = {place.cores for place in executors.places(1)}
+  shares = {place.cores for place in processes.places(1)}
   assert shares <= cores  # as many as without workers, for the same bits
   # Its runs are not waited for, and shards know of each other's.
   outputs = [

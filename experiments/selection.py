@@ -1,0 +1,93 @@
+"""The runs that options select, and what loads their datasets."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments import conditions, datasets, grid
+from experiments.datasets import Dataset
+from experiments.grid import Run
+from experiments.holdout import check_holdout
+from experiments.options import Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+  """Loads the dataset of a run; nothing is kept in memory."""
+
+  data_dir: Path | None
+
+  def __call__(self, run: Run) -> Dataset:
+    """The dataset.
+
+    Raises:
+      DatasetError: if it is missing or broken.
+    """
+    return datasets.load(
+      run.dataset,
+      data_dir=self.data_dir,
+      train_size=run.protocol.train_size,
+    )
+
+
+def selected_tables(selection: Selection) -> list[conditions.Table]:
+  """The tables of a selection.
+
+  Raises:
+    ValueError: for an unknown name.
+  """
+  return [
+    table for name in selection.table for table in conditions.find_tables(name)
+  ]
+
+
+def selected_runs(selection: Selection, protocol: grid.Protocol) -> list[Run]:
+  """The runs of a selection, dataset by dataset, condition by condition.
+
+  Raises:
+    ValueError: for an unknown name or an impossible number.
+  """
+  chosen = [conditions.find(name) for name in selection.condition]
+  for table in selected_tables(selection):
+    chosen += map(conditions.find, (table.baseline, *table.columns))
+  specs = [datasets.find(name) for name in selection.dataset]
+  if not chosen:
+    raise ValueError(
+      'nothing is selected: say --table (2, 3, 4-C1, ...) or --condition '
+      '(uSF+BN, ...); `python -m experiments list` shows all.'
+    )
+  for option in ('dataset', 'rate', 'seed'):
+    if not getattr(selection, option):
+      raise ValueError(f'nothing is selected: --{option} names none.')
+  return grid.unique(
+    run
+    for name, spec in zip(selection.dataset, specs, strict=True)
+    for run in _runs_on(name, spec.name, selection, protocol, chosen)
+  )
+
+
+def _runs_on(
+  name: str,
+  dataset: str,
+  selection: Selection,
+  protocol: grid.Protocol,
+  chosen: Sequence[conditions.Condition],
+) -> Iterator[Run]:
+  """The runs on one dataset, once it is sure that they can be done."""
+  data = datasets.load(
+    name, data_dir=selection.data_dir, train_size=protocol.train_size
+  )
+  for condition in chosen:
+    runs = grid.runs_of(
+      condition,
+      selection.rate,
+      selection.seed,
+      dataset=dataset,
+      digest=data.digest,
+      source=data.source,
+      note=data.note,
+      protocol=protocol,
+    )
+    for run in runs:
+      check_holdout(data.y_train, run)
+      yield run
