@@ -160,13 +160,12 @@ def test_a_convolutional_network(tmp_path, monkeypatch):
     spec=SPECS['MNIST'],
   )
   # A standard deviation that no other test compiles a network with.
-  options = {'initial_std': 0.0501, 'input_scale': 0.01}
-  runs = _cell('brSF-50%', (10.0, 0.1), data=data, **options)
+  runs = _cell('brSF-50%', data=data, initial_std=0.0501, input_scale=0.01)
   _, alone = _carry_out(tmp_path / 'alone', runs, 1, data=data)
-  _, as_one = _carry_out(tmp_path / 'as_one', runs, 4, data=data)
+  _, as_one = _carry_out(tmp_path / 'as_one', runs, 6, data=data)
   _check_close(as_one, alone, runs, data)
   losses = [alone[run.run_id, 'metrics.jsonl'][-1]['test_loss'] for run in runs]
-  assert len(set(losses)) == 4
+  assert len(set(losses)) == 6
 
 
 @pytest.mark.parametrize('size', [1, 10])
