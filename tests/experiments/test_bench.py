@@ -172,7 +172,7 @@ def test_ratios_are_of_steps_in_the_same_round():
   assert uSF.peak_share == 0.25  # 1/4, 1/8, 1/3
 
 
-def test_every_contender_has_one_step_in_each_round(monkeypatch):
+def test_every_contender_makes_two_steps_in_each_round(monkeypatch):
   monkeypatch.setattr(time, 'sleep', lambda _: None)
   calls = []
   contenders = [
@@ -182,7 +182,8 @@ def test_every_contender_has_one_step_in_each_round(monkeypatch):
   times = take_turns(contenders, steps=5, seconds=0)
   assert times.shape == (5, 3)
   assert (times > 0).all()
-  rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+  assert calls[::2] == calls[1::2]
+  rounds = [tuple(calls[i : i + 6 : 2]) for i in range(0, len(calls), 6)]
   assert len(rounds) > 5  # the first ones are not measured
   assert all(sorted(each) == ['a', 'b', 'c'] for each in rounds)
   assert len(set(rounds)) > 1
