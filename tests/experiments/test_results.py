@@ -1,0 +1,37 @@
+"""The committed runs are what the program of today would make and read."""
+
+import dataclasses
+from pathlib import Path
+
+import experiments
+from experiments import store, train
+from experiments.grid import Protocol, Run
+
+_RECORDS = store.load(Path(experiments.__file__).parent / 'results')
+
+
+def _run(config):
+  """The run of a configuration as JSON has it."""
+  of_protocol = {field.name for field in dataclasses.fields(Protocol)}
+  of_run = {field.name for field in dataclasses.fields(Run)} - {'protocol'}
+  fields = {name: config[name] for name in of_run}
+  fields['batch_plan'] = tuple(map(tuple, fields['batch_plan']))
+  return Run(
+    **fields, protocol=Protocol(**{name: config[name] for name in of_protocol})
+  )
+
+
+def test_names_are_those_of_the_configurations():
+  assert _RECORDS
+  for record in _RECORDS:
+    assert _run(record.config).run_id == record.run_id
+    assert _run(record.config).config() == record.config
+
+
+def test_results_are_those_of_the_metrics():
+  for record in _RECORDS:
+    last = record.metrics[-1]
+    assert last['epoch'] == record.config['epochs'] or not last['finite']
+    assert (
+      train.result(_run(record.config), 10, record.metrics) == record.result
+    )  # all are of ten classes so far
