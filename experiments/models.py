@@ -85,6 +85,15 @@ ARCHITECTURES: dict[str, tuple[Conv | Pool | Full, ...]] = {
 }
 
 
+def rectified_once(x: jax.Array) -> jax.Array:
+  """``flax.linen.relu`` as a choice between two arrays.
+
+  XLA:CPU works out what has a single operand again at every use, and with it
+  all that it was fused with: here, the pooling.
+  """
+  return jnp.where(x <= 0, jnp.zeros_like(x), x)
+
+
 class Network(nn.Module):
   """One of the five architectures under one condition.
 
@@ -121,7 +130,7 @@ class Network(nn.Module):
     for layer, following in itertools.pairwise(layers):
       if isinstance(layer, Pool):
         x = pool(x, layer)
-        x = jnp.where(x > 0, x, 0.0) if layer.kind == 'max' else x
+        x = rectified_once(x) if layer.kind == 'max' else x
         continue
       options['use_bias'] = self.batch_norm == 'none'
       if isinstance(layer, Conv):

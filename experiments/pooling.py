@@ -35,6 +35,8 @@ def pool(x: jax.Array, layer: Pool) -> jax.Array:
     windows = _windows(x, layer, -jnp.inf)
     return functools.reduce(lambda a, b: jnp.where(b > a, b, a), windows)
   share = _share(x.shape, layer, x.dtype)
+  # A sum comes last, not a product with a constant: XLA:CPU would work out the
+  # whole pooling again at every use of that.
   return functools.reduce(
     jnp.add, [pixel * share for pixel in _windows(x, layer, 0.0)]
   )

@@ -14,6 +14,7 @@ from experiments.models import (
   Pool,
   multiply_adds,
   pool,
+  rectified_once,
   training_flops,
 )
 from symjax_bp import symmetric
@@ -240,3 +241,11 @@ def test_batch_norm_comes_before_the_rectifier_and_not_last():
   # rectifier came first, it would be twice that; normalised logits have 1.
   variance = float(jnp.square(logits).mean())
   assert 0.7 < variance / (250 * 0.01**2) < 1.4
+
+
+def test_rectified_once_is_relu_where_a_run_diverges_too():
+  x = jnp.array([-jnp.inf, -1.0, -0.0, 0.0, 2.0, jnp.inf, jnp.nan])
+  np.testing.assert_array_equal(rectified_once(x), jax.nn.relu(x))
+  gradient = jax.grad(lambda x: rectified_once(x).sum())
+  expected = jax.grad(lambda x: jax.nn.relu(x).sum())
+  np.testing.assert_array_equal(gradient(x[:-1]), expected(x[:-1]))
