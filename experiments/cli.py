@@ -103,10 +103,12 @@ class Report:
   Attributes:
     results: results folder.
     out: where to write; default: the folder `report` in it.
+    markdown_only: write RESULTS.md and its plots, nothing else.
   """
 
   results: tyro.conf.Positional[Results] = Path('results')
   out: Path | None = None
+  markdown_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,9 @@ def _report(command: cli.Report) -> int:
   records = load(command.results)
   print(report.text_tables(records))
   paths = report.write_report(
-    records, command.out or command.results / 'report'
+    records,
+    command.out or command.results / 'report',
+    markdown_only=command.markdown_only,
   )
   print('written:')
   for path in paths:

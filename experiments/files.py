@@ -14,24 +14,34 @@ class StoreError(ValueError):
   """A results folder, or a file in it, that can't be used."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a whole file or nothing.
+def write_whole(path: Path, body: bytes) -> Path:
+  """Writes a whole file or nothing; returns its path.
 
   Raises:
-    StoreError: if it can't be written; what was there is still there.
+    OSError: if it can't be written; what was there is still there.
+  """
+  descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
+  try:
+    with os.fdopen(descriptor, 'wb') as file:
+      file.write(body)
+      file.flush()
+      os.fsync(file.fileno())
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+  except BaseException:
+    Path(name).unlink(missing_ok=True)
+    raise
+  return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+  """Writes a file of the results folder, whole or not at all.
+
+  Raises:
+    StoreError: if it can't be written; says what to do.
   """
   try:
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
-    try:
-      with os.fdopen(descriptor, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-      os.chmod(name, 0o644)
-      os.replace(name, path)
-    except BaseException:
-      Path(name).unlink(missing_ok=True)
-      raise
+    write_whole(path, text.encode())
   except OSError as error:
     raise not_written(path, error) from error
 

@@ -16,6 +16,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from experiments import machine
 from experiments.executors import POLL
 from experiments.grid import Run
 from experiments.tasks import (
@@ -64,10 +65,9 @@ def places(workers: int | None) -> list[Place]:
     ValueError: if it is not positive.
   """
   devices, platforms = accelerators(), os.environ.get('JAX_PLATFORMS', '')
-  pins = hasattr(os, 'sched_getaffinity')
-  cores = sorted(os.sched_getaffinity(0)) if pins else []
+  cores = machine.cores()
   if workers is None:
-    workers = len(devices) or len(cores) or os.cpu_count() or 1
+    workers = len(devices) or len(cores)
   if workers < 1:
     raise ValueError(f'workers must be positive, not {workers}.')
   made = []
@@ -76,7 +76,7 @@ def places(workers: int | None) -> list[Place]:
     if devices:
       environment['CUDA_VISIBLE_DEVICES'] = devices[i % len(devices)]
     first, end = (len(cores) * k // workers for k in (i, i + 1))
-    own = cores[first:end] or cores[first % max(len(cores), 1) :][:1]
+    own = cores[first:end] or [cores[first % len(cores)]]
     made.append(Place(tuple(own), environment))
   return made
 
@@ -212,7 +212,7 @@ def _begin(place: Place) -> None:
   signal.signal(signal.SIGTERM, stop)
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the driver that asks
   os.environ.update(place.environment)
-  if place.cores:
+  if place.cores and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, place.cores)
   threading.Thread(target=_end_with_the_driver, daemon=True).start()
 

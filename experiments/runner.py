@@ -216,8 +216,8 @@ class _Driver:
         self._listener.epoch_finished(run, line)
         if state is not None:
           folder.save(line['epoch'], state)
-      case Finished(result):
-        folder.finish(result)
+      case Finished(result, environment):
+        folder.finish(result, environment)
         self._leases.remove(self._at_work.pop(run.run_id).lease)
         self.summary.done += 1
         self._listener.run_finished(run, result)

@@ -5,6 +5,7 @@
   RESULTS/RUN_ID/config.json     the full configuration
                  metrics.jsonl   a line per epoch
                  checkpoints/    the state after the last epochs
+                 environment.json  versions and machine of the last epochs
                  result.json     written last, atomically: the run is finished
                  error.json      why it failed for good; it can be tried again
           .leases/               who is at which run; see ``experiments.leases``
@@ -24,7 +25,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class Record:
     config: the configuration, flat.
     metrics: a dictionary per epoch.
     result: both results; None while unfinished.
+    environment: versions and machine of its last epochs, as far as recorded.
     error: why it failed for good; None if it did not.
     problem: why it can't be read, in which case nothing else is known; None if
       it can.
@@ -62,6 +64,7 @@ class Record:
   config: dict[str, Any]
   metrics: list[dict[str, Any]]
   result: dict[str, Any] | None
+  environment: Any = None
   error: str | None = None
   problem: str | None = None
 
@@ -184,8 +187,12 @@ class RunFolder:
     except OSError as error:
       raise not_written(path, error) from error
 
-  def finish(self, result: dict[str, Any]) -> None:
+  def finish(
+    self, result: dict[str, Any], environment: Mapping[str, str]
+  ) -> None:
     """Writes the result; checkpoints are no longer needed."""
+    text = json.dumps(environment, indent=1, sort_keys=True)
+    write_atomically(self.path / 'environment.json', text + '\n')
     text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     write_atomically(self.path / 'result.json', text + '\n')
     _tidy(self.path)
@@ -328,6 +335,7 @@ def _records(root: Path) -> Iterator[Record]:
         config=config,
         metrics=_metrics(path / 'metrics.jsonl'),
         result=_result(path),
+        environment=read_json(path / 'environment.json'),
         error=_error(path),
       )
     except StoreError as error:

@@ -69,9 +69,10 @@ class Stopped:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """The run has its result."""
+  """The run has its result, and this is what it ran on in the end."""
 
   result: dict[str, Any]
+  environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

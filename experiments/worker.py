@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import Mesh
 
-from experiments import checkpoints, placement, together, train
+from experiments import (
+  checkpoints,
+  devices,
+  machine,
+  placement,
+  together,
+  train,
+)
 from experiments.datasets import DatasetError
 from experiments.grid import Run
 from experiments.placement import Placed
@@ -113,6 +120,7 @@ class Worker:
     """Loads nothing yet."""
     self._scan = settings.scan
     self._pace = Pace(settings.checkpoint_share)
+    self._mesh = settings.mesh
     self._data = _Data(settings.load, settings.mesh)
 
   def carry_out(
@@ -162,6 +170,7 @@ class Worker:
   ) -> Iterator[tuple[Run, Event]]:
     if not group:
       return
+    environment = self._environment(len(group))
     self._pace.begin()
     epochs = together.epochs(
       [each.run for each in group],
@@ -175,19 +184,34 @@ class Worker:
       for done in epochs:
         due = self._pace.due(len(done))  # for all, which stay at one epoch
         for i, (after, line) in done.items():
-          yield from self._told(group[i], after, line, due)
+          yield from self._told(group[i], after, line, due, environment)
     except train.Stopped:
       yield from ((each.run, each.untold) for each in group if not each.ended)
 
+  def _environment(self, together: int) -> dict[str, str]:
+    """What the bits of a result may depend on, besides its run."""
+    return {
+      **machine.environment(),
+      'device': jax.devices()[0].device_kind,
+      'devices': str(devices.count(self._mesh)),
+      'runs together': str(together),
+    }
+
   def _told(
-    self, at_work: _AtWork, after: State, line: train.Line, due: bool
+    self,
+    at_work: _AtWork,
+    after: State,
+    line: train.Line,
+    due: bool,
+    environment: dict[str, str],
   ) -> Iterator[tuple[Run, Event]]:
     """What is told of a run after an epoch."""
     run, lines = at_work.run, at_work.lines
     lines.append(line)
     if line['epoch'] == run.protocol.epochs or not line['finite']:
       yield run, Epoch(line)
-      yield run, Finished(train.result(run, at_work.placed.classes, lines))
+      result = train.result(run, at_work.placed.classes, lines)
+      yield run, Finished(result, environment)
       at_work.ended = True
       return
     # A copy, for the next epoch uses the state up.

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 import jax
 
-from experiments import cli, models
+from experiments import cli, machine, models
 from experiments.bench import (
   files,
   in_jax,
   in_torch,
-  machine,
   operations,
   plots,
   tables,

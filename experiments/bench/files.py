@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.bench import machine
+from experiments import files, machine
 from experiments.report.figures import Picture
-from experiments.report.write import replace
 
 
 def folder(out: Path) -> Path:
@@ -46,6 +45,6 @@ def write(
     'png': picture.png,
   }
   return [
-    replace(out / f'{picture.name}.{kind}', body)
+    files.write_whole(out / f'{picture.name}.{kind}', body)
     for kind, body in bodies.items()
   ]

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import cli
-from experiments.bench import files, machine, plots
+from experiments import cli, machine
+from experiments.bench import files, plots
 from experiments.bench.contenders import check_steps
 from experiments.bench.family import AXES, step_times
 from experiments.bench.overhead import RUNS, grid_times

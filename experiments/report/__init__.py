@@ -9,7 +9,7 @@ Imports no JAX, and plotting only when a plot is made.
 
 import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
@@ -61,8 +61,6 @@ def results_markdown(
   records: 'Iterable[Record]',
   *,
   plots: str = 'plots',
-  commands: Sequence[str] = (),
-  machine: Mapping[str, str] | str | None = None,
 ) -> str:
   """RESULTS.md alone; `plots` is the plots' folder as seen from it.
 
@@ -72,17 +70,16 @@ def results_markdown(
   from experiments.report import contents, results, studies
 
   report = contents.contents(studies.gather(records))
-  return results.text(report, plots=plots, commands=commands, machine=machine)
+  return results.text(report, plots=plots)
 
 
 def write_report(
   records: 'Iterable[Record]',
   folder: str | os.PathLike[str],
   *,
-  commands: Sequence[str] = (),
-  machine: Mapping[str, str] | str | None = None,
+  markdown_only: bool = False,
 ) -> list[Path]:
-  """Writes every file of the report into a folder; see `write`.
+  """Writes the files of the report into a folder; see `write`.
 
   Raises:
     EmptyStoreError: there is no readable run; says how to make one.
@@ -90,4 +87,4 @@ def write_report(
   """
   from experiments.report import write
 
-  return write.write_report(records, folder, commands=commands, machine=machine)
+  return write.write_report(records, folder, markdown_only=markdown_only)

@@ -1,8 +1,12 @@
-"""The commands that make a study's runs again, from their configurations."""
+"""The commands that make a study's runs again, from their configurations.
+
+On a CPU the bits of a run depend on how many cores it has, as sums are divided
+among them. So a command asks for as many as its runs had.
+"""
 
 import dataclasses
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from experiments.conditions import CONDITIONS, find
 from experiments.grid import RATES, Protocol
@@ -13,23 +17,24 @@ from experiments.report.studies import Study
 
 def study_commands(study: Study) -> list[str]:
   """A command for each dataset of a study, with all of its conditions."""
-  conditions: dict[str, dict[str, None]] = {}
-  runs: dict[str, list[Run]] = {}
+  parts: dict[tuple[str, int], list[tuple[str, Run]]] = {}
   for (label, name), cell in study.cells.items():
     if _runnable(name):
-      dataset = study.rows[label].dataset
-      conditions.setdefault(dataset, {})[naming.first_name(name)] = None
-      runs.setdefault(dataset, []).extend(cell.runs)
+      for run in cell.runs:
+        part = study.rows[label].dataset, _processes(run)
+        parts.setdefault(part, []).append((naming.first_name(name), run))
   place = {name: at for at, name in enumerate(CONDITIONS)}
   return [
     command(
       study,
       dataset,
-      sorted(names, key=lambda name: (place.get(name, len(place)), name)),
-      {run.rate for run in runs[dataset]},
-      {run.seed for run in runs[dataset]},
+      sorted(
+        {name for name, _ in part},
+        key=lambda name: (place.get(name, len(place)), name),
+      ),
+      [run for _, run in part],
     )
-    for dataset, names in conditions.items()
+    for (dataset, _), part in parts.items()
   ]
 
 
@@ -37,22 +42,21 @@ def run_command(study: Study, name: str, run: Run) -> str:
   """The command for one run; '' if its condition has no name to ask for."""
   if not _runnable(name):
     return ''
-  return command(study, run.dataset, [name], {run.rate}, {run.seed})
+  return command(study, run.dataset, [name], [run])
 
 
 def command(
   study: Study,
   dataset: str,
   conditions: Iterable[str],
-  rates: Iterable[float],
-  seeds: Iterable[int],
+  runs: Sequence[Run],
 ) -> str:
   """`python -m experiments run` with what differs from its defaults."""
   words = ['--dataset', dataset, '--condition', *conditions]
-  rates = sorted(rates, reverse=True)
+  rates = sorted({run.rate for run in runs}, reverse=True)
   if rates != list(RATES):
     words += ['--rate', *(f'{rate:g}' for rate in rates)]
-  if (seeds := sorted(seeds)) != [0]:
+  if (seeds := sorted({run.seed for run in runs})) != [0]:
     words += ['--seed', *map(str, seeds)]
   for field in dataclasses.fields(Protocol):
     value = study.fields.get(field.name, field.default)
@@ -63,7 +67,18 @@ def command(
       words.append(f'--{option}' if value else f'--no-{option}')
     else:
       words += [f'--{option}', str(value)]
+  if (count := _processes(runs[0])) > 1:
+    words += ['--executor', 'processes', '--workers', str(count)]
   return 'python -m experiments run ' + shlex.join(words)
+
+
+def _processes(run: Run) -> int:
+  """Among how many processes the cores of the host were divided."""
+  about = dict(run.environment)
+  try:
+    return int(about['cores of the host']) // int(about['cores'])
+  except (KeyError, ValueError, ZeroDivisionError):
+    return 1
 
 
 def _runnable(name: str) -> bool:

@@ -1,6 +1,7 @@
 """RESULTS.md: what was measured, beside what the paper says."""
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Sequence
 
 from experiments.report import markdown, rerun
 from experiments.report.contents import Contents, Section
@@ -15,22 +16,24 @@ _INTRODUCTION = (
   'Is Weight Symmetry in Backpropagation?" (Liao, Leibo, Poggio).'
 )
 
+_COMMANDS = (
+  'These commands make the runs again, each into a folder of your own; add '
+  '`--data-dir DATA` where the table names a file of it. The report page has '
+  'one for every single run. The same kind of machine with the same versions '
+  'gives the same numbers.'
+)
+
 
 def text(
   report: Contents,
   *,
   plots: str = 'plots',
-  commands: Sequence[str] = (),
-  machine: Mapping[str, str] | str | None = None,
 ) -> str:
   """The whole file.
 
   Args:
     report: what to show.
     plots: folder of the plots, as seen from the file.
-    commands: how the runs were made; None are made up, but the commands that
-      make the runs again are always listed.
-    machine: what they ran on: names and values, or a sentence.
   """
   parts = ['# Results', '', _INTRODUCTION, '', *markdown.warnings(report.store)]
   if report.story:
@@ -38,7 +41,7 @@ def text(
   parts += ['## How to read the tables', '', markdown.HOW, '']
   for section in report.sections:
     parts += _section(section, plots)
-  parts += _made(report, commands, machine)
+  parts += _made(report)
   return '\n'.join(parts).rstrip() + '\n'
 
 
@@ -100,20 +103,8 @@ def _folded(summary: str, lines: Sequence[str]) -> list[str]:
   ]  # fmt: skip
 
 
-def _made(
-  report: Contents,
-  commands: Sequence[str],
-  machine: Mapping[str, str] | str | None,
-) -> list[str]:
-  parts = ['## How the runs were made', '']
-  if isinstance(machine, str):
-    parts += [escape(machine), '']
-  elif machine:
-    rows = [[escape(str(k)), escape(str(v))] for k, v in machine.items()]
-    parts += [*markdown.table(['machine and versions', ''], rows), '']
-  if commands:
-    parts += [code('\n'.join(commands)), '']
-  parts += ['These commands make the runs again:', '']
+def _made(report: Contents) -> list[str]:
+  parts = ['## How the runs were made', '', _COMMANDS, '']
   for section in report.sections:
     study = section.study
     parts += [f'{escape(study.title)}:', '']
@@ -130,4 +121,26 @@ def _made(
       for row in study.rows.values()
     ]
     parts += [*markdown.table(['dataset', 'from', 'digest'], rows), '']
-  return parts
+  return [*parts, *_environments(report)]
+
+
+def _environments(report: Contents) -> list[str]:
+  """A column for each combination of machine and versions."""
+  runs = [run for section in report.sections for run in section.study.runs]
+  counts = collections.Counter(run.environment for run in runs if run.outcome)
+  columns = sorted(counts, key=lambda about: (-counts[about], about))
+  names = sorted({name for about in columns for name, _ in about})
+  if not names:
+    return []
+  header = [
+    '',
+    *(
+      f'{counts[about]} runs{"" if about else ", not recorded"}'
+      for about in columns
+    ),
+  ]
+  rows = [
+    [escape(name), *(escape(dict(about).get(name, '')) for about in columns)]
+    for name in names
+  ]
+  return ['Machine and versions:', '', *markdown.table(header, rows), '']

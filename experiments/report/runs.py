@@ -31,6 +31,8 @@ class Record(Protocol):
   @property
   def result(self) -> Mapping[str, Any] | None: ...  # noqa: D102
   @property
+  def environment(self) -> Any: ...  # noqa: D102
+  @property
   def error(self) -> str | None: ...  # noqa: D102
   @property
   def problem(self) -> str | None: ...  # noqa: D102
@@ -63,7 +65,10 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-  """One run of the grid; `outcome` is None while it is unfinished."""
+  """One run of the grid; `outcome` is None while it is unfinished.
+
+  The environment is that of its last epochs, empty if it was not recorded.
+  """
 
   run_id: str
   dataset: str
@@ -83,6 +88,7 @@ class Run:
   test_errors: tuple[float | None, ...]
   seconds: float
   outcome: Outcome | None
+  environment: tuple[tuple[str, str], ...]
   failure: str | None
 
 
@@ -186,7 +192,15 @@ def _run(record: Record) -> Run:
     test_errors=test_errors,
     seconds=seconds,
     outcome=outcome,
+    environment=_environment(record.environment),
     failure=None if record.error is None else printable(str(record.error)),
+  )
+
+
+def _environment(found: object) -> tuple[tuple[str, str], ...]:
+  about = _mapping({} if found is None else found, 'environment')
+  return tuple(
+    (printable(str(name)), _text(about, 'environment', name)) for name in about
   )
 
 

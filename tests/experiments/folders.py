@@ -12,6 +12,7 @@ from experiments.grid import Run
 from experiments.store import Store
 from tests.experiments import tiny
 
+ENVIRONMENT = {'jax': '0.10.0', 'cores': '2'}
 RESULT = {'paper_error': 12.5, 'diverged': False}
 
 
@@ -54,9 +55,11 @@ def check(folder: store.RunFolder, epoch: int) -> list[str]:
 
 
 def contents(folder: Path) -> dict[tuple[str, str], object]:
-  """Every file of every run, without the one field that is a time."""
+  """Every file of every run, but for times and what it ran on."""
   found = {}
   for path in folder.glob('[0-9a-f]*/*'):
+    if path.name == 'environment.json':
+      continue
     text = path.read_text()
     if path.name == 'metrics.jsonl':
       lines = [json.loads(row) for row in text.splitlines()]

@@ -19,10 +19,10 @@ def test_what_a_finished_run_leaves(tmp_path):
   run = tiny.run()
   folder = folders.interrupted(tmp_path)
   assert not Store(tmp_path).finished(run)
-  folder.finish(folders.RESULT)
+  folder.finish(folders.RESULT, folders.ENVIRONMENT)
   assert Store(tmp_path).finished(run)
   assert sorted(os.listdir(tmp_path / run.run_id)) == [
-    'config.json', 'metrics.jsonl', 'result.json',
+    'config.json', 'environment.json', 'metrics.jsonl', 'result.json',
   ]  # fmt: skip
   (record,) = store.load(tmp_path)
   assert record == store.Record(
@@ -30,6 +30,7 @@ def test_what_a_finished_run_leaves(tmp_path):
     run.config(),
     [folders.line(1), folders.line(2), folders.line(3)],
     folders.RESULT,
+    folders.ENVIRONMENT,
   )
 
 
@@ -216,14 +217,14 @@ def test_a_full_disk_tears_nothing(tiny_disk):
   with pytest.raises(StoreError, match='metrics.jsonl could not.*No space'):
     for epoch in range(3, 100_000):
       folder.append(folders.line(epoch))
-  with pytest.raises(StoreError, match='result.json could not.*No space'):
-    folder.finish(folders.RESULT)
+  with pytest.raises(StoreError, match='environment.json could not.*No space'):
+    folder.finish(folders.RESULT, folders.ENVIRONMENT)
   with pytest.raises(StoreError, match='can not be written: No space'):
     Store(tiny_disk).create()
   assert not (folder.path / 'result.json').exists()
   fill.unlink()
   assert folders.check(folder, 2) == []
-  folder.finish(folders.RESULT)
+  folder.finish(folders.RESULT, folders.ENVIRONMENT)
   assert store.load(tiny_disk)[0].result == folders.RESULT
 
 

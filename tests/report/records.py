@@ -29,6 +29,7 @@ class Record:
   config: dict[str, Any]
   metrics: list[dict[str, Any]]
   result: dict[str, Any] | None
+  environment: Any = None
   error: str | None = None
   problem: str | None = None
 

@@ -12,10 +12,13 @@ from xml.etree import ElementTree
 
 import pytest
 
-from experiments import report
-from experiments.report import figures, plots, write
+from experiments import files, report
+from experiments.report import figures, plots
 from tests.report.records import cell, like_the_paper, record
 
+OLD = {
+  'processor': 'an <old> processor', 'cores': '2', 'cores of the host': '8',
+}  # fmt: skip
 STORY = (
   'SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM', 'RndF', 'brSF+BN+BM', 'brSF-50%+BN+BM',
 )  # fmt: skip
@@ -30,7 +33,12 @@ def some_records():
     *like_the_paper(('MNIST',), seeds=2, only=STORY),
     *cell('uSF', 80.0, dataset='CIFAR', diverged=True, note='lossy copy'),
     *cell('SGD', 20.0, dataset=SCRIPT)[:4],
-    *cell('SGD', 20.0, dataset='CIFAR', epochs=9, note='<i>lossy</i>'),
+    *(
+      dataclasses.replace(made, environment=OLD)
+      for made in cell(
+        'SGD', 20.0, dataset='CIFAR', epochs=9, note='<i>lossy</i>'
+      )
+    ),
     failed,
   ]
 
@@ -38,9 +46,7 @@ def some_records():
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   path = tmp_path_factory.mktemp('report')
-  made = report.write_report(
-    some_records(), path, commands=['run --all'], machine={'CPU': '2 <cores>'}
-  )
+  made = report.write_report(some_records(), path)
   assert all(file.is_file() for file in made)
   assert sorted(made) == sorted(p for p in path.rglob('*') if p.is_file())
   return path
@@ -51,9 +57,7 @@ def test_the_same_records_in_another_order_give_the_same_bytes(
 ):
   records = some_records()
   random.Random(1).shuffle(records)
-  again = report.write_report(
-    records, tmp_path, commands=['run --all'], machine={'CPU': '2 <cores>'}
-  )
+  again = report.write_report(records, tmp_path)
   assert len(again) > 20
   for path in again:
     old = folder / path.relative_to(tmp_path)
@@ -64,8 +68,7 @@ def test_another_process_gives_the_same_bytes(folder, tmp_path):
   """Another hash seed: nothing depends on the order of a set."""
   program = (
     'import sys, tests.report.test_files as t, experiments.report as r;'
-    "r.write_report(t.some_records(), sys.argv[1], commands=['run --all'],"
-    " machine={'CPU': '2 <cores>'})"
+    'r.write_report(t.some_records(), sys.argv[1])'
   )
   subprocess.run(
     [sys.executable, '-c', program, str(tmp_path)],
@@ -167,8 +170,9 @@ def test_names_that_look_alike_get_files_of_their_own():
 def test_results_names_protocol_machine_commands_and_disagreement(folder):
   text = (folder / 'RESULTS.md').read_text()
   assert '![How much weight symmetry' in text
-  assert '2 &lt;cores&gt;' in text
-  assert 'run --all' in text
+  assert '| processor |  | an &lt;old&gt; processor |' in text
+  assert '--epochs 9 --executor processes --workers 4\n' in text
+  assert '--epochs 4 --executor' not in text
   assert '--dataset MNIST --condition SGD BN uSF uSF+BN' in text
   assert '--seed 0 1' in text
   assert '--epochs 4' in text
@@ -199,9 +203,9 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
   def broken(*_):
     raise OSError('no space left')
 
-  monkeypatch.setattr(write.os, 'replace', broken)
+  monkeypatch.setattr(files.os, 'replace', broken)
   with pytest.raises(OSError, match='no space'):
-    write.replace(target, b'new')
+    files.write_whole(target, b'new')
   assert target.read_text() == 'old'
   assert list(tmp_path.iterdir()) == [target]
 
