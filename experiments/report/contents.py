@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from experiments.report import comparisons, disagreement, plots
+from experiments.report import comparisons, disagreement, plots, protocols
 from experiments.report.figures import Picture, drawn
+from experiments.report.protocols import Comparison
 from experiments.report.studies import Store, Study
 from experiments.report.tables import Grid, grids
 from experiments.report.verdicts import Claim, claims_of
@@ -37,6 +38,7 @@ class Contents:
 
   store: Store
   story: Picture | None
+  comparisons: Sequence[Comparison]
   sections: Sequence[Section]
 
   def pictures(self) -> Iterator[Picture]:
@@ -55,6 +57,7 @@ def contents(store: Store) -> Contents:
   return Contents(
     store,
     comparisons.story(store),
+    protocols.side_by_side(store),
     [_section(study) for study in store.studies],
   )
 

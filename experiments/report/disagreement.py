@@ -50,19 +50,19 @@ def _some(items: Sequence[str]) -> str:
 
 def _on_claims(claims: Sequence[Claim]) -> list[str]:
   decided = [claim for claim in claims if claim.verdict != OPEN]
-  other = [c for c in decided if c.verdict != c.paper.verdict]
+  other = [c for c in decided if c.verdict != c.paper_here.verdict]
   if not decided:
     return ["These runs decide none of the paper's conclusions yet."]
   text = (
     f'Of the {len(decided)} statements these runs decide, '
     f"{len(decided) - len(other)} get the verdict that the paper's own numbers "
-    'give.'
+    'for the same datasets give.'
   )
   if not other:
     return [text]
   listed = [
     f'({c.conclusion}) "{c.statement}" {c.best_validation.brief}, in the paper '
-    f'{c.paper.brief}'
+    f'{c.paper_here.brief}'
     for c in other
   ]
   return [f'{text} Different: {_some(listed)}.']

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from experiments.report.protocols import Comparison
 from experiments.report.studies import Store
 from experiments.report.tables import (
   LEGEND,
@@ -102,6 +103,18 @@ def _agreement(found: Agreement | None) -> str:
   return '<br>'.join(lines)
 
 
+def comparison(found: Comparison) -> list[str]:
+  """A dataset under several protocols."""
+  rows = [
+    [
+      escape(title),
+      *(number(errors[c]) if c in errors else '' for c in found.columns),
+    ]
+    for title, errors in found.rows.items()
+  ]
+  return table([escape(found.label), *map(escape, found.columns)], rows)
+
+
 def claims(found: Sequence[Claim]) -> list[str]:
   """A table of claims with the three verdicts of each."""
   rows = [
@@ -110,14 +123,19 @@ def claims(found: Sequence[Claim]) -> list[str]:
       escape(claim.statement),
       *(
         _judgement(judgement, claim.unit)
-        for judgement in (claim.best_validation, claim.held_out, claim.paper)
+        for judgement in (
+          claim.best_validation,
+          claim.held_out,
+          claim.paper_here,
+          claim.paper,
+        )
       ),
     ]
     for claim in found
   ]
   header = [
     '', 'statement', 'ours, best validation', 'ours, held-out',
-    "the paper's numbers",
+    "the paper's numbers, same datasets", "the paper's numbers, all",
   ]  # fmt: skip
   return table(header, rows)
 

@@ -16,6 +16,10 @@ _INTRODUCTION = (
   'Is Weight Symmetry in Backpropagation?" (Liao, Leibo, Poggio).'
 )
 
+_SIDE_BY_SIDE = (
+  'Best validation error (%) of the cells that two protocols or more have in '
+  'full, and what the protocols have that is not as by default.'
+)
 _COMMANDS = (
   'These commands make the runs again, each into a folder of your own; add '
   '`--data-dir DATA` where the table names a file of it. The report page has '
@@ -39,6 +43,10 @@ def text(
   if report.story:
     parts += [_picture(report.story, plots), '']
   parts += ['## How to read the tables', '', markdown.HOW, '']
+  if report.comparisons:
+    parts += ['## Protocols side by side', '', _SIDE_BY_SIDE, '']
+    for comparison in report.comparisons:
+      parts += [*markdown.comparison(comparison), '']
   for section in report.sections:
     parts += _section(section, plots)
   parts += _made(report)

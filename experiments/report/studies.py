@@ -12,9 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from experiments.conditions import names_of
+from experiments.grid import Protocol
 from experiments.report import naming, paper
 from experiments.report.cells import Cell
 from experiments.report.runs import Record, Run, read
+
+_DEFAULTS = dataclasses.asdict(Protocol())
 
 
 class EmptyStoreError(ValueError):
@@ -44,7 +47,6 @@ class Study:
   Attributes:
     number: 1 for the protocol with most runs.
     fields: the protocol.
-    varying: the fields in which this store's protocols differ.
     rows: its datasets by label, in the paper's order, others last.
     cells: by (row label, condition).
     runs: all of its runs.
@@ -52,7 +54,6 @@ class Study:
 
   number: int
   fields: Mapping[str, Any]
-  varying: tuple[str, ...]
   rows: Mapping[str, Row]
   cells: Mapping[tuple[str, str], Cell]
   runs: Sequence[Run]
@@ -60,17 +61,23 @@ class Study:
   @property
   def title(self) -> str:
     """Such as 'Protocol 1: 65 epochs, all training images'."""
+    return f'Protocol {self.number}: {self.protocol}'
+
+  @property
+  def protocol(self) -> str:
+    """Epochs, images, and what is not as by default."""
     size = self.fields.get('train_size')
     parts = [
       f'{self.fields.get("epochs", "?")} epochs',
       'all training images' if size is None else f'{size} training images',
       *(
-        f'{key.replace("_", " ")} {self.fields.get(key)}'
-        for key in self.varying
+        f'{key.replace("_", " ")} {value}'
+        for key, value in sorted(self.fields.items())
         if key not in ('epochs', 'train_size')
+        and value != _DEFAULTS.get(key, value)
       ),
     ]
-    return f'Protocol {self.number}: ' + ', '.join(parts)
+    return ', '.join(parts)
 
   @property
   def unfinished(self) -> list[Run]:
@@ -121,23 +128,15 @@ def gather(records: Iterable[Record]) -> Store:
   for run in runs:
     groups[run.protocol].append(run)
   fields = {key: json.loads(key) for key in groups}
-  names = sorted({name for each in fields.values() for name in each})
-  varying = tuple(
-    name
-    for name in names
-    if len({json.dumps(each.get(name)) for each in fields.values()}) > 1
-  )
   order = sorted(groups, key=lambda key: (-len(groups[key]), key))
   studies = [
-    _study(number, fields[key], varying, groups[key])
+    _study(number, fields[key], groups[key])
     for number, key in enumerate(order, start=1)
   ]
   return Store(studies, warnings)
 
 
-def _study(
-  number: int, fields: Mapping, varying: tuple[str, ...], runs: list[Run]
-) -> Study:
+def _study(number: int, fields: Mapping, runs: list[Run]) -> Study:
   rows = _rows(runs)
   labels = {(row.dataset, row.digest): row.label for row in rows}
   content = defaultdict(list)
@@ -148,7 +147,7 @@ def _study(
     (label, name): Cell(label, name, naming.plans(name), members)
     for (label, name), members in content.items()
   }
-  return Study(number, fields, varying, {r.label: r for r in rows}, cells, runs)
+  return Study(number, fields, {r.label: r for r in rows}, cells, runs)
 
 
 def _rows(runs: Iterable[Run]) -> list[Row]:

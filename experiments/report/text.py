@@ -181,8 +181,9 @@ def _claim(claim: Claim) -> list[str]:
   return [
     f'({claim.conclusion}) {claim.statement}',
     f'  {claim.how}',
-    f'  best validation: {claim.best_validation.summary(unit)}',
+    f'  best validation:  {claim.best_validation.summary(unit)}',
     *each,
-    f'  held-out:        {claim.held_out.summary(unit)}',
-    f"  paper's numbers: {claim.paper.summary(unit)}",
+    f'  held-out:         {claim.held_out.summary(unit)}',
+    f'  paper, same rows: {claim.paper_here.summary(unit)}',
+    f'  paper, all rows:  {claim.paper.summary(unit)}',
   ]

@@ -131,6 +131,16 @@ class Claim:
   paper: Judgement
 
   @property
+  def paper_here(self) -> Judgement:
+    """The paper's on the datasets of `best_validation`; on all if it has none.
+
+    A second copy of a dataset counts as the dataset.
+    """
+    here = {f.dataset.split(' [')[0] for f in self.best_validation.findings}
+    found = tuple(f for f in self.paper.findings if f.dataset in here)
+    return Judgement(found) if found else self.paper
+
+  @property
   def verdict(self) -> str:
     """By best validation error, the paper's own way of choosing."""
     return self.best_validation.verdict

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import experiments
-from experiments import store, train
+from experiments import datasets, store, train
 from experiments.grid import Protocol, Run
 
 _RECORDS = store.load(Path(experiments.__file__).parent / 'results')
@@ -30,8 +30,8 @@ def test_names_are_those_of_the_configurations():
 
 def test_results_are_those_of_the_metrics():
   for record in _RECORDS:
-    last = record.metrics[-1]
+    last, run = record.metrics[-1], _run(record.config)
     assert last['epoch'] == record.config['epochs'] or not last['finite']
-    assert (
-      train.result(_run(record.config), 10, record.metrics) == record.result
-    )  # all are of ten classes so far
+    classes = datasets.find(run.dataset).classes
+    assert train.result(run, classes, record.metrics) == record.result
+    assert record.environment['cores']

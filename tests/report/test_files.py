@@ -196,6 +196,37 @@ def test_what_does_not_agree_is_said():
   assert 'does not hold \\(MNIST\\)' in text or 'does not hold (MNIST)' in text
 
 
+def test_protocols_stand_side_by_side():
+  records = [
+    *cell('SGD', 2.0),
+    *cell('BM', 3.0),
+    *cell('SGD', 1.5, epochs=9, weight_decay=0.0),
+    *cell('BM', 2.5, epochs=9, weight_decay=0.0)[:4],
+    *cell('SGD', 9.0, dataset='CIFAR'),
+  ]
+  text = report.results_markdown(records)
+  part = text.split('side by side')[1].split('## Protocol 1')[0]
+  (table,) = re.findall(r'(?:^\|.*\n)+', part, re.MULTILINE)
+  assert table.splitlines() == [
+    '| MNIST | SGD |',
+    '| --- | --- |',
+    '| Protocol 1: 4 epochs, all training images | 2.00 |',
+    '| Protocol 2: 9 epochs, all training images, weight decay 0.0 | 1.50 |',
+    "| the paper's numbers | 0.67 |",
+  ]
+  assert 'side by side' not in report.results_markdown(cell('SGD', 2.0))
+
+
+def test_markdown_alone_is_that_of_the_whole_report(folder, tmp_path):
+  made = report.write_report(some_records(), tmp_path, markdown_only=True)
+  assert {path.parent.name for path in made} == {tmp_path.name, 'plots'}
+  for path in made:
+    assert (
+      path.read_bytes() == (folder / path.relative_to(tmp_path)).read_bytes()
+    )
+  assert (tmp_path / 'RESULTS.md') in made
+
+
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
   target = tmp_path / 'file'
   target.write_text('old')
