@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import jinja2
 import markupsafe
 
-from experiments.report import naming, rerun, text
+from experiments.report import naming, protocols, rerun, text
 from experiments.report.cells import Cell
 from experiments.report.contents import Contents
 from experiments.report.figures import Picture
@@ -42,6 +42,7 @@ def html(report: Contents) -> str:
     legend=LEGEND,
     marks=MARKS,
     notes=notes,
+    side_by_side=protocols.HOW,
     inline=inline,
     number=text.number,
     interval=text.interval,

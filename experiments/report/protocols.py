@@ -7,6 +7,11 @@ from experiments.conditions import CONDITIONS
 from experiments.report import naming, paper
 from experiments.report.studies import Store
 
+HOW = (
+  'Best validation error (%) of the cells that two protocols or more have in '
+  'full. A protocol is named by what it has that is not as by default.'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:

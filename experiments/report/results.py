@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Sequence
 
-from experiments.report import markdown, rerun
+from experiments.report import markdown, protocols, rerun
 from experiments.report.contents import Contents, Section
 from experiments.report.figures import Picture
 from experiments.report.markdown import code, escape
@@ -16,10 +16,6 @@ _INTRODUCTION = (
   'Is Weight Symmetry in Backpropagation?" (Liao, Leibo, Poggio).'
 )
 
-_SIDE_BY_SIDE = (
-  'Best validation error (%) of the cells that two protocols or more have in '
-  'full, and what the protocols have that is not as by default.'
-)
 _COMMANDS = (
   'These commands make the runs again, each into a folder of your own; add '
   '`--data-dir DATA` where the table names a file of it. The report page has '
@@ -44,7 +40,7 @@ def text(
     parts += [_picture(report.story, plots), '']
   parts += ['## How to read the tables', '', markdown.HOW, '']
   if report.comparisons:
-    parts += ['## Protocols side by side', '', _SIDE_BY_SIDE, '']
+    parts += ['## Protocols side by side', '', protocols.HOW, '']
     for comparison in report.comparisons:
       parts += [*markdown.comparison(comparison), '']
   for section in report.sections:

@@ -196,7 +196,7 @@ def test_what_does_not_agree_is_said():
   assert 'does not hold \\(MNIST\\)' in text or 'does not hold (MNIST)' in text
 
 
-def test_protocols_stand_side_by_side():
+def test_protocols_stand_side_by_side(tmp_path):
   records = [
     *cell('SGD', 2.0),
     *cell('BM', 3.0),
@@ -204,7 +204,10 @@ def test_protocols_stand_side_by_side():
     *cell('BM', 2.5, epochs=9, weight_decay=0.0)[:4],
     *cell('SGD', 9.0, dataset='CIFAR'),
   ]
-  text = report.results_markdown(records)
+  report.write_report(records, tmp_path)
+  page = (tmp_path / 'report.html').read_text()
+  assert 'weight decay 0.0</th><td>1.50</td>' in page
+  text = (tmp_path / 'RESULTS.md').read_text()
   part = text.split('side by side')[1].split('## Protocol 1')[0]
   (table,) = re.findall(r'(?:^\|.*\n)+', part, re.MULTILINE)
   assert table.splitlines() == [
