@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from experiments.grid import Protocol
 from experiments.report.studies import Study
 from experiments.report.tables import Entry, Grid, Line
 from experiments.report.verdicts import OPEN, Claim
@@ -20,6 +21,7 @@ def sentences(
       'None of these cells is in the paper, so there is nothing to compare.'
     ]
   return [
+    *_on_training(study),
     *_on_claims(claims),
     *_on_flags(cells),
     *_on_ranks(grids),
@@ -27,6 +29,21 @@ def sentences(
     *_on_choice(cells),
     *_on_missing(study),
   ]
+
+
+def _on_training(study: Study) -> list[str]:
+  """Less training than the paper's, which makes for higher errors."""
+  fields, paper = study.fields, Protocol()
+  less = []
+  if fields.get('epochs', paper.epochs) < paper.epochs:
+    less.append(f'{fields["epochs"]} epochs instead of {paper.epochs}')
+  if fields.get('train_size') is not None:
+    less.append(f'at most {fields["train_size"]} training images')
+  if held_out := fields.get('holdout'):
+    less.append(f'{100 * held_out:g} % of the training images held out')
+  return (
+    [f'Less training than in the paper: {", ".join(less)}.'] if less else []
+  )
 
 
 def _cells(grids: Iterable[Grid]) -> Iterable[tuple[Line, Entry]]:

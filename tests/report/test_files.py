@@ -190,6 +190,10 @@ def test_results_can_point_to_plots_elsewhere():
 def test_what_does_not_agree_is_said():
   records = [*cell('SGD', 2.0), *cell('uSF', 3.0), *cell('BM', 9.0)]
   text = report.results_markdown(records)
+  assert (
+    'Less training than in the paper: 4 epochs instead of 65, 10 % of the '
+    'training images held out.' in text.replace('\\', '')
+  )
   assert '2 of 3 compared cells stand otherwise' in text
   assert 'MNIST uSF (alike, in the paper worse)' in text
   assert 'uSF without BN and BM fails.' in text
