@@ -17,10 +17,12 @@ _INTRODUCTION = (
 )
 
 _COMMANDS = (
-  'These commands make the runs again, each into a folder of your own; add '
-  '`--data-dir DATA` where the table names a file of it. The report page has '
-  'one for every single run. The same kind of machine with the same versions '
-  'gives the same numbers.'
+  'These commands make the runs again; with one name after `--condition` and '
+  'one after `--rate` a single cell or run, whose commands the report page '
+  'prints. Add `--data-dir DATA` where the data are from a file of it, and '
+  '`--results` with a folder of your own, for what has a result is not run '
+  'again. The same kind of machine with the same versions gives the same '
+  'numbers.'
 )
 
 

@@ -4,10 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import experiments
-from experiments import datasets, store, train
+from experiments import datasets, report, store, train
 from experiments.grid import Protocol, Run
 
-_RECORDS = store.load(Path(experiments.__file__).parent / 'results')
+_FOLDER = Path(experiments.__file__).parent
+_RECORDS = store.load(_FOLDER / 'results')
 
 
 def _run(config):
@@ -35,3 +36,11 @@ def test_results_are_those_of_the_metrics():
     classes = datasets.find(run.dataset).classes
     assert train.result(run, classes, record.metrics) == record.result
     assert record.environment['cores']
+
+
+def test_the_report_is_that_of_the_committed_runs(tmp_path):
+  made = report.write_report(_RECORDS, tmp_path, markdown_only=True)
+  text = (tmp_path / 'RESULTS.md').read_bytes()
+  assert text == (_FOLDER / 'RESULTS.md').read_bytes()
+  plots = {path.name for path in made if path.parent.name == 'plots'}
+  assert plots == {path.name for path in (_FOLDER / 'plots').iterdir()}
