@@ -1,5 +1,6 @@
 """Pictures with our results beside the paper's: the story, error against p."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
@@ -41,6 +42,7 @@ def story(store: Store) -> Picture | None:
     for label in study.rows
     if sum(_settled(study.cells.get((label, c))) for c in STORY) >= 3
   ]
+  found.sort(key=lambda panel: _training(panel[0]))
   name, title = 'story', 'How much weight symmetry does backpropagation need?'
   if not found:
     return None
@@ -74,6 +76,13 @@ def story(store: Store) -> Picture | None:
       bbox_to_anchor=top_left(figure, 0.5),
     )  # fmt: skip
     return picture(figure, name, title, png=True)
+
+
+def _training(study: Study) -> tuple[float, float]:
+  """Sorts by images, then epochs, most first."""
+  fields = study.fields
+  size = fields.get('train_size')
+  return (-math.inf if size is None else -size, -fields.get('epochs', 0))
 
 
 def _missing(cells: Iterable[Cell | None]) -> list[Line2D]:

@@ -1,6 +1,7 @@
 """The committed runs are what the program of today would make and read."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import experiments
@@ -8,7 +9,10 @@ from experiments import datasets, report, store, train
 from experiments.grid import Protocol, Run
 
 _FOLDER = Path(experiments.__file__).parent
-_RECORDS = store.load(_FOLDER / 'results')
+_RESULTS, _CHOICES = (
+  store.load(_FOLDER / name) for name in ('results', 'choices')
+)
+_RECORDS = [*_RESULTS, *_CHOICES]
 
 
 def _run(config):
@@ -39,8 +43,15 @@ def test_results_are_those_of_the_metrics():
 
 
 def test_the_report_is_that_of_the_committed_runs(tmp_path):
-  made = report.write_report(_RECORDS, tmp_path, markdown_only=True)
+  made = report.write_report(_RESULTS, tmp_path, markdown_only=True)
   text = (tmp_path / 'RESULTS.md').read_bytes()
   assert text == (_FOLDER / 'RESULTS.md').read_bytes()
   plots = {path.name for path in made if path.parent.name == 'plots'}
   assert plots == {path.name for path in (_FOLDER / 'plots').iterdir()}
+
+
+def test_what_was_tried_is_told_as_it_was_found():
+  text = report.results_markdown(_CHOICES)
+  table = re.search(r'(?:^\|.*\n)+', text, re.MULTILINE)
+  assert table and table[0].startswith('| MNIST | SGD |')
+  assert table[0] in (_FOLDER / 'README.md').read_text()
