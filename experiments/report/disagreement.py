@@ -65,16 +65,28 @@ def _some(items: Sequence[str]) -> str:
   return shown + (f'; and {more} more' if more > 0 else '')
 
 
-def _on_claims(claims: Sequence[Claim]) -> list[str]:
+def on_verdicts(claims: Sequence[Claim]) -> str:
+  """How many of the paper's conclusions get the verdict of its own numbers."""
   decided = [claim for claim in claims if claim.verdict != OPEN]
-  other = [c for c in decided if c.verdict != c.paper_here.verdict]
   if not decided:
-    return ["These runs decide none of the paper's conclusions yet."]
-  text = (
+    return "These runs decide none of the paper's conclusions yet."
+  return (
     f'Of the {len(decided)} statements these runs decide, '
-    f"{len(decided) - len(other)} get the verdict that the paper's own numbers "
-    'for the same datasets give.'
+    f"{len(decided) - len(_other(claims))} get the verdict that the paper's "
+    'own numbers for the same datasets give.'
   )
+
+
+def _other(claims: Sequence[Claim]) -> list[Claim]:
+  return [
+    claim
+    for claim in claims
+    if claim.verdict not in (OPEN, claim.paper_here.verdict)
+  ]
+
+
+def _on_claims(claims: Sequence[Claim]) -> list[str]:
+  text, other = on_verdicts(claims), _other(claims)
   if not other:
     return [text]
   listed = [

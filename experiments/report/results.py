@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Sequence
 
-from experiments.report import markdown, protocols, rerun
+from experiments.report import disagreement, markdown, protocols, rerun
 from experiments.report.contents import Contents, Section
 from experiments.report.figures import Picture
 from experiments.report.markdown import code, escape
@@ -40,6 +40,7 @@ def text(
   parts = ['# Results', '', _INTRODUCTION, '', *markdown.warnings(report.store)]
   if report.story:
     parts += [_picture(report.story, plots), '']
+  parts += ['## In short', '', *map(_in_short, report.sections), '']
   parts += ['## How to read the tables', '', markdown.HOW, '']
   if report.comparisons:
     parts += ['## Protocols side by side', '', protocols.HOW, '']
@@ -49,6 +50,15 @@ def text(
     parts += _section(section, plots)
   parts += _made(report)
   return '\n'.join(parts).rstrip() + '\n'
+
+
+def _in_short(section: Section) -> str:
+  study = section.study
+  runs = len(study.runs) - len(study.unfinished)
+  return (
+    f'- **{escape(study.title)}**: {escape(", ".join(study.rows))}; {runs} '
+    f'runs. {escape(disagreement.on_verdicts(section.claims))}'
+  )
 
 
 def _picture(picture: Picture, plots: str) -> str:
