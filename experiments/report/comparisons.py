@@ -152,15 +152,17 @@ def against_p(study: Study) -> Picture | None:
     return None
   name = f'protocol-{study.number}-error-against-p'
   title = 'Error against the probability p of a wrong sign (with BN and BM)'
+  several = len(labels) > 1
   with style(name):
     figure, all_axes = panels(
-      len(labels), (2.9, 2.3), across=3, left=0.62, top=0.82, between=0.9
-    )
+      len(labels), (2.9, 2.3), across=3, left=0.62,
+      top=0.82 if several else 1.6, between=0.9,
+    )  # fmt: skip
     for axes, label in zip(all_axes, labels, strict=True):
       _p_panel(axes, study, label)
     figure.legend(
       handles=[*_p_handles()], loc='upper left', borderaxespad=0,
-      ncols=3 if len(labels) > 1 else 2, columnspacing=1.6,
+      ncols=3 if several else 1, columnspacing=1.6,
       bbox_to_anchor=top_left(figure, 0.08),
     )  # fmt: skip
     return picture(figure, name, title, png=True)

@@ -11,9 +11,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.text import Text
 
 from experiments import files, report
-from experiments.report import figures, plots
+from experiments.report import comparisons, figures, plots, studies
 from tests.report.records import cell, like_the_paper, record
 
 OLD = {
@@ -250,6 +251,31 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch):
     files.write_whole(target, b'new')
   assert target.read_text() == 'old'
   assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+  'datasets', [('MNIST',), ('MNIST', 'CIFAR'), ('MNIST', 'CIFAR', 'Cal101')]
+)
+def test_legends_are_whole_and_above_the_panels(datasets, monkeypatch):
+  seen = []
+
+  def looked_at(figure, name, *_, **__):
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    page = figure.bbox
+    assert 0 <= box.x0 < box.x1 <= page.x1, name
+    assert box.y1 <= page.y1, name
+    for axes in figure.axes:
+      for part in axes.get_children():
+        if isinstance(part, Text) and part.get_text():
+          assert part.get_window_extent().y1 <= box.y0, (name, part)
+    seen.append(name)
+
+  monkeypatch.setattr(comparisons, 'picture', looked_at)
+  store = studies.gather(like_the_paper(datasets))
+  comparisons.story(store)
+  comparisons.against_p(store.studies[0])
+  assert len(seen) == 2
 
 
 @pytest.mark.parametrize(
