@@ -57,7 +57,7 @@ def _in_short(section: Section) -> str:
   runs = len(study.runs) - len(study.unfinished)
   return (
     f'- **{escape(study.title)}**: {escape(", ".join(study.rows))}; {runs} '
-    f'runs. {escape(disagreement.on_verdicts(section.claims))}'
+    f'run{"" if runs == 1 else "s"}. {escape(disagreement.on_verdicts(section.claims))}'
   )
 
 
@@ -72,7 +72,7 @@ def _section(section: Section, plots: str) -> list[str]:
   parts = [
     f'## {escape(study.title)}',
     '',
-    f'{finished} finished runs, {hours:.1f} hours of training in all.',
+    f'Finished runs: {finished}; {hours:.1f} hours of training in all.',
     '',
     *(f'- {escape(note)}' for note in notes(study)),
     '',
