@@ -55,9 +55,10 @@ def text(
 def _in_short(section: Section) -> str:
   study = section.study
   runs = len(study.runs) - len(study.unfinished)
+  many = f'{runs} run{"" if runs == 1 else "s"}'
   return (
-    f'- **{escape(study.title)}**: {escape(", ".join(study.rows))}; {runs} '
-    f'run{"" if runs == 1 else "s"}. {escape(disagreement.on_verdicts(section.claims))}'
+    f'- **{escape(study.title)}**: {escape(", ".join(study.rows))}; {many}. '
+    f'{escape(disagreement.on_verdicts(section.claims))}'
   )
 
 
