@@ -14,8 +14,13 @@ class StoreError(ValueError):
   """A results folder, or a file in it, that can't be used."""
 
 
-def write_whole(path: Path, body: bytes) -> Path:
+def write_whole(path: Path, body: bytes, *, durable: bool = False) -> Path:
   """Writes a whole file or nothing; returns its path.
+
+  Args:
+    path: of the file.
+    body: what it is to hold.
+    durable: wait until it is on the disk, for what can't be made again.
 
   Raises:
     OSError: if it can't be written; what was there is still there.
@@ -24,8 +29,9 @@ def write_whole(path: Path, body: bytes) -> Path:
   try:
     with os.fdopen(descriptor, 'wb') as file:
       file.write(body)
-      file.flush()
-      os.fsync(file.fileno())
+      if durable:
+        file.flush()
+        os.fsync(file.fileno())
     os.chmod(name, 0o644)
     os.replace(name, path)
   except BaseException:
@@ -41,7 +47,7 @@ def write_atomically(path: Path, text: str) -> None:
     StoreError: if it can't be written; says what to do.
   """
   try:
-    write_whole(path, text.encode())
+    write_whole(path, text.encode(), durable=True)
   except OSError as error:
     raise not_written(path, error) from error
 

@@ -155,8 +155,7 @@ class RunFolder:
       ) from error
     config, found = run.config(), _config(path)
     if found is None:
-      text = json.dumps(config, indent=1, sort_keys=True) + '\n'
-      write_atomically(path / 'config.json', text)
+      _write_json(path / 'config.json', config)
     elif _without_words(found) != _without_words(config):
       raise StoreError(
         f'{path}/config.json is the configuration of another run. Remove '
@@ -191,16 +190,13 @@ class RunFolder:
     self, result: dict[str, Any], environment: Mapping[str, str]
   ) -> None:
     """Writes the result; checkpoints are no longer needed."""
-    text = json.dumps(environment, indent=1, sort_keys=True)
-    write_atomically(self.path / 'environment.json', text + '\n')
-    text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
-    write_atomically(self.path / 'result.json', text + '\n')
+    _write_json(self.path / 'environment.json', environment)
+    _write_json(self.path / 'result.json', result)
     _tidy(self.path)
 
   def fail(self, error: str) -> None:
     """Records why the run failed for good; a new attempt forgets it."""
-    text = json.dumps({'error': error}, indent=1)
-    write_atomically(self.path / 'error.json', text + '\n')
+    _write_json(self.path / 'error.json', {'error': error})
 
   def save(self, epoch: int, state: Arrays) -> None:
     """Writes the state after an epoch and drops all but the last two."""
@@ -232,6 +228,11 @@ class RunFolder:
     from experiments import checkpoints
 
     checkpoints.drop_last(self.path / 'checkpoints')
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+  text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+  write_atomically(path, text + '\n')
 
 
 def _without_words(config: dict[str, Any]) -> dict[str, Any]:

@@ -60,12 +60,10 @@ class Study:
 
   @property
   def title(self) -> str:
-    """Such as 'Protocol 1: 65 epochs, all training images'."""
-    return f'Protocol {self.number}: {self.protocol}'
+    """Such as 'Protocol 1: 65 epochs, all training images'.
 
-  @property
-  def protocol(self) -> str:
-    """Epochs, images, and what is not as by default."""
+    Besides these it names what is not as by default.
+    """
     size = self.fields.get('train_size')
     parts = [
       f'{self.fields.get("epochs", "?")} epochs',
@@ -77,7 +75,7 @@ class Study:
         and value != _DEFAULTS.get(key, value)
       ),
     ]
-    return ', '.join(parts)
+    return f'Protocol {self.number}: ' + ', '.join(parts)
 
   @property
   def unfinished(self) -> list[Run]:
