@@ -249,7 +249,9 @@ def _number(value: Any) -> float | None:
   return float(value) if math.isfinite(value) else None
 
 
-def result(run: Run, classes: int, lines: list[Line]) -> dict[str, Any]:
+def result(
+  lines: list[Line], *, classes: int, train_images: int
+) -> dict[str, Any]:
   """Both results of a run from its lines of metrics.
 
   The paper's: the best test error of all epochs. The honest one: the test
@@ -265,6 +267,7 @@ def result(run: Run, classes: int, lines: list[Line]) -> dict[str, Any]:
     'epochs_run': len(lines),
     'diverged': not lines[-1]['finite'],
     'chance_error': 100 * (1 - 1 / classes),
+    'train_images': train_images,
   }
   if 'holdout_error' in lines[0]:
     chosen = min(lines, key=lambda line: line['holdout_error'])

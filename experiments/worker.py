@@ -210,7 +210,10 @@ class Worker:
     lines.append(line)
     if line['epoch'] == run.protocol.epochs or not line['finite']:
       yield run, Epoch(line)
-      result = train.result(run, at_work.placed.classes, lines)
+      placed = at_work.placed
+      result = train.result(
+        lines, classes=placed.classes, train_images=len(placed.trained)
+      )
       yield run, Finished(result, environment)
       at_work.ended = True
       return

@@ -112,7 +112,7 @@ def comparison(found: Comparison) -> list[str]:
     ]
     for title, errors in found.rows.items()
   ]
-  return table([escape(found.label), *map(escape, found.columns)], rows)
+  return table([escape(found.dataset), *map(escape, found.columns)], rows)
 
 
 def claims(found: Sequence[Claim]) -> list[str]:
@@ -152,7 +152,7 @@ def details(found: Sequence[Claim]) -> list[str]:
     lines.append(f'- ({escape(claim.conclusion)}) {escape(claim.statement)} '
                  f'*{escape(claim.how)}.*')  # fmt: skip
     lines += [
-      f'  - {escape(finding.dataset)}: {escape(finding.text(claim.unit))}'
+      f'  - {escape(finding.label)}: {escape(finding.text(claim.unit))}'
       for finding in claim.best_validation.findings
     ]
   return lines

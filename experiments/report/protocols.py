@@ -18,31 +18,35 @@ class Comparison:
   """A dataset under several protocols; errors are best validation, in %.
 
   Attributes:
-    label: the dataset.
+    dataset: its name.
     columns: conditions that two protocols or more have in full.
     rows: by protocol, the error of each condition that is there in full; the
-      last row is the paper's.
+      last row is the paper's. Copies of the dataset have a row each.
   """
 
-  label: str
+  dataset: str
   columns: Sequence[str]
   rows: Mapping[str, Mapping[str, float]]
 
 
 def side_by_side(store: Store) -> list[Comparison]:
   """The datasets that two protocols or more have results for."""
-  labels = dict.fromkeys(row for study in store.studies for row in study.rows)
-  return [found for label in labels if (found := _comparison(store, label))]
+  names = dict.fromkeys(
+    row.dataset for study in store.studies for row in study.rows.values()
+  )
+  return [found for name in names if (found := _comparison(store, name))]
 
 
-def _comparison(store: Store, label: str) -> Comparison | None:
+def _comparison(store: Store, dataset: str) -> Comparison | None:
   rows = {
-    study.title: {
+    study.title + label.removeprefix(dataset): {
       naming.first_name(name): cell.best_validation.mean
-      for (row, name), cell in study.cells.items()
-      if row == label and cell.settled and cell.best_validation
+      for (of_row, name), cell in study.cells.items()
+      if of_row == label and cell.settled and cell.best_validation
     }
     for study in store.studies
+    for label, row in study.rows.items()
+    if row.dataset == dataset
   }
   rows = {title: errors for title, errors in rows.items() if errors}
   columns = [
@@ -55,8 +59,8 @@ def _comparison(store: Store, label: str) -> Comparison | None:
   published = {
     name: error
     for name in columns
-    if (error := paper.by_condition().get((label, name))) is not None
+    if (error := paper.by_condition().get((dataset, name))) is not None
   }
   if published:
     rows["the paper's numbers"] = published
-  return Comparison(label, columns, rows)
+  return Comparison(dataset, columns, rows)

@@ -51,6 +51,7 @@ class Outcome:
     epochs: how many epochs ran.
     diverged: whether the run ended because a parameter was not finite.
     chance: error of guessing.
+    train_images: how many images it was trained on.
   """
 
   best_validation: float
@@ -61,6 +62,7 @@ class Outcome:
   epochs: int
   diverged: bool
   chance: float
+  train_images: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -258,6 +260,7 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
     epochs=_integer(result, 'result', 'epochs_run'),
     diverged=diverged,
     chance=chance,
+    train_images=_integer(result, 'result', 'train_images'),
   )
 
 

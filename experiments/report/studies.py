@@ -15,7 +15,7 @@ from experiments.conditions import names_of
 from experiments.grid import Protocol
 from experiments.report import naming, paper
 from experiments.report.cells import Cell
-from experiments.report.runs import Record, Run, read
+from experiments.report.runs import Outcome, Record, Run, read
 
 _DEFAULTS = dataclasses.asdict(Protocol())
 
@@ -84,12 +84,19 @@ class Study:
 
   def chance(self, label: str) -> float | None:
     """Error of guessing on a row, in percent."""
-    return self._chances.get(label)
+    outcome = self._an_outcome.get(label)
+    return outcome and outcome.chance
+
+  def train_images(self, label: str) -> int | None:
+    """How many images of a row are trained on."""
+    outcome = self._an_outcome.get(label)
+    return outcome and outcome.train_images
 
   @functools.cached_property
-  def _chances(self) -> Mapping[str, float]:
+  def _an_outcome(self) -> Mapping[str, Outcome]:
+    """By label, that of any run: what is asked of it is the same in all."""
     return {
-      label: run.outcome.chance
+      label: run.outcome
       for (label, _), cell in self.cells.items()
       for run in cell.runs
       if run.outcome

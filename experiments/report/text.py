@@ -177,7 +177,7 @@ def _claim(claim: Claim) -> list[str]:
   unit = claim.unit
   findings = claim.best_validation.findings
   several = findings if len(findings) > 1 else ()
-  each = [f'    {f.dataset}: {f.text(unit)}' for f in several]
+  each = [f'    {f.label}: {f.text(unit)}' for f in several]
   return [
     f'({claim.conclusion}) {claim.statement}',
     f'  {claim.how}',

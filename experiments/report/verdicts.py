@@ -5,7 +5,7 @@ of choosing), our held-out errors, and the paper's own numbers.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -28,23 +28,42 @@ class Source:
   """Where errors come from.
 
   Attributes:
-    datasets: the rows.
-    errors: by (dataset, condition): error by seed; None if not settled.
-    chance: by dataset: error of guessing.
-    size: by dataset: number of training images, None if unknown.
+    datasets: by row label, the dataset's name.
+    errors: by (label, condition): error by seed; None if not settled.
+    chance: by label: error of guessing.
+    size: by label: number of images trained on.
   """
 
-  datasets: Sequence[str]
+  datasets: Mapping[str, str]
   errors: Callable[[str, str], Sample | None]
   chance: Callable[[str], float | None]
-  size: Callable[[str], float | None]
+  size: Callable[[str], int | None]
+
+  def of(self, datasets: Collection[str]) -> 'Source':
+    """Those rows that are of the named datasets."""
+    rows = {
+      label: dataset
+      for label, dataset in self.datasets.items()
+      if dataset in datasets
+    }
+    return dataclasses.replace(self, datasets=rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """The verdict on one dataset; `seeds` is 0 where that has no meaning."""
+  """The verdict on a row, or over several.
 
-  dataset: str
+  Attributes:
+    label: the row's, or how many there are.
+    datasets: the names of what it is about.
+    effect: in the unit of the conclusion.
+    interval: of the effect.
+    seeds: how many; 0 where that has no meaning.
+    holds: the verdict.
+  """
+
+  label: str
+  datasets: tuple[str, ...]
   effect: float
   interval: Interval | None
   seeds: int
@@ -99,7 +118,7 @@ class Judgement:
     if not self.findings:
       return self.verdict
     if len(self.findings) == 1:
-      return f'{self.verdict} ({self.findings[0].dataset})'
+      return f'{self.verdict} ({self.findings[0].label})'
     return f'{self.verdict} ({self.held} of {len(self.findings)} datasets)'
 
   def summary(self, unit: str) -> str:
@@ -117,7 +136,11 @@ def _amount(effect: float, interval: Interval | None, unit: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-  """A conclusion of the paper, judged by a study and by the paper itself."""
+  """A conclusion of the paper, judged by a study and by the paper itself.
+
+  `paper_here` is the paper's on the datasets of `best_validation`, and on all
+  if it has none of them.
+  """
 
   study: str
   conclusion: str
@@ -129,16 +152,7 @@ class Claim:
   best_validation: Judgement
   held_out: Judgement
   paper: Judgement
-
-  @property
-  def paper_here(self) -> Judgement:
-    """The paper's on the datasets of `best_validation`; on all if it has none.
-
-    A second copy of a dataset counts as the dataset.
-    """
-    here = {f.dataset.split(' [')[0] for f in self.best_validation.findings}
-    found = tuple(f for f in self.paper.findings if f.dataset in here)
-    return Judgement(found) if found else self.paper
+  paper_here: Judgement
 
   @property
   def verdict(self) -> str:
@@ -154,36 +168,45 @@ def claims(store: Store) -> list[Claim]:
 def claims_of(study: Study) -> list[Claim]:
   """All conclusions for one study, in the paper's order."""
   ours, honest = _ours(study, 'best_validation'), _ours(study, 'held_out')
+  return [_claim(study.title, row, ours, honest) for row in CONCLUSIONS]
+
+
+def _claim(
+  study: str, row: Conclusion | AcrossDatasets, ours: Source, honest: Source
+) -> Claim:
   published = _published()
-  return [
-    Claim(
-      study.title,
-      row.conclusion,
-      row.key,
-      row.statement,
-      row.how,
-      row.unit,
-      row.needs,
-      *(judge(row, source) for source in (ours, honest, published)),
-    )
-    for row in CONCLUSIONS
-  ]
+  judged, everywhere = judge(row, ours), judge(row, published)
+  datasets = {name for found in judged.findings for name in found.datasets}
+  here = judge(row, published.of(datasets))
+  return Claim(
+    study=study,
+    conclusion=row.conclusion,
+    key=row.key,
+    statement=row.statement,
+    how=row.how,
+    unit=row.unit,
+    needs=row.needs,
+    best_validation=judged,
+    held_out=judge(row, honest),
+    paper=everywhere,
+    paper_here=here if here.findings else everywhere,
+  )
 
 
 def judge(row: Conclusion | AcrossDatasets, source: Source) -> Judgement:
-  """Applies a conclusion to every dataset that has what it needs."""
+  """Applies a conclusion to every row that has what it needs."""
   if isinstance(row, AcrossDatasets):
     finding = _across(row, source)
     return Judgement((finding,) if finding else ())
-  found = (_finding(row, source, name) for name in source.datasets)
+  found = (_finding(row, source, label) for label in source.datasets)
   return Judgement(tuple(finding for finding in found if finding))
 
 
 def _samples(
-  source: Source, dataset: str, needs: Iterable[str], helps: Iterable[str] = ()
+  source: Source, label: str, needs: Iterable[str], helps: Iterable[str] = ()
 ) -> dict[str, list[float]] | None:
   """Errors over the seeds that all conditions share; None if there is none."""
-  found = {name: source.errors(dataset, name) for name in needs}
+  found = {name: source.errors(label, name) for name in needs}
   needed = {name: sample for name, sample in found.items() if sample}
   if len(needed) < len(found):
     return None
@@ -191,17 +214,17 @@ def _samples(
   if not seeds:
     return None
   for name in helps:
-    sample = source.errors(dataset, name)
+    sample = source.errors(label, name)
     if sample and set(seeds) <= set(sample):
       needed[name] = sample
   return {name: [s[seed] for seed in seeds] for name, s in needed.items()}
 
 
 def _finding(
-  row: Conclusion, source: Source, dataset: str
+  row: Conclusion, source: Source, label: str
 ) -> Finding | None:  # fmt: skip
-  samples = _samples(source, dataset, row.needs, row.helps)
-  chance = source.chance(dataset)
+  samples = _samples(source, label, row.needs, row.helps)
+  chance = source.chance(label)
   if samples is None or chance is None:
     return None
 
@@ -212,7 +235,8 @@ def _finding(
   value = float(effect(*(np.asarray(mean) for mean in means.values())))
   value = round(value, 6)  # 55.15 - 52.15 is 3, not 2.9999...
   return Finding(
-    dataset,
+    label,
+    (source.datasets[label],),
     value,
     statistics.effect_interval(tuple(samples.values()), effect),
     len(next(iter(samples.values()))),
@@ -221,12 +245,13 @@ def _finding(
 
 
 def _across(row: AcrossDatasets, source: Source) -> Finding | None:
-  sizes, gains = [], []
-  for dataset in source.datasets:
-    samples = _samples(source, dataset, (row.without, row.with_bm))
-    size = source.size(dataset)
+  names, sizes, gains = [], [], []
+  for label, dataset in source.datasets.items():
+    samples = _samples(source, label, row.needs)
+    size = source.size(label)
     if samples is None or size is None:
       continue
+    names.append(dataset)
     sizes.append(size)
     gains.append(
       float(np.mean(samples[row.without]) - np.mean(samples[row.with_bm]))
@@ -236,6 +261,7 @@ def _across(row: AcrossDatasets, source: Source) -> Finding | None:
     return None
   return Finding(
     f'over {len(sizes)} datasets',
+    tuple(names),
     effect,
     statistics.rank_interval(sizes, gains),
     0,
@@ -244,20 +270,17 @@ def _across(row: AcrossDatasets, source: Source) -> Finding | None:
 
 
 def _ours(study: Study, which: str) -> Source:
-  def errors(dataset: str, condition: str) -> Sample | None:
-    cell = study.cells.get((dataset, condition))
+  def errors(label: str, condition: str) -> Sample | None:
+    cell = study.cells.get((label, condition))
     result = getattr(cell, which) if cell and cell.settled else None
     return result.values if result else None
 
-  def size(dataset: str) -> float | None:
-    spec = _specs().get(study.rows[dataset].dataset)
-    limit, part = study.fields.get('train_size'), study.fields.get('holdout')
-    if spec is None:
-      return None
-    images = min(spec.train, limit) if isinstance(limit, int) else spec.train
-    return images * (1 - part) if isinstance(part, float) else images
-
-  return Source(tuple(study.rows), errors, study.chance, size)
+  return Source(
+    {label: row.dataset for label, row in study.rows.items()},
+    errors,
+    study.chance,
+    study.train_images,
+  )
 
 
 def _published() -> Source:
@@ -266,7 +289,7 @@ def _published() -> Source:
     return None if error is None else {0: error}
 
   return Source(
-    paper.datasets(),
+    {dataset: dataset for dataset in paper.datasets()},
     errors,
     lambda dataset: 100 * (1 - 1 / _specs()[dataset].classes),
     lambda dataset: _specs()[dataset].train,

@@ -143,7 +143,7 @@ def test_a_diverged_run_ends_and_is_a_result():
   assert len(lines) == 1
   assert lines[0]['finite'] is False
   assert lines[0]['train_loss'] is lines[0]['test_loss'] is None
-  result = train.result(run, tiny.CLASSES, lines)
+  result = train.result(lines, classes=tiny.CLASSES, train_images=200)
   assert result['diverged'] is True
   assert result['chance_error'] == 90.0
   assert result['paper_error'] == result['honest_error'] == 90.0
@@ -203,14 +203,14 @@ def test_stopping(scan):
 
 
 def test_both_results():
-  run = tiny.run(epochs=4)
   lines = [
     {'epoch': i, 'test_error': test, 'holdout_error': held, 'finite': True}
     for i, test, held in (
       (1, 9.0, 8.0), (2, 5.0, 7.0), (3, 6.0, 4.0), (4, 5.0, 4.0),
     )
   ]  # fmt: skip
-  assert train.result(run, 4, lines) == {
+  counts = {'classes': 4, 'train_images': 36}
+  assert train.result(lines, **counts) == {
     'paper_error': 5.0,
     'paper_epoch': 2,
     'holdout_error': 4.0,
@@ -219,14 +219,15 @@ def test_both_results():
     'epochs_run': 4,
     'diverged': False,
     'chance_error': 75.0,
+    'train_images': 36,
   }
   diverged = copy.deepcopy(lines[:3])
   diverged[2] |= {'finite': False, 'test_error': 90.0, 'holdout_error': 90.0}
-  result = train.result(run, 4, diverged)
+  result = train.result(diverged, **counts)
   assert result['diverged'] is True
   assert (result['paper_error'], result['honest_error']) == (5.0, 5.0)
   for line in lines:
     del line['holdout_error']
-  result = train.result(run, 4, lines)
+  result = train.result(lines, **counts)
   assert result['paper_error'] == 5.0
   assert result['honest_error'] is result['honest_epoch'] is None

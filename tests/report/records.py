@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 from experiments.conditions import CONDITIONS
+from experiments.datasets.specs import SPECS
 from experiments.report import paper
 
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
@@ -49,6 +50,7 @@ def record(
   digest: str = 'd1',
   note: str = '',
   rule: str | None = None,
+  train_images: int = 900,
   **protocol: Any,
 ) -> Record:
   """A finished run of a condition with the given best test error."""
@@ -100,6 +102,7 @@ def record(
       'epochs_run': epochs,
       'diverged': diverged,
       'chance_error': chance,
+      'train_images': train_images,
     },
   )
 
@@ -141,6 +144,7 @@ def like_the_paper(
         seed=seed,
         chance=chance,
         honest=min(value * 1.05, chance),
+        train_images=SPECS[dataset].train,
         **changes,
       ):
         records.setdefault(made.run_id, made)

@@ -229,6 +229,22 @@ def test_protocols_stand_side_by_side(tmp_path):
   assert 'side by side' not in report.results_markdown(cell('SGD', 2.0))
 
 
+def test_copies_of_a_dataset_stand_side_by_side_with_the_paper():
+  records = [
+    *cell('SGD', 2.0, digest='d1'),
+    *cell('SGD', 3.0, digest='d2'),
+    *cell('SGD', 1.5, digest='d1', epochs=9),
+  ]
+  text = report.results_markdown(records)
+  (table,) = re.findall(r'(?:^\|.*\n)+', text.split('## Protocol 1')[0], re.M)
+  assert table.splitlines()[2:] == [
+    '| Protocol 1: 4 epochs, all training images \\[d1\\] | 2.00 |',
+    '| Protocol 1: 4 epochs, all training images \\[d2\\] | 3.00 |',
+    '| Protocol 2: 9 epochs, all training images | 1.50 |',
+    "| the paper's numbers | 0.67 |",
+  ]
+
+
 def test_markdown_alone_is_that_of_the_whole_report(folder, tmp_path):
   made = report.write_report(some_records(), tmp_path, markdown_only=True)
   assert {path.parent.name for path in made} == {tmp_path.name, 'plots'}
