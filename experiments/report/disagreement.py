@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from experiments.grid import Protocol
+from experiments.report.findings import OPEN
 from experiments.report.studies import Study
 from experiments.report.tables import Entry, Grid, Line
-from experiments.report.verdicts import OPEN, Claim
+from experiments.report.verdicts import Claim
 
 _SHOWN = 8
 _WEAK = 0.7  # rank correlations below it are worth a sentence

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from experiments.report.findings import Judgement
 from experiments.report.protocols import Comparison
 from experiments.report.studies import Store
 from experiments.report.tables import (
@@ -15,7 +16,7 @@ from experiments.report.tables import (
   notes,
 )
 from experiments.report.text import interval, number
-from experiments.report.verdicts import Claim, Judgement
+from experiments.report.verdicts import Claim
 
 HOW = (
   "Error in %. First line of a cell: ours | the paper's number. Ours is the "

@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from experiments.conditions import find_table
+from experiments.report.findings import OPEN
 from experiments.report.studies import Store
 from experiments.report.tables import (
   LEGEND,
@@ -15,7 +16,7 @@ from experiments.report.tables import (
   grids,
   notes,
 )
-from experiments.report.verdicts import OPEN, Claim, claims_of
+from experiments.report.verdicts import Claim, claims_of
 
 HOW = (
   "Error in %, ours | the paper's number. The first line of a row is the best "

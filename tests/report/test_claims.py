@@ -4,7 +4,7 @@ import pytest
 
 from experiments import report
 from experiments.report.conclusions import CONCLUSIONS, Conclusion
-from experiments.report.verdicts import FAILS, HOLDS, OPEN
+from experiments.report.findings import FAILS, HOLDS, OPEN
 from tests.report.records import cell, like_the_paper
 
 
