@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from experiments.grid import Protocol
 from experiments.report.findings import OPEN
+from experiments.report.naming import counted
 from experiments.report.studies import Study
 from experiments.report.tables import Entry, Grid, Line
 from experiments.report.verdicts import Claim
@@ -72,8 +73,8 @@ def on_verdicts(claims: Sequence[Claim]) -> str:
   if not decided:
     return "These runs decide none of the paper's conclusions yet."
   return (
-    f'Of the {len(decided)} statements these runs decide, '
-    f"{len(decided) - len(_other(claims))} get the verdict that the paper's "
+    f'Of {counted(len(decided), "statement")} these runs decide, '
+    f"{len(decided) - len(_other(claims))} have the verdict that the paper's "
     'own numbers for the same datasets give.'
   )
 
@@ -107,12 +108,13 @@ def _on_flags(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
   ]
   if not other:
     return [
-      f'All {len(cells)} compared cells are better than, worse than or like '
-      'the baseline as in the paper.'
+      f'Of {counted(len(cells), "compared cell")} none stands otherwise to the '
+      'baseline than in the paper.'
     ]
   return [
-    f'{len(other)} of {len(cells)} compared cells stand otherwise to the '
-    f'baseline than in the paper: {_some(other)}.'
+    f'Of {counted(len(cells), "compared cell")} {len(other)} stand'
+    f'{"s" if len(other) == 1 else ""} otherwise to the baseline than in the '
+    f'paper: {_some(other)}.'
   ]
 
 
@@ -143,7 +145,7 @@ def _on_errors(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
   ]
   return [
     f"Our errors are {mean:.2f} points from the paper's in the mean (absolute) "
-    f'of {len(gaps)} cells, farthest in: {"; ".join(listed)}.'
+    f'of {counted(len(gaps), "cell")}, farthest in: {"; ".join(listed)}.'
   ]
 
 

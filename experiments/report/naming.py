@@ -1,10 +1,15 @@
-"""Names that mean the same condition, for columns that the paper repeats."""
+"""Names that mean the same condition, and numbers of things in words."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
 
 from experiments.conditions import CONDITIONS, Condition
+
+
+def counted(number: int, noun: str) -> str:
+  """Such as '1 run' and '2 runs'."""
+  return f'{number} {noun}' + ('' if number == 1 else 's')
 
 
 def plans(name: str) -> int:

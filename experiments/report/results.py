@@ -8,6 +8,7 @@ from experiments.report.contents import Contents, Section
 from experiments.report.figures import Picture
 from experiments.report.findings import OPEN
 from experiments.report.markdown import code, escape
+from experiments.report.naming import counted
 from experiments.report.tables import notes
 
 _INTRODUCTION = (
@@ -55,9 +56,9 @@ def text(
 def _in_short(section: Section) -> str:
   study = section.study
   runs = len(study.runs) - len(study.unfinished)
-  many = f'{runs} run{"" if runs == 1 else "s"}'
   return (
-    f'- **{escape(study.title)}**: {escape(", ".join(study.rows))}; {many}. '
+    f'- **{escape(study.title)}**: {escape(", ".join(study.rows))}; '
+    f'{counted(runs, "run")}. '
     f'{escape(disagreement.on_verdicts(section.claims))}'
   )
 
