@@ -97,7 +97,7 @@ def _missing(cells: Iterable[Cell | None]) -> list[Line2D]:
 def _story_panel(
   axes: Axes, study: Study, label: str, shown: Sequence[str]
 ) -> None:
-  dataset, chance = study.rows[label].dataset, study.chance(label)
+  dataset, chance = study.rows[label].name, study.chance(label)
   ours = {c: study.cells.get((label, c)) for c in shown}
   theirs = {c: paper.by_condition().get((dataset, c)) for c in shown}
   values = [c.best_validation.mean for c in ours.values()
@@ -184,7 +184,7 @@ def _p_handles() -> Iterable[Line2D]:
 
 def _p_panel(axes: Axes, study: Study, label: str) -> None:
   ours = ours_by_p(study, label)
-  theirs = paper_by_p(study.rows[label].dataset)
+  theirs = paper_by_p(study.rows[label].name)
   chance = study.chance(label)
   sgd = study.cells.get((label, 'SGD'))
   lines = [

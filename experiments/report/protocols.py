@@ -32,7 +32,7 @@ class Comparison:
 def side_by_side(store: Store) -> list[Comparison]:
   """The datasets that two protocols or more have results for."""
   names = dict.fromkeys(
-    row.dataset for study in store.studies for row in study.rows.values()
+    row.name for study in store.studies for row in study.rows.values()
   )
   return [found for name in names if (found := _comparison(store, name))]
 
@@ -46,7 +46,7 @@ def _comparison(store: Store, dataset: str) -> Comparison | None:
     }
     for study in store.studies
     for label, row in study.rows.items()
-    if row.dataset == dataset
+    if row.name == dataset
   }
   rows = {title: errors for title, errors in rows.items() if errors}
   columns = [

@@ -241,6 +241,8 @@ def _outcome(result: Mapping[str, Any]) -> Outcome:
   if not isinstance(diverged, bool):
     raise _torn('result.diverged', diverged, 'true or false')
   chance = _finite(result, 'result', 'chance_error')
+  if not 0 <= chance < 100:
+    raise _torn('result.chance_error', chance, 'an error of guessing in %')
   best, holdout, honest = (
     _number(result, 'result', key)
     for key in ('paper_error', 'holdout_error', 'honest_error')

@@ -7,7 +7,7 @@ and different studies are never mixed. A cell is a condition on a dataset.
 import dataclasses
 import functools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +26,19 @@ class EmptyStoreError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A dataset of a study; `label` tells two copies of one name apart."""
+  """A dataset of a study.
+
+  Attributes:
+    label: its name, and where there are several copies which one.
+    name: the dataset's; where it has other classes than the paper's, how many.
+    dataset: what the runs call it.
+    digest: of its images and labels.
+    sources: where it was read.
+    notes: how it differs from the paper's.
+  """
 
   label: str
+  name: str
   dataset: str
   digest: str
   sources: tuple[str, ...]
@@ -36,8 +46,8 @@ class Row:
 
   @property
   def in_paper(self) -> bool:
-    """Whether the paper has this dataset."""
-    return self.dataset in paper.datasets()
+    """Whether the paper has this dataset, with as many classes."""
+    return self.name in paper.datasets()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,22 +166,37 @@ def _study(number: int, fields: Mapping, runs: list[Run]) -> Study:
 
 
 def _rows(runs: Iterable[Run]) -> list[Row]:
-  digests = defaultdict(lambda: defaultdict(list))
+  digests = defaultdict(list)
   for run in runs:
-    digests[run.dataset][run.digest].append(run)
+    digests[run.dataset, run.digest].append(run)
+  names = {key: _name(key[0], members) for key, members in digests.items()}
+  copies = Counter(names.values())
   known = {name: place for place, name in enumerate(paper.datasets())}
   rows = []
-  for dataset in sorted(digests, key=lambda d: (known.get(d, len(known)), d)):
-    for digest in sorted(digests[dataset]):
-      members = digests[dataset][digest]
-      several = f' [{digest[:8]}]' if len(digests[dataset]) > 1 else ''
-      rows.append(
-        Row(
-          dataset + several,
-          dataset,
-          digest,
-          tuple(sorted({run.source for run in members} - {''})),
-          tuple(sorted({run.note for run in members} - {''})),
-        )
+  for key in sorted(
+    digests, key=lambda key: (known.get(key[0], len(known)), key)
+  ):
+    (dataset, digest), name, members = key, names[key], digests[key]
+    several = f' [{digest[:8]}]' if copies[name] > 1 else ''
+    rows.append(
+      Row(
+        name + several,
+        name,
+        dataset,
+        digest,
+        tuple(sorted({run.source for run in members} - {''})),
+        tuple(sorted({run.note for run in members} - {''})),
       )
+    )
   return rows
+
+
+def _name(dataset: str, runs: Iterable[Run]) -> str:
+  """A part of the paper's classes is easier, and not its dataset."""
+  chance = next((run.outcome.chance for run in runs if run.outcome), None)
+  if chance is None or dataset not in paper.datasets():
+    return dataset
+  classes = round(100 / (100 - chance))
+  if classes == paper.classes(dataset):
+    return dataset
+  return f'{dataset} ({classes} classes)'

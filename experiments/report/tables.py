@@ -153,9 +153,9 @@ def fill(study: Study, table: Table) -> Grid:
   published = paper.datasets(table.name)
   own = own_columns(table)
   rows = [
-    (label, row.dataset)
+    (label, row.name)
     for label, row in study.rows.items()
-    if row.dataset in published
+    if row.name in published
     or any((label, column) in study.cells for column in own)
   ]
   present = {dataset for _, dataset in rows}

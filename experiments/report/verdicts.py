@@ -26,7 +26,7 @@ class Source:
   """Where errors come from.
 
   Attributes:
-    datasets: by row label, the dataset's name.
+    datasets: by row label, the name of its dataset.
     errors: by (label, condition): error by seed; None if not settled.
     chance: by label: error of guessing.
     size: by label: number of images trained on.
@@ -189,7 +189,7 @@ def _ours(study: Study, which: str) -> Source:
     return result.values if result else None
 
   return Source(
-    {label: row.dataset for label, row in study.rows.items()},
+    {label: row.name for label, row in study.rows.items()},
     errors,
     study.chance,
     study.train_images,
@@ -204,12 +204,6 @@ def _published() -> Source:
   return Source(
     {dataset: dataset for dataset in paper.datasets()},
     errors,
-    lambda dataset: 100 * (1 - 1 / _specs()[dataset].classes),
-    lambda dataset: _specs()[dataset].train,
+    lambda dataset: 100 * (1 - 1 / paper.classes(dataset)),
+    paper.train_images,
   )
-
-
-def _specs():
-  from experiments.datasets.specs import SPECS
-
-  return SPECS

@@ -48,6 +48,7 @@ def broken(part, field, value):
     ('result', 'paper_error', '5', "result.paper_error is '5', not a number"),
     ('result', 'paper_error', None, 'result.paper_error is None, not a finite'),
     ('result', 'chance_error', None, 'result.chance_error is None'),
+    ('result', 'chance_error', 100.0, 'result.chance_error is 100.0, not an'),
     ('result', 'train_images', 'all', "result.train_images is 'all'"),
     ('result', 'diverged', 'no', "result.diverged is 'no', not true or false"),
     ('result', 'honest_epoch', 1.5, 'result.honest_epoch is 1.5, not an int'),

@@ -95,11 +95,11 @@ def test_unfinished_runs_are_not_results():
 
 
 def test_a_diverged_run_without_an_error_counts_as_chance():
-  made = record('uSF', 50.0, diverged=True, chance=88.0)
+  made = record('uSF', 50.0, dataset='digits', diverged=True, chance=88.0)
   made.result.update(
     paper_error=None, holdout_error=None, honest_error=None, paper_epoch=None
   )
-  found = only_study([made]).cells['MNIST', 'uSF']
+  found = only_study([made]).cells['digits', 'uSF']
   assert found.best_validation.mean == 88.0
   assert found.held_out.mean == 88.0
   assert found.diverged == 1

@@ -143,6 +143,21 @@ def test_a_dataset_that_is_not_the_papers_is_labelled():
   assert "digits (not the paper's)" in markdown.tables(gather(records))
 
 
+def test_a_part_of_a_datasets_classes_is_not_the_papers_dataset():
+  """Ten classes are easier to tell apart than 102."""
+  records = [
+    *cell('SGD', 30.0, dataset='Cal256-101', digest='d1', chance=90.0),
+    *cell('SGD', 70.0, dataset='Cal256-101', digest='d2'),
+  ]
+  part = line_of(records, '2', 'Cal256-101 (10 classes)').entries[0]
+  assert (part.best_validation.mean, part.paper) == (30.0, None)
+  whole = line_of(records, '2', 'Cal256-101').entries[0]
+  assert whole.best_validation.mean == 70.0
+  assert whole.paper == paper.by_condition()['Cal256-101', 'SGD']
+  shown = report.text_tables(records)
+  assert "Cal256-101 (10 classes) (not the paper's)" in shown
+
+
 def test_an_unknown_table_is_refused_by_name():
   with pytest.raises(ValueError, match="unknown table '7'"):
     report.text_tables(cell('SGD', 5.0), ['7'])
