@@ -35,14 +35,17 @@ def _settled(cell: Cell | None) -> bool:
 
 
 def story(store: Store) -> Picture | None:
-  """Error per condition, ours and the paper's, a panel per dataset."""
-  found = [
-    (study, label)
-    for study in store.studies
+  """Error per condition, ours and the paper's, a panel per dataset.
+
+  A dataset of several protocols is shown under the one that trains most.
+  """
+  by_label = {
+    label: (study, label)
+    for study in sorted(store.studies, key=_training, reverse=True)
     for label in study.rows
     if sum(_settled(study.cells.get((label, c))) for c in STORY) >= 3
-  ]
-  found.sort(key=lambda panel: _training(panel[0]))
+  }
+  found = sorted(by_label.values(), key=lambda panel: _training(panel[0]))
   name, title = 'story', 'How much weight symmetry does backpropagation need?'
   if not found:
     return None

@@ -294,6 +294,27 @@ def test_legends_are_whole_and_above_the_panels(datasets, monkeypatch):
   assert len(seen) == 2
 
 
+def test_the_story_shows_a_dataset_once_as_it_was_trained_most(monkeypatch):
+  seen = []
+
+  def looked_at(figure, *_, **__):
+    seen.extend(
+      (axes.get_title('left'), axes.texts[0].get_text()) for axes in figure.axes
+    )
+
+  monkeypatch.setattr(comparisons, 'picture', looked_at)
+  records = [
+    *like_the_paper(('MNIST', 'CIFAR'), train_size=500),
+    *like_the_paper(('MNIST',), epochs=3),
+    *like_the_paper(('MNIST',), epochs=5, only=('SGD', 'uSF')),
+  ]
+  comparisons.story(studies.gather(records))
+  assert seen == [
+    ('MNIST', '3 epochs, all training images'),
+    ('CIFAR', '4 epochs, 500 training images'),
+  ]
+
+
 @pytest.mark.parametrize(
   'positions',
   [[0.5] * 5, [0.0, 0.01, 0.02], [1.0, 0.99, 0.2], [0.3], [0.5] * 40],
