@@ -60,6 +60,9 @@ def test_the_report_is_that_of_the_committed_runs(tmp_path):
 
 def test_what_was_tried_is_told_as_it_was_found():
   text = report.results_markdown(_CHOICES)
-  table = re.search(r'(?:^\|.*\n)+', text, re.MULTILINE)
-  assert table and table[0].startswith('| MNIST | SGD |')
-  assert table[0] in (_FOLDER / 'README.md').read_text()
+  part = text.split('side by side')[1].split('\n## ')[0]
+  tables = re.findall(r'(?:^\|.*\n)+', part, re.MULTILINE)
+  assert [table.split(' | ')[0] for table in tables] == ['| MNIST', '| CIFAR']
+  readme = (_FOLDER / 'README.md').read_text()
+  for table in tables:
+    assert table in readme
