@@ -39,13 +39,12 @@ def story(store: Store) -> Picture | None:
 
   A dataset of several protocols is shown under the one that trains most.
   """
-  by_label = {
-    label: (study, label)
-    for study in sorted(store.studies, key=_training, reverse=True)
-    for label in study.rows
-    if sum(_settled(study.cells.get((label, c))) for c in STORY) >= 3
-  }
-  found = sorted(by_label.values(), key=lambda panel: _training(panel[0]))
+  most: dict[str, Study] = {}
+  for study in sorted(store.studies, key=_training):
+    for label in study.rows:
+      if sum(_settled(study.cells.get((label, c))) for c in STORY) >= 3:
+        most.setdefault(label, study)
+  found = [(study, label) for label, study in most.items()]
   name, title = 'story', 'How much weight symmetry does backpropagation need?'
   if not found:
     return None

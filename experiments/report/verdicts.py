@@ -5,6 +5,7 @@ of choosing), our held-out errors, and the paper's own numbers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
@@ -87,10 +88,11 @@ def claims_of(study: Study) -> list[Claim]:
 def _claim(
   study: str, row: Conclusion | AcrossDatasets, ours: Source, honest: Source
 ) -> Claim:
-  published = _published()
-  judged, everywhere = judge(row, ours), judge(row, published)
-  datasets = {name for found in judged.findings for name in found.datasets}
-  here = judge(row, published.of(datasets))
+  judged, everywhere = judge(row, ours), _papers(row)
+  here = _papers(
+    row,
+    frozenset(name for found in judged.findings for name in found.datasets),
+  )
   return Claim(
     study=study,
     conclusion=row.conclusion,
@@ -104,6 +106,15 @@ def _claim(
     paper=everywhere,
     paper_here=here if here.findings else everywhere,
   )
+
+
+@functools.cache
+def _papers(
+  row: Conclusion | AcrossDatasets, datasets: frozenset[str] | None = None
+) -> Judgement:
+  """The paper's own numbers judged, on the named datasets or on all."""
+  published = _published()
+  return judge(row, published if datasets is None else published.of(datasets))
 
 
 def judge(row: Conclusion | AcrossDatasets, source: Source) -> Judgement:
