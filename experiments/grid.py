@@ -34,6 +34,8 @@ class Protocol:
     momentum: of every update.
     weight_decay: of every weight and bias, not of batch normalisation.
     initial_std: standard deviation of the initial weights; biases are 0.
+      Several are those of the layers from the input on, the last one of all
+      further layers.
     input_scale: factor on pixels (0 to 255) minus the training mean image.
     reduction: of the gradient over the mini-batch, 'mean' or 'sum'.
     batch_norm_epsilon: in units of the variance.
@@ -49,7 +51,7 @@ class Protocol:
   base_rate: float = 5e-4
   momentum: float = 0.9
   weight_decay: float = 5e-4
-  initial_std: float = 0.01
+  initial_std: float | tuple[float, ...] = 0.01
   input_scale: float = 1.0
   reduction: str = 'mean'
   batch_norm_epsilon: float = 1e-4
@@ -59,11 +61,13 @@ class Protocol:
 
   def __post_init__(self):
     positive = (
-      'epochs', 'base_rate', 'initial_std', 'input_scale',
-      'batch_norm_epsilon', 'batch_norm_groups', 'calibration_batches',
+      'epochs', 'base_rate', 'input_scale', 'batch_norm_epsilon',
+      'batch_norm_groups', 'calibration_batches',
     )  # fmt: skip
     for name in positive:
       _check(name, getattr(self, name), 'positive', lambda x: x > 0)
+    for std in self.initial_stds or (0.0,):
+      _check('initial_std', std, 'positive', lambda x: x > 0)
     for name in ('holdout', 'momentum'):
       _check(name, getattr(self, name), 'in [0, 1)', lambda x: 0 <= x < 1)
     _check('weight_decay', self.weight_decay, 'at least 0', lambda x: x >= 0)
@@ -73,6 +77,12 @@ class Protocol:
       raise ValueError(
         f"reduction must be 'mean' or 'sum', not {self.reduction!r}."
       )
+
+  @property
+  def initial_stds(self) -> tuple[float, ...]:
+    """``initial_std`` from the input on; the last one of all further layers."""
+    std = self.initial_std
+    return std if isinstance(std, tuple) else (std,)
 
   def check_groups(self, size: int) -> None:
     """Checks that a mini-batch can be divided into the groups.

@@ -103,7 +103,8 @@ class Network(nn.Module):
     rule: feedback rule of every layer of weights, the last one too; None for
       Flax's own layers, which know nothing of feedback.
     batch_norm: 'none', 'plain' or 'affine'.
-    initial_std: standard deviation of the initial weights; biases are 0.
+    initial_stds: standard deviations of the initial weights by layer, from the
+      input on; the last one is that of all further layers. Biases are 0.
     epsilon: of batch normalisation, in units of the variance.
     axis_name: of the devices over which batch statistics are taken.
   """
@@ -112,7 +113,7 @@ class Network(nn.Module):
   classes: int
   rule: FeedbackRule | None
   batch_norm: str = 'none'
-  initial_std: float = 0.01
+  initial_stds: tuple[float, ...] = (0.01,)
   epsilon: float = 1e-4
   axis_name: str | None = None
 
@@ -121,17 +122,18 @@ class Network(nn.Module):
     """Returns logits ``(batch, classes)`` of inputs of the architecture."""
     layers = ARCHITECTURES[self.architecture]
     conv, dense = nn.Conv, nn.Dense
-    options: dict[str, Any] = dict(
-      kernel_init=nn.initializers.normal(self.initial_std),
-    )
+    options: dict[str, Any] = {}
     if self.rule is not None:
       conv, dense = linen.Conv, linen.Dense
       options['feedback'] = self.rule
+    further = itertools.repeat(self.initial_stds[-1])
+    stds = itertools.chain(self.initial_stds, further)
     for layer, following in itertools.pairwise(layers):
       if isinstance(layer, Pool):
         x = pool(x, layer)
         x = rectified_once(x) if layer.kind == 'max' else x
         continue
+      options['kernel_init'] = nn.initializers.normal(next(stds))
       options['use_bias'] = self.batch_norm == 'none'
       if isinstance(layer, Conv):
         x = conv(
@@ -156,8 +158,14 @@ class Network(nn.Module):
       # Rectifying commutes with maxima: after them there is less to rectify.
       if not (isinstance(following, Pool) and following.kind == 'max'):
         x = nn.relu(x)
+    options['kernel_init'] = nn.initializers.normal(next(stds))
     options['use_bias'] = True
     return dense(self.classes, name='output', **options)(x)
+
+
+def weight_layers(architecture: str) -> int:
+  """Number of layers of weights."""
+  return sum(not isinstance(x, Pool) for x in ARCHITECTURES[architecture])
 
 
 def multiply_adds(architecture: str, classes: int) -> list[int]:

@@ -44,7 +44,7 @@ class Setup:
   frozen: str
   momentum: float
   weight_decay: float
-  initial_std: float
+  initial_stds: tuple[float, ...]
   input_scale: float
   reduction: str
   batch_norm_epsilon: float
@@ -54,7 +54,7 @@ class Setup:
   @classmethod
   def of(cls, run: Run, placed: Placed) -> 'Setup':
     """The setup of a run on a dataset."""
-    config = run.config()
+    config = {**run.config(), 'initial_stds': run.protocol.initial_stds}
     names = {field.name for field in dataclasses.fields(cls)}
     return cls(
       architecture=placed.architecture,
@@ -130,7 +130,7 @@ def _network(setup: Setup) -> Network:
     classes=setup.classes,
     rule=None if setup.rule is None else from_name(setup.rule),
     batch_norm=setup.batch_norm,
-    initial_std=setup.initial_std,
+    initial_stds=setup.initial_stds,
     epsilon=setup.batch_norm_epsilon,
   )
 

@@ -8,6 +8,7 @@ from experiments import conditions, datasets, grid
 from experiments.datasets import Dataset
 from experiments.grid import Run
 from experiments.holdout import check_holdout
+from experiments.models import weight_layers
 from experiments.options import Selection
 
 
@@ -62,13 +63,13 @@ def selected_runs(selection: Selection, protocol: grid.Protocol) -> list[Run]:
   return grid.unique(
     run
     for name, spec in zip(selection.dataset, specs, strict=True)
-    for run in _runs_on(name, spec.name, selection, protocol, chosen)
+    for run in _runs_on(name, spec, selection, protocol, chosen)
   )
 
 
 def _runs_on(
   name: str,
-  dataset: str,
+  spec: datasets.Spec,
   selection: Selection,
   protocol: grid.Protocol,
   chosen: Sequence[conditions.Condition],
@@ -77,12 +78,19 @@ def _runs_on(
   data = datasets.load(
     name, data_dir=selection.data_dir, train_size=protocol.train_size
   )
+  given, layers = protocol.initial_stds, weight_layers(spec.architecture)
+  if len(given) > layers:
+    raise ValueError(
+      f'initial_std is {given}, one for each of {len(given)} layers, but the '
+      f'network of {spec.name} has {layers} layers of weights; give at most so '
+      'many (the last one is that of all further layers).'
+    )
   for condition in chosen:
     runs = grid.runs_of(
       condition,
       selection.rate,
       selection.seed,
-      dataset=dataset,
+      dataset=spec.name,
       digest=data.digest,
       source=data.source,
       note=data.note,

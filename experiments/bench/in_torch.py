@@ -71,7 +71,7 @@ def _network(torch: Any, layers: Any, workload: Workload) -> Any:
         add(torch.nn.Flatten())
       outputs = layer.features(workload.classes)
       made = layers.Linear(sample.shape[1], outputs, bias=bias)
-    torch.nn.init.normal_(made.weight, std=PROTOCOL.initial_std)
+    torch.nn.init.normal_(made.weight, std=PROTOCOL.initial_stds[0])
     add(made)
 
   *hidden, output = ARCHITECTURES[workload.architecture]

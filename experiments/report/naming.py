@@ -12,6 +12,11 @@ def counted(number: int, noun: str) -> str:
   return f'{number} {noun}' + ('' if number == 1 else 's')
 
 
+def words(value: object) -> list[str]:
+  """A value of a protocol as words of a command, one for each of a list."""
+  return [*map(str, value)] if isinstance(value, list) else [str(value)]
+
+
 def plans(name: str) -> int:
   """How many batch plans the condition's result is the best of."""
   return len(CONDITIONS[name].batch_plans) if name in CONDITIONS else 1

@@ -66,7 +66,7 @@ def command(
     if isinstance(value, bool):
       words.append(f'--{option}' if value else f'--no-{option}')
     else:
-      words += [f'--{option}', str(value)]
+      words += [f'--{option}', *naming.words(value)]
   if (count := _processes(runs[0])) > 1:
     words += ['--executor', 'processes', '--workers', str(count)]
   return 'python -m experiments run ' + shlex.join(words)

@@ -79,7 +79,7 @@ class Study:
       f'{self.fields.get("epochs", "?")} epochs',
       'all training images' if size is None else f'{size} training images',
       *(
-        f'{key.replace("_", " ")} {value}'
+        f'{key.replace("_", " ")} {" ".join(naming.words(value))}'
         for key, value in sorted(self.fields.items())
         if key not in ('epochs', 'train_size')
         and value != _DEFAULTS.get(key, value)

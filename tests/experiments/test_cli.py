@@ -55,6 +55,12 @@ def _error(result) -> str:
     (['--condition', 'SGD', '--seed'], 'nothing is selected: --seed'),
     (['--condition', 'SGD', '--dataset'], 'nothing is selected: --dataset'),
     (['--condition', 'SGD', '--rate', '0'], 'rate must be positive, not 0.0'),
+    (['--condition', 'SGD', '--initial-std'], 'initial_std must be positive'),
+    (
+      ['--condition', 'SGD', '--initial-std', *'12345'],
+      'initial_std is (1.0, 2.0, 3.0, 4.0, 5.0), one for each of 5 layers, but '
+      'the network of digits has 4 layers',
+    ),
     (['--condition', 'SGD', '--seed', '-1'], 'seed must be from 0'),
     (['--condition', 'SGD', '--epochs', '0'], 'epochs must be positive, not 0'),
     (['--condition', 'SGD', '--holdout', '1'], 'holdout must be in [0, 1)'),

@@ -156,6 +156,7 @@ def test_unique_joins_columns_of_the_same_content():
     ('base_rate', math.nan),
     ('base_rate', math.inf),
     ('initial_std', -1.0),
+    ('initial_std', 0.0),
     ('input_scale', 0.0),
     ('batch_norm_epsilon', 0.0),
     ('calibration_batches', 0),
@@ -171,6 +172,24 @@ def test_unique_joins_columns_of_the_same_content():
 def test_impossible_protocols(name, value):
   with pytest.raises(ValueError, match=f'^{name} must .*{value!r}'):
     Protocol(**{name: value})
+
+
+@pytest.mark.parametrize('std', [(), (0.01, 0.0), (math.nan, 0.01)])
+def test_impossible_initial_weights_by_layer(std):
+  with pytest.raises(ValueError, match='^initial_std must be positive, not '):
+    Protocol(initial_std=std)
+
+
+def test_initial_weights_by_layer_are_another_run():
+  def run(std):
+    return dataclasses.replace(_RUN, protocol=Protocol(initial_std=std))
+
+  ids = {run(std).run_id for std in (0.01, (0.01, 0.05), (0.05, 0.01))}
+  assert len(ids) == 3
+  assert run(0.01).run_id == _RUN.run_id
+  assert run((0.01, 0.05)).config()['initial_std'] == [0.01, 0.05]
+  assert run((0.01, 0.05)).protocol.initial_stds == (0.01, 0.05)
+  assert _RUN.protocol.initial_stds == (0.01,)
 
 
 @pytest.mark.parametrize(

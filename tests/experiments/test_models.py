@@ -16,6 +16,7 @@ from experiments.models import (
   pool,
   rectified_once,
   training_flops,
+  weight_layers,
 )
 from symjax_bp import symmetric
 
@@ -124,7 +125,7 @@ def test_shapes_and_parameter_counts(name, batch_norm):
 
 
 def test_initial_weights():
-  model = Network('timit', 80, symmetric(), initial_std=0.02)
+  model = Network('timit', 80, symmetric(), initial_stds=(0.02,))
   x = jnp.zeros((1, *SHAPES['timit']))
   params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
   for path, leaf in jax.tree.leaves_with_path(params['params']):
@@ -133,6 +134,38 @@ def test_initial_weights():
     elif leaf.size > 10_000:
       assert abs(float(leaf.std()) / 0.02 - 1) < 0.02
       assert abs(float(leaf.mean())) < 4 * 0.02 / math.sqrt(leaf.size)
+
+
+@pytest.mark.parametrize('batch_norm', ['none', 'plain'])
+@pytest.mark.parametrize(
+  ('given', 'by_layer'),
+  [
+    ((0.02,), (0.02, 0.02, 0.02, 0.02, 0.02)),
+    ((0.001, 0.05), (0.001, 0.05, 0.05, 0.05, 0.05)),
+    ((1e-4, 0.01, 0.02, 0.1, 0.3), (1e-4, 0.01, 0.02, 0.1, 0.3)),
+  ],
+)
+def test_initial_weights_by_layer(given, by_layer, batch_norm):
+  model = Network(
+    'cifar', 100, symmetric(), batch_norm=batch_norm, initial_stds=given
+  )
+  x = jnp.zeros((1, *SHAPES['cifar']))
+  params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
+  kernels = {
+    name: leaves['kernel']
+    for name, leaves in params['params'].items()
+    if 'kernel' in leaves
+  }
+  names = ['Conv_0', 'Conv_1', 'Conv_2', 'Dense_0', 'output']
+  assert kernels.keys() == set(names)
+  found = [float(kernels[name].std()) for name in names]
+  np.testing.assert_allclose(found, by_layer, rtol=0.05)
+
+
+def test_number_of_layers_of_weights():
+  assert {name: weight_layers(name) for name in SHAPES} == {
+    'general': 5, 'mnist': 4, 'cifar': 5, 'svhn': 4, 'timit': 3,
+  }  # fmt: skip
 
 
 def test_multiply_adds_by_hand():

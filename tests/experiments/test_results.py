@@ -19,11 +19,13 @@ def _run(config):
   """The run of a configuration as JSON has it."""
   of_protocol = {field.name for field in dataclasses.fields(Protocol)}
   of_run = {field.name for field in dataclasses.fields(Run)} - {'protocol'}
-  fields = {name: config[name] for name in of_run}
-  fields['batch_plan'] = tuple(map(tuple, fields['batch_plan']))
-  return Run(
-    **fields, protocol=Protocol(**{name: config[name] for name in of_protocol})
-  )
+  values = {name: _tuples(value) for name, value in config.items()}
+  protocol = Protocol(**{name: values[name] for name in of_protocol})
+  return Run(**{name: values[name] for name in of_run}, protocol=protocol)
+
+
+def _tuples(value):
+  return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def test_names_are_those_of_the_configurations():

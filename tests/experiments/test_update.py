@@ -129,7 +129,7 @@ def test_the_start_is_that_of_the_model(condition):
     tiny.CLASSES,
     symjax_bp.from_name(run.rule),
     batch_norm='plain',
-    initial_std=0.05,
+    initial_stds=(0.05,),
   )
   variables = model.init(jax.random.key(3), jnp.zeros((1, 1845)), True)
   for part in ('params', 'feedback'):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.conditions import CONDITIONS
-from experiments.report import naming, paper
+from experiments.report import naming, paper, rerun
 from experiments.report.studies import gather
 from tests.report.records import cell, like_the_paper, record
 
@@ -161,6 +161,13 @@ def test_protocols_are_never_mixed_and_the_larger_comes_first():
 def test_a_heading_names_the_fields_in_which_protocols_differ():
   store = gather([record('SGD', 1.0), record('SGD', 1.0, momentum=0.5)])
   assert store.studies[0].title.endswith(('momentum 0.9', 'momentum 0.5'))
+
+
+def test_initial_weights_by_layer_are_named_and_asked_for():
+  study = only_study([record('SGD', 1.0, initial_std=[0.001, 0.05])])
+  assert study.title.endswith(', initial std 0.001 0.05')
+  [command] = rerun.study_commands(study)
+  assert ' --initial-std 0.001 0.05' in command
 
 
 def test_two_copies_of_a_dataset_are_two_rows():
