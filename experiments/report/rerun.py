@@ -4,9 +4,10 @@ On a CPU the bits of a run depend on how many cores it has, as sums are divided
 among them. So a command asks for as many as its runs had.
 """
 
+import collections
 import dataclasses
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from experiments.conditions import CONDITIONS, find
 from experiments.grid import RATES, Protocol
@@ -16,25 +17,30 @@ from experiments.report.studies import Study
 
 
 def study_commands(study: Study) -> list[str]:
-  """A command for each dataset of a study, with all of its conditions."""
-  parts: dict[tuple[str, int], list[tuple[str, Run]]] = {}
+  """Commands that make all runs of a study, and no other rate or seed."""
+  rates = collections.defaultdict(set)
   for (label, name), cell in study.cells.items():
     if _runnable(name):
+      dataset, name = study.rows[label].dataset, naming.first_name(name)
       for run in cell.runs:
-        part = study.rows[label].dataset, _processes(run)
-        parts.setdefault(part, []).append((naming.first_name(name), run))
+        rates[dataset, _processes(run), name, run.seed].add(run.rate)
+  seeds = collections.defaultdict(set)
+  for (*cell, seed), of_seed in rates.items():
+    seeds[*cell, frozenset(of_seed)].add(seed)
+  names = collections.defaultdict(set)
+  for (dataset, processes, name, of_seed), of_cell in seeds.items():
+    names[dataset, processes, of_seed, frozenset(of_cell)].add(name)
   place = {name: at for at, name in enumerate(CONDITIONS)}
   return [
-    command(
+    _command(
       study,
       dataset,
-      sorted(
-        {name for name, _ in part},
-        key=lambda name: (place.get(name, len(place)), name),
-      ),
-      [run for _, run in part],
+      sorted(conditions, key=lambda name: (place.get(name, len(place)), name)),
+      of_seed,
+      of_cell,
+      processes,
     )
-    for (dataset, _), part in parts.items()
+    for (dataset, processes, of_seed, of_cell), conditions in names.items()
   ]
 
 
@@ -42,21 +48,25 @@ def run_command(study: Study, name: str, run: Run) -> str:
   """The command for one run; '' if its condition has no name to ask for."""
   if not _runnable(name):
     return ''
-  return command(study, run.dataset, [name], [run])
+  return _command(
+    study, run.dataset, [name], [run.rate], [run.seed], _processes(run)
+  )
 
 
-def command(
+def _command(
   study: Study,
   dataset: str,
   conditions: Iterable[str],
-  runs: Sequence[Run],
+  rates: Iterable[float],
+  seeds: Iterable[int],
+  processes: int,
 ) -> str:
   """`python -m experiments run` with what differs from its defaults."""
   words = ['--dataset', dataset, '--condition', *conditions]
-  rates = sorted({run.rate for run in runs}, reverse=True)
+  rates = sorted(rates, reverse=True)
   if rates != list(RATES):
     words += ['--rate', *(f'{rate:g}' for rate in rates)]
-  if (seeds := sorted({run.seed for run in runs})) != [0]:
+  if (seeds := sorted(seeds)) != [0]:
     words += ['--seed', *map(str, seeds)]
   for field in dataclasses.fields(Protocol):
     value = study.fields.get(field.name, field.default)
@@ -67,8 +77,8 @@ def command(
       words.append(f'--{option}' if value else f'--no-{option}')
     else:
       words += [f'--{option}', *naming.words(value)]
-  if (count := _processes(runs[0])) > 1:
-    words += ['--executor', 'processes', '--workers', str(count)]
+  if processes > 1:
+    words += ['--executor', 'processes', '--workers', str(processes)]
   return 'python -m experiments run ' + shlex.join(words)
 
 

@@ -170,6 +170,19 @@ def test_initial_weights_by_layer_are_named_and_asked_for():
   assert ' --initial-std 0.001 0.05' in command
 
 
+def test_commands_make_the_runs_that_are_there_and_no_others():
+  study = only_study([
+    *(run for name in ('SGD', 'BM', 'BN') for run in cell(name, 5.0)),
+    *(run for name in ('SGD', 'BM-100') for run in cell(name, 5.0, seed=1)),
+    record('BN', 5.0, rate=10.0, seed=1),
+    record('BN', 5.0, rate=1.0, seed=1),
+  ])  # fmt: skip
+  assert [
+    command.split('--dataset MNIST --condition ')[1].split(' --epochs')[0]
+    for command in sorted(rerun.study_commands(study))
+  ] == ['BN', 'BN --rate 10 1 --seed 1', 'SGD BM --seed 0 1']
+
+
 def test_two_copies_of_a_dataset_are_two_rows():
   study = only_study(
     [record(digest='aaaa'), record(digest='bbbb', note='lossy copy')]

@@ -174,7 +174,8 @@ def test_results_names_protocol_machine_commands_and_disagreement(folder):
   assert '| processor |  | an &lt;old&gt; processor |' in text
   assert '--epochs 9 --executor processes --workers 4\n' in text
   assert '--epochs 4 --executor' not in text
-  assert '--dataset MNIST --condition SGD BN uSF uSF+BN' in text
+  assert '--dataset MNIST --condition SGD uSF uSF+BN' in text
+  assert '--dataset MNIST --condition BN --rate 1 --epochs 4\n' in text
   assert '--seed 0 1' in text
   assert '--epochs 4' in text
   assert 'What does not agree with the paper' in text
