@@ -8,7 +8,6 @@ from experiments import conditions, datasets, grid
 from experiments.datasets import Dataset
 from experiments.grid import Run
 from experiments.holdout import check_holdout
-from experiments.models import weight_layers
 from experiments.options import Selection
 
 
@@ -78,6 +77,9 @@ def _runs_on(
   data = datasets.load(
     name, data_dir=selection.data_dir, train_size=protocol.train_size
   )
+  # Imports JAX, which `list` does without.
+  from experiments.models import weight_layers
+
   given, layers = protocol.initial_stds, weight_layers(spec.architecture)
   if len(given) > layers:
     raise ValueError(
