@@ -163,11 +163,6 @@ class Network(nn.Module):
     return dense(self.classes, name='output', **options)(x)
 
 
-def weight_layers(architecture: str) -> int:
-  """Number of layers of weights."""
-  return sum(not isinstance(x, Pool) for x in ARCHITECTURES[architecture])
-
-
 def multiply_adds(architecture: str, classes: int) -> list[int]:
   """Multiply-adds of one forward pass of one example, by layer of weights."""
   *spatial, features = SHAPES[architecture]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from experiments import conditions, datasets, grid
 from experiments.datasets import Dataset
+from experiments.datasets.spec import WEIGHT_LAYERS
 from experiments.grid import Run
 from experiments.holdout import check_holdout
 from experiments.options import Selection
@@ -77,10 +78,7 @@ def _runs_on(
   data = datasets.load(
     name, data_dir=selection.data_dir, train_size=protocol.train_size
   )
-  # Imports JAX, which `list` does without.
-  from experiments.models import weight_layers
-
-  given, layers = protocol.initial_stds, weight_layers(spec.architecture)
+  given, layers = protocol.initial_stds, WEIGHT_LAYERS[spec.architecture]
   if len(given) > layers:
     raise ValueError(
       f'initial_std is {given}, one for each of {len(given)} layers, but the '

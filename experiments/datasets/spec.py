@@ -13,6 +13,11 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
   'timit': (1845,),
 }
 
+# Layers of weights of each; here, as options are checked before JAX is there.
+WEIGHT_LAYERS: dict[str, int] = {
+  'general': 5, 'mnist': 4, 'cifar': 5, 'svhn': 4, 'timit': 3,
+}  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw:

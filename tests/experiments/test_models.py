@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import SHAPES, SPECS
+from experiments.datasets.spec import WEIGHT_LAYERS
 from experiments.models import (
   ARCHITECTURES,
   Network,
@@ -16,7 +17,6 @@ from experiments.models import (
   pool,
   rectified_once,
   training_flops,
-  weight_layers,
 )
 from symjax_bp import symmetric
 
@@ -163,9 +163,11 @@ def test_initial_weights_by_layer(given, by_layer, batch_norm):
 
 
 def test_number_of_layers_of_weights():
-  assert {name: weight_layers(name) for name in SHAPES} == {
+  counts = {name: len(multiply_adds(name, 10)) for name in SHAPES}
+  assert counts == {
     'general': 5, 'mnist': 4, 'cifar': 5, 'svhn': 4, 'timit': 3,
   }  # fmt: skip
+  assert counts == WEIGHT_LAYERS
 
 
 def test_multiply_adds_by_hand():
