@@ -1,7 +1,8 @@
 """Store records as checked runs.
 
 A record that is torn (a field is missing or of the wrong type) is left out of
-the report and named in a warning, so that one bad file can't hide the rest.
+the report and named in a warning, so that one bad file can't hide the rest;
+many of them are counted, so that they can't either.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from experiments.conditions import BatchPlan
+
+_NAMED = 20  # torn records
 
 # Fields that say which run it is; all others are the protocol.
 IDENTITY = (
@@ -95,7 +98,7 @@ class Run:
 
 
 def read(records: Iterable[Record]) -> tuple[list[Run], list[str]]:
-  """Returns the runs, sorted by id, and a warning for each torn record."""
+  """Returns the runs, sorted by id, and warnings of the torn records."""
   runs, warnings = [], []
   for record in sorted(records, key=lambda record: str(record.run_id)):
     try:
@@ -105,6 +108,8 @@ def read(records: Iterable[Record]) -> tuple[list[Run], list[str]]:
     except _Torn as torn:
       run_id = printable(str(record.run_id))
       warnings.append(f'run {run_id} is left out: {torn}')
+  if more := len(warnings[_NAMED:]):
+    warnings[_NAMED:] = [f'{more} more of the runs are left out']
   return runs, warnings
 
 

@@ -18,6 +18,7 @@ from experiments.bench import (
   operations,
   overhead,
   scaling,
+  store,
 )
 from experiments.bench.contenders import Contender, take_turns
 from experiments.bench.results import summarized
@@ -68,6 +69,12 @@ def test_bench_without_torch(carry_out, tmp_path, capsys):
   markdown = (tmp_path / 'bench.md').read_text()
   assert f'| timit + BN | {rule["to"]["Flax"]:.2f}, ' in markdown
   assert (tmp_path / 'bench.svg').read_bytes().startswith(b'<?xml')
+
+
+def test_reading_and_reporting_are_timed(capsys):
+  store.measure((3, 12))
+  _, *rows = capsys.readouterr().out.splitlines()
+  assert [row.split()[0] for row in rows] == ['3', '12']
 
 
 @pytest.mark.parametrize('architecture', SHAPES)

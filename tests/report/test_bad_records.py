@@ -75,6 +75,16 @@ def test_parts_of_a_wrong_type_are_named(part):
   assert f"{part} is 'torn', not " in warning
 
 
+def test_many_warnings_are_counted():
+  torn = [
+    dataclasses.replace(record(seed=seed), problem='torn') for seed in range(25)
+  ]
+  *named, counted = gather([*torn, *cell('SGD', 2.0)]).warnings
+  assert len(named) == 20
+  assert all(warning.endswith('left out: torn') for warning in named)
+  assert counted == '5 more of the runs are left out'
+
+
 def test_warnings_are_in_every_file(tmp_path):
   bad = broken('result', 'paper_error', '<b>5</b>')
   report.write_report([bad, *cell('SGD', 2.0)], tmp_path)
