@@ -17,11 +17,13 @@ HOW = (
 class Comparison:
   """A dataset under several protocols; errors are best validation, in %.
 
+  Of protocols and conditions, those that are more stand in rows. Copies of the
+  dataset stand apart; the paper's numbers come last.
+
   Attributes:
     dataset: its name.
-    columns: conditions that two protocols or more have in full.
-    rows: by protocol, the error of each condition that is there in full; the
-      last row is the paper's. Copies of the dataset have a row each.
+    columns: names of columns.
+    rows: by name, the error of each column that is there in full.
   """
 
   dataset: str
@@ -38,7 +40,7 @@ def side_by_side(store: Store) -> list[Comparison]:
 
 
 def _comparison(store: Store, dataset: str) -> Comparison | None:
-  rows = {
+  protocols = {
     study.title + label.removeprefix(dataset): {
       naming.first_name(name): cell.best_validation.mean
       for (of_row, name), cell in study.cells.items()
@@ -48,19 +50,29 @@ def _comparison(store: Store, dataset: str) -> Comparison | None:
     for label, row in study.rows.items()
     if row.name == dataset
   }
-  rows = {title: errors for title, errors in rows.items() if errors}
-  columns = [
+  protocols = {title: errors for title, errors in protocols.items() if errors}
+  conditions = [
     name
     for name in CONDITIONS
-    if sum(name in errors for errors in rows.values()) > 1
+    if sum(name in errors for errors in protocols.values()) > 1
   ]
-  if not columns:
+  if not conditions:
     return None
   published = {
     name: error
-    for name in columns
+    for name in conditions
     if (error := paper.by_condition().get((dataset, name))) is not None
   }
   if published:
-    rows["the paper's numbers"] = published
-  return Comparison(dataset, columns, rows)
+    protocols["the paper's numbers"] = published
+  if len(conditions) <= len(protocols):
+    return Comparison(dataset, conditions, protocols)
+  by_condition = {
+    name: {
+      title: errors[name]
+      for title, errors in protocols.items()
+      if name in errors
+    }
+    for name in conditions
+  }
+  return Comparison(dataset, list(protocols), by_condition)

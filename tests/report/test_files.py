@@ -230,6 +230,30 @@ def test_protocols_stand_side_by_side(tmp_path):
   assert 'side by side' not in report.results_markdown(cell('SGD', 2.0))
 
 
+def test_what_is_more_stands_in_rows_of_protocols_and_conditions():
+  names = ('SGD', 'BM', 'BN', 'uSF')
+  records = [
+    made
+    for epochs in (4, 9)
+    for error, name in enumerate(names, epochs)
+    for made in cell(name, float(error), epochs=epochs)
+  ]
+  text = report.results_markdown(records)
+  (table,) = re.findall(r'(?:^\|.*\n)+', text.split('## Protocol 1')[0], re.M)
+  first, second = (
+    f'Protocol {number}: {epochs} epochs, all training images'
+    for number, epochs in ((1, 4), (2, 9))
+  )
+  assert table.splitlines() == [
+    f"| MNIST | {first} | {second} | the paper's numbers |",
+    '| --- | --- | --- | --- |',
+    '| SGD | 4.00 | 9.00 | 0.67 |',
+    '| BM | 5.00 | 10.00 | 0.99 |',
+    '| BN | 6.00 | 11.00 | 0.52 |',
+    '| uSF | 7.00 | 12.00 | 88.65 |',
+  ]
+
+
 def test_copies_of_a_dataset_stand_side_by_side_with_the_paper():
   records = [
     *cell('SGD', 2.0, digest='d1'),
