@@ -12,7 +12,7 @@ def held_out_size(count: int, protocol: Protocol) -> int:
 
 
 def check_holdout(y_train: np.ndarray, run: Run) -> None:
-  """Checks that every class can be on both sides.
+  """Checks that both sides have room for every class.
 
   Raises:
     ValueError: if there are too few images.
@@ -22,14 +22,16 @@ def check_holdout(y_train: np.ndarray, run: Run) -> None:
   if size and not classes <= size <= count - classes:
     raise ValueError(
       f'holdout is {run.protocol.holdout}: {size} of the {count} training '
-      f'images of {run.dataset}, which has {classes} classes. It must leave at '
-      'least one image of each class on both sides; change --holdout (0 holds '
-      'out none) or --train-size.'
+      f'images of {run.dataset}, which has {classes} classes. Both sides must '
+      'have at least as many images; change --holdout (0 holds out none) or '
+      '--train-size.'
     )
 
 
 def held_out_rows(y_train: np.ndarray, run: Run) -> np.ndarray:
   """Rows of the held-out images: rising, int32, as many of each class.
+
+  Of a class with few images all but one, which is left to train on.
 
   Raises:
     ValueError: as ``check_holdout``.
@@ -38,4 +40,5 @@ def held_out_rows(y_train: np.ndarray, run: Run) -> np.ndarray:
   size = held_out_size(len(y_train), run.protocol)
   if size == 0:
     return np.zeros(0, np.int32)
-  return splits.balanced_rows(y_train, size, run.seed).astype(np.int32)
+  rows = splits.balanced_rows(y_train, size, run.seed, spared=1)
+  return rows.astype(np.int32)

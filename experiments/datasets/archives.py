@@ -212,6 +212,10 @@ def members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
           file = packed.extractfile(member) if member.isreg() else None
           if file is not None:
             yield member.name, lambda file=file: _read(path, file)
+        # tarfile takes a cut before or inside of a header for the end, which is
+        # two empty blocks, of which it has read one.
+        if packed.fileobj and packed.fileobj.read(512) != bytes(512):
+          raise tarfile.ReadError('it has no end')
 
 
 def _read(path: Path, file: IO[bytes]) -> bytes:

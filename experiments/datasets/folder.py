@@ -10,7 +10,8 @@ import numpy as np
 from experiments.datasets.errors import DatasetError
 from experiments.datasets.raw import Part, Raw, Source, labels_of
 
-PICTURES = ('.jpg', '.jpeg', '.png', '.ppm', '.pgm', '.bmp')
+_LOSSY = ('.jpg', '.jpeg')
+PICTURES = (*_LOSSY, '.png', '.ppm', '.pgm', '.bmp')
 
 
 def source(path: Path) -> Source:
@@ -44,7 +45,11 @@ def source(path: Path) -> Source:
       train=_part(path, files['train'], classes),
       test=_part(path, files['test'], classes),
       classes=classes,
-      jpeg=any(file.suffix.lower() != '.png' for file in files['train']),
+      jpeg=any(
+        file.suffix.lower() in _LOSSY
+        for part in files.values()
+        for file in part
+      ),
     ),
   )
 

@@ -81,6 +81,10 @@ def _picture(shape: tuple[int, ...], sample: Sample) -> np.ndarray:
       picture = Image.open(io.BytesIO(sample))
     except Image.DecompressionBombError as error:
       raise ValueError(str(error)) from error
+  if picture.mode.startswith(('I', 'F')):  # would be cut off at 255
+    raise ValueError(
+      f'it has more than 8 bits a pixel and channel (mode {picture.mode})'
+    )
   mode = 'L' if channels == 1 else 'RGB'
   if picture.mode != mode:
     picture = picture.convert(mode)

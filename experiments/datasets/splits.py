@@ -108,16 +108,19 @@ def _draw_class(
   return [rows[i] for i in sorted(train)], [rows[i] for i in sorted(test)]
 
 
-def balanced_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
+def balanced_rows(
+  labels: np.ndarray, size: int, seed: int, spared: int = 0
+) -> np.ndarray:
   """Rows of a subset with as equal a number of each class as there are.
 
-  Classes with fewer samples than their share give all; the others share the
-  rest, earlier classes taking one more where it does not divide.
+  Classes with fewer samples than their share give all they may; the others
+  share the rest, earlier classes taking one more where it does not divide.
 
   Args:
     labels: int32 [N], every class 0 to K-1 present.
     size: samples wanted, from K to N.
     seed: of the draw.
+    spared: how many samples of each class are never drawn.
 
   Returns:
     int64 [size], rising.
@@ -125,11 +128,11 @@ def balanced_rows(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
   Raises:
     DatasetError: `size` is out of range.
   """
-  counts = np.bincount(labels)
-  if not len(counts) <= size <= len(labels):
+  counts = np.bincount(labels) - spared
+  if not len(counts) <= size <= counts.sum():
     raise DatasetError(
       f'train_size is {size}; it must be from {len(counts)} (one of each '
-      f'class) to {len(labels)} (the training set)'
+      f'class) to {counts.sum()} (the training set)'
     )
   share = np.zeros_like(counts)
   while (left := size - share.sum()) > 0:

@@ -117,14 +117,14 @@ def _grows(rule: str, drawn: str) -> Conclusion:
   )
 
 
-def _helped(without: str, with_bm: str) -> Conclusion:
+def _helped(conclusion: str, what: str, without: str, with_it: str):
   return Conclusion(
-    'VI',
-    f'{with_bm} gain',
-    f'Batch Manhattan helps {without}.',
-    f'effect: {without} - {with_bm}; holds if above 0',
-    (without, with_bm),
-    minus(without, with_bm),
+    conclusion,
+    f'{with_it} gain',
+    f'{what} helps {without}.',
+    f'effect: {without} - {with_it}; holds if above 0',
+    (without, with_it),
+    minus(without, with_it),
     lambda effect, errors, chance: effect > 0,
   )
 
@@ -195,6 +195,7 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     fails('uSF'),
   ),
   _normalised('uSF+BN'),
+  _normalised('uSF+BM'),
   _normalised('uSF+BN+BM'),
   _grows('brSF', 'redrawn at every update'),
   _grows('frSF', 'drawn once'),
@@ -216,10 +217,22 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     minus('RndF+BN', 'uSF+BN'),
     lambda effect, errors, chance: effect > 0,
   ),
-  _helped('BN', 'BN+BM'),
-  _helped('uSF+BN', 'uSF+BN+BM'),
+  _helped('VI', 'Batch Manhattan', 'BN', 'BN+BM'),
+  _helped('VI', 'Batch Manhattan', 'uSF+BN', 'uSF+BN+BM'),
   AcrossDatasets('BN', 'BN+BM'),
   AcrossDatasets('uSF+BN', 'uSF+BN+BM'),
+  _helped('C1', 'Batch normalisation', 'RndF', 'RndF+BN'),
+  _helped('C1', 'Batch normalisation', 'RndF+BM', 'RndF+BN+BM'),
+  Conclusion(
+    'C2',
+    'Top alike',
+    'With only the last layer learning all models are alike.',
+    'effect: largest - smallest error of the Top columns; holds if below 3 '
+    'points',
+    tuple(f'{name} Top' for name in ('SGD', 'RndF', 'RndF+BN+BM', 'uSF+BN+BM')),
+    spread,
+    below(POINTS),
+  ),
   _clamped('RndF'),
   _clamped('RndF+BN+BM'),
   Conclusion(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from experiments.grid import Protocol
+from experiments.report import naming
 from experiments.report.findings import OPEN
 from experiments.report.naming import counted
 from experiments.report.studies import Study
@@ -54,7 +55,7 @@ def _cells(grids: Iterable[Grid]) -> Iterable[tuple[Line, Entry]]:
   for grid in grids:
     for line in grid.lines:
       for entry in line.entries:
-        key = line.label, entry.condition
+        key = line.label, naming.first_name(entry.condition)
         both = entry.best_validation and entry.paper is not None
         if both and key not in seen:
           seen.add(key)
@@ -100,21 +101,21 @@ def _on_claims(claims: Sequence[Claim]) -> list[str]:
 
 
 def _on_flags(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
+  flagged = [(line, entry) for line, entry in cells if entry.flagged]
+  if not flagged:
+    return []
+  of_all = f'Of {counted(len(flagged), "cell")} with a baseline'
   other = [
     f'{line.label} {entry.condition} ({entry.flag or "alike"}, in the paper '
     f'{entry.flag_paper or "alike"})'
-    for line, entry in cells
+    for line, entry in flagged
     if entry.flag != entry.flag_paper
   ]
   if not other:
-    return [
-      f'Of {counted(len(cells), "compared cell")} none stands otherwise to the '
-      'baseline than in the paper.'
-    ]
+    return [f'{of_all} none stands otherwise to it than in the paper.']
   return [
-    f'Of {counted(len(cells), "compared cell")} {len(other)} stand'
-    f'{"s" if len(other) == 1 else ""} otherwise to the baseline than in the '
-    f'paper: {_some(other)}.'
+    f'{of_all} {len(other)} stand{"s" if len(other) == 1 else ""} otherwise to '
+    f'it than in the paper: {_some(other)}.'
   ]
 
 
@@ -154,7 +155,7 @@ def _on_choice(cells: Sequence[tuple[Line, Entry]]) -> list[str]:
     f'{line.label} {entry.condition} ({entry.flag or "alike"}, held-out '
     f'{entry.flag_held_out or "alike"})'
     for line, entry in cells
-    if entry.held_out and entry.flag != entry.flag_held_out
+    if entry.flagged and entry.held_out and entry.flag != entry.flag_held_out
   ]
   if not other:
     return []

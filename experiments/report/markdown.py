@@ -15,15 +15,13 @@ from experiments.report.tables import (
   grids,
   notes,
 )
-from experiments.report.text import interval, number
+from experiments.report.text import HELD_OUT, INTERVALS, interval, number
 from experiments.report.verdicts import Claim
 
 HOW = (
   "Error in %. First line of a cell: ours | the paper's number. Ours is the "
   '*best validation* error, chosen as in the paper: the lowest test error over '
-  'epochs and rates. *Held-out*: rate and epoch chosen on a held-out part of '
-  'the training set, test error at that point. [a, b]: 95 % bootstrap interval '
-  f'over seeds. {LEGEND}.'
+  f'epochs and rates. *Held-out*: {HELD_OUT}. {INTERVALS} {LEGEND}.'
 )
 
 

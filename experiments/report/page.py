@@ -46,6 +46,8 @@ def html(report: Contents) -> str:
     inline=inline,
     number=text.number,
     interval=text.interval,
+    held_out=text.HELD_OUT,
+    intervals=text.INTERVALS,
     agreement=text.agreement,
     details=details,
     anchor=_anchor,

@@ -166,7 +166,7 @@ def _rates(
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.set_xlabel('learning rate, times the base rate\n'
-                    'framed: the best; ×: a run diverged')  # fmt: skip
+                    'framed: the best mean; ×: a run diverged')  # fmt: skip
     figure.text(*top_left(figure, 0.1), title, va='top', fontsize=10)
     return picture(figure, name, title)
 

@@ -13,7 +13,11 @@ _RESAMPLES = 2000
 
 @functools.cache
 def mean_interval(values: tuple[float, ...]) -> Interval | None:
-  """95 % bootstrap interval of the mean; None for fewer than two values."""
+  """95 % bootstrap interval of the mean; None for fewer than two values.
+
+  Of two or three values it is their range, for all draws are the same value in
+  more than 2.5 % of cases.
+  """
   return effect_interval((values,), lambda mean: mean)
 
 

@@ -21,11 +21,15 @@ LEGEND = (
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One cell of a table: our two results, the paper's number, three flags."""
+  """One cell of a table: our two results, the paper's number, three flags.
+
+  They mean something where `flagged`: we have the baseline, this is not it.
+  """
 
   condition: str
   cell: Cell | None
   paper: float | None
+  flagged: bool
   flag: str
   flag_held_out: str
   flag_paper: str
@@ -181,24 +185,21 @@ def _line(study: Study, table: Table, label: str, dataset: str) -> Line:
       condition,
       cell,
       published[condition],
+      base_best is not None and condition != table.baseline,
       flag(_mean(cell.best_validation if cell else None), base_best),
       flag(_mean(cell.held_out if cell else None), base_held),
       flag(published[condition], base_paper),
     )
     for condition, cell in cells.items()
   ]
-  return Line(
-    label, in_paper, entries, _agreement(entries, table, base_best is not None)
-  )
+  return Line(label, in_paper, entries, _agreement(entries))
 
 
 def _mean(result: Result | None) -> float | None:
   return result.mean if result else None
 
 
-def _agreement(
-  entries: Sequence[Entry], table: Table, flagged: bool
-) -> Agreement | None:
+def _agreement(entries: Sequence[Entry]) -> Agreement | None:
   pairs = [
     (entry, entry.best_validation.mean, entry.paper)
     for entry in entries
@@ -206,7 +207,7 @@ def _agreement(
   ]
   if not pairs:
     return None
-  flags = [e for e, *_ in pairs if flagged and e.condition != table.baseline]
+  flags = [entry for entry, *_ in pairs if entry.flagged]
   return Agreement(
     columns=len(pairs),
     rank=statistics.rank_correlation(

@@ -18,12 +18,18 @@ from experiments.report.tables import (
 )
 from experiments.report.verdicts import Claim, claims_of
 
+HELD_OUT = (
+  'rate and epoch chosen on a held-out part of the training set (of equals the '
+  'first epoch and the highest rate), test error at that point'
+)
+INTERVALS = (
+  '[a, b]: 95 % bootstrap interval over seeds (where there is a mean over '
+  'datasets, over datasets); with two or three of them it is their range.'
+)
 HOW = (
   "Error in %, ours | the paper's number. The first line of a row is the best "
   "validation error, chosen the paper's way: the lowest test error over epochs "
-  'and rates. Held-out: rate and epoch chosen on a held-out part of the '
-  'training set, test error at that point. [a, b]: 95 % bootstrap interval '
-  f'over seeds. {LEGEND}.'
+  f'and rates. Held-out: {HELD_OUT}. {INTERVALS} {LEGEND}.'
 )
 
 

@@ -6,6 +6,7 @@ of choosing), our held-out errors, and the paper's own numbers.
 
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
@@ -164,30 +165,34 @@ def _finding(
     value,
     statistics.effect_interval(tuple(samples.values()), effect),
     len(next(iter(samples.values()))),
+    max(len(source.errors(label, name) or ()) for name in samples),
     bool(row.holds(value, means, chance)),
   )
 
 
 def _across(row: AcrossDatasets, source: Source) -> Finding | None:
-  names, sizes, gains = [], [], []
+  found = defaultdict(list)
   for label, dataset in source.datasets.items():
     samples = _samples(source, label, row.needs)
     size = source.size(label)
-    if samples is None or size is None:
-      continue
-    names.append(dataset)
-    sizes.append(size)
-    gains.append(
-      float(np.mean(samples[row.without]) - np.mean(samples[row.with_bm]))
-    )
+    if samples and size is not None:
+      gain = np.mean(samples[row.without]) - np.mean(samples[row.with_bm])
+      found[dataset].append((size, float(gain)))
+  if not found:
+    return None
+  # Copies of a dataset are one.
+  sizes, gains = np.transpose(
+    [np.mean(copies, axis=0) for copies in found.values()]
+  )
   effect = statistics.rank_correlation(sizes, gains)
   if effect is None:
     return None
   return Finding(
-    f'over {len(sizes)} datasets',
-    tuple(names),
+    f'over {len(found)} datasets',
+    tuple(found),
     effect,
     statistics.rank_interval(sizes, gains),
+    0,
     0,
     effect <= row.limit,
   )

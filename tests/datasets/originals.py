@@ -171,6 +171,11 @@ def sphere(samples: np.ndarray, **fields: object) -> bytes:
   return head.ljust(1024) + samples.astype('<i2').tobytes()
 
 
+_SENTENCES = (
+  'SI648', 'SI1027', 'SI1657', 'SX37', 'SX127', 'SX217', 'SX307', 'SX397',
+)  # fmt: skip
+
+
 def timit_files(phones: str = 'h# sh iy hv ae h#') -> dict[str, bytes]:
   """The tree of the disc: development speakers, another one, SA sentences."""
   rng = np.random.default_rng(0)
@@ -183,7 +188,7 @@ def timit_files(phones: str = 'h# sh iy hv ae h#') -> dict[str, bytes]:
     for end, name in zip(ends, names, strict=True)
   ).encode()
   for region, speaker in enumerate((*sorted(SPEAKERS), 'fcjf0')):
-    for sentence in ('SA1', 'SI648', 'SX37'):
+    for sentence in ('SA1', *_SENTENCES):
       samples = rng.normal(0, 300, ends[-1]).round()
       stem = f'TIMIT/TEST/DR{region % 8 + 1}/{speaker.upper()}/{sentence}'
       files[f'{stem}.PHN'] = phn

@@ -8,6 +8,7 @@ import scipy.io
 
 from experiments import datasets
 from experiments.datasets import DatasetError
+from experiments.datasets.archives import members
 from tests.datasets import archives, originals
 
 
@@ -162,6 +163,17 @@ def test_a_truncated_tar_archive(tmp_path, manual):
   with pytest.raises(DatasetError, match='v1.tgz: damaged or truncated'):
     _prepare(tmp_path, 'PubFig83-ID')
   assert datasets.status('PubFig83-ID', tmp_path).state != 'ready'
+
+
+@pytest.mark.parametrize('kept', [0, 200])  # of a header
+def test_a_tar_archive_cut_between_members(tmp_path, kept):
+  files = {f'{i}.txt': bytes(1000) for i in range(3)}
+  path = originals.tar(tmp_path / 'a.tar', files)
+  whole = path.read_bytes()
+  assert [name for name, _ in members(path)] == list(files)
+  path.write_bytes(whole[: 2 * (512 + 1024) + kept])
+  with pytest.raises(DatasetError, match='a.tar: damaged or truncated'):
+    list(members(path))
 
 
 def test_a_truncated_zip_archive(tmp_path, manual):

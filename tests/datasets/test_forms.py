@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from experiments import datasets
 from tests.datasets import archives
@@ -48,6 +49,20 @@ def test_image_folder_gives_the_same_pictures_in_class_order(tmp_path, arrays):
   np.testing.assert_array_equal(data.x_train, arrays['x_train'][order])
   np.testing.assert_array_equal(data.y_train, arrays['y_train'][order])
   assert data.files_train[0] == 'train/class 0/00000.png'
+
+
+@pytest.mark.parametrize(
+  ('form', 'where', 'lossy'),
+  [('ppm', '*', False), ('bmp', 'train', False), ('jpg', 'test', True)],
+)
+def test_a_folder_is_lossy_where_it_has_jpeg(
+  tmp_path, arrays, form, where, lossy
+):
+  archives.image_folder(tmp_path / 'CIFAR10', arrays)
+  for file in (tmp_path / 'CIFAR10').glob(f'{where}/*/*.png'):
+    Image.open(file).save(file.with_suffix(f'.{form}'))
+    file.unlink()
+  assert ('lossy' in _load(tmp_path).note) == lossy
 
 
 def test_an_npz_file_comes_before_a_folder(tmp_path, arrays):

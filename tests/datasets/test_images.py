@@ -67,6 +67,13 @@ def test_other_picture_modes(mode):
   assert (out == 255).all()
 
 
+def test_sixteen_bits_are_refused():
+  file = io.BytesIO()
+  Image.fromarray(np.full((32, 32), 300, np.uint16)).save(file, 'PNG')
+  with pytest.raises(DatasetError, match=r'name 0 .* more than 8 bits a pixel'):
+    _decode([file.getvalue()], (32, 32, 1))
+
+
 def test_every_row_is_in_its_place():
   samples = [archives.picture(i, (32, 32)) for i in range(200)]
   np.testing.assert_array_equal(

@@ -217,6 +217,17 @@ def test_a_missing_speaker(tmp_path, manual):
     _prepare(tmp_path)
 
 
+def test_a_missing_sentence(tmp_path, manual):
+  files = {
+    name: content
+    for name, content in originals.timit_files().items()
+    if '/FADG0/SX37' not in name
+  }
+  originals.folder(manual / 'timit_subphones', files)
+  with pytest.raises(DatasetError, match='8 sentences, such as fadg0 with 7'):
+    _prepare(tmp_path)
+
+
 def test_too_few_frames(tmp_path, manual):
   originals.timit(manual)
   with pytest.raises(DatasetError, match='80 classes with at least 500 sam'):

@@ -33,6 +33,13 @@ def test_nothing_is_held_out_at_0():
   np.testing.assert_array_equal(placed.trained, np.arange(240))
 
 
+def test_a_small_class_is_left_to_train_on():
+  labels = np.repeat(np.arange(4, dtype=np.int32), [40, 40, 5, 1])
+  held_out = held_out_rows(labels, tiny.run(holdout=0.4))
+  counts = np.bincount(labels[held_out], minlength=4)
+  np.testing.assert_array_equal(counts, [15, 15, 4, 0])
+
+
 @pytest.mark.parametrize('share', [0.03, 0.99])
 def test_too_few_for_both_sides(share):
   run = tiny.run(holdout=share)

@@ -21,6 +21,9 @@ P_REDRAWN = {
   'brSF+BN+BM': 1.0, 'brSF-25%+BN+BM': 2.0, 'brSF-50%+BN+BM': 30.0,
   'brSF-75%+BN+BM': 60.0, 'brSF-100%+BN+BM': 80.0,
 }  # fmt: skip
+TOPS = {
+  'SGD Top': 9.0, 'RndF Top': 9.5, 'RndF+BN+BM Top': 8.0, 'uSF+BN+BM Top': 10.0,
+}  # fmt: skip
 
 # key, errors, effect, verdict
 CASES = [
@@ -43,6 +46,13 @@ CASES = [
   ('RndF+BN learns', {'RndF+BN': 81.0}, 9.0, FAILS),
   ('RndF+BN is worse', {'RndF+BN': 3.0, 'uSF+BN': 2.0}, 1.0, HOLDS),
   ('RndF+BN is worse', {'RndF+BN': 2.0, 'uSF+BN': 2.0}, 0.0, FAILS),
+  ('uSF+BM works', {'uSF+BM': 3.0, 'SGD': 2.0}, 1.0, HOLDS),
+  ('uSF+BM works', {'uSF+BM': 5.0, 'SGD': 2.0}, 3.0, FAILS),
+  ('RndF+BN gain', {'RndF': 5.0, 'RndF+BN': 3.0}, 2.0, HOLDS),
+  ('RndF+BN gain', {'RndF': 3.0, 'RndF+BN': 3.0}, 0.0, FAILS),
+  ('RndF+BN+BM gain', {'RndF+BM': 5.0, 'RndF+BN+BM': 3.0}, 2.0, HOLDS),
+  ('Top alike', TOPS, 2.0, HOLDS),
+  ('Top alike', {**TOPS, 'RndF Top': 12.0}, 4.0, FAILS),
   ('BN+BM gain', {'BN': 3.0, 'BN+BM': 2.0}, 1.0, HOLDS),
   ('uSF+BN+BM gain', {'uSF+BN': 2.0, 'uSF+BN+BM': 3.0}, -1.0, FAILS),
   ('RndF Bottom', {'RndF Bottom': 85.0}, 5.0, HOLDS),
@@ -108,6 +118,25 @@ def test_a_claim_holds_on_more_than_half_of_the_datasets():
   assert claim(good + bad + more, 'BM and SGD').verdict == HOLDS
 
 
+def test_copies_of_a_dataset_have_one_vote():
+  copies = [
+    run
+    for digest, error in (('aa', 3.0), ('bb', 4.0))
+    for run in [
+      *cell('BM', error, digest=digest), *cell('SGD', 2.0, digest=digest)
+    ]
+  ]  # fmt: skip
+  found = claim(copies, 'BM and SGD').best_validation
+  assert found.summary('points') == ('holds (1 of 1 dataset), mean 1.50 points')
+  bad = [
+    *cell('BM', 9.0, dataset='CIFAR'),
+    *cell('SGD', 2.0, dataset='CIFAR'),
+  ]
+  found = claim(copies + bad, 'BM and SGD').best_validation
+  assert found.brief == 'does not hold (1 of 2 datasets)'
+  assert found.effect == pytest.approx((1.5 + 7) / 2)
+
+
 def test_seeds_are_paired_and_give_an_interval():
   # The same difference in every seed: no uncertainty, though errors vary.
   records = [
@@ -126,6 +155,9 @@ def test_seeds_that_only_one_condition_has_are_left_out():
   (finding,) = claim(records, 'BM and SGD').best_validation.findings
   assert (finding.seeds, finding.effect) == (1, 1.0)
   assert finding.interval is None
+  assert finding.text('points') == 'holds, 1.00 points (1 of 2 seeds)'
+  shown = report.claims_text(records)
+  assert 'holds (MNIST), 1.00 points (1 of 2 seeds)' in shown
 
 
 def test_held_out_errors_have_a_verdict_of_their_own():
@@ -188,7 +220,7 @@ def test_runs_with_the_papers_numbers_get_the_papers_verdicts():
       assert finding.holds == same.holds
       assert finding.effect == pytest.approx(same.effect)
       compared += 1
-  assert compared == 2 * 18  # all that judge a dataset
+  assert compared == 2 * 22  # all that judge a dataset
 
 
 def _gains(**sizes):
@@ -215,6 +247,11 @@ def test_the_gain_by_bm_is_compared_with_the_size_of_training_sets():
   # The sizes are those that were trained on, not the paper's.
   turned = _gains(MNIST=500, Cal101=600, Flowers17=700)
   assert claim(turned, 'BN+BM gain and size').verdict == FAILS
+  # A second copy is no second dataset.
+  copy = cell('BN', 50.0, digest='d2') + cell('BN+BM', 49.9, digest='d2')
+  two = [r for r in _gains(MNIST=54000, Cal101=2754, Flowers17=918)
+         if r.config['dataset'] != 'Cal101']  # fmt: skip
+  assert claim(two + copy, 'BN+BM gain and size').verdict == OPEN
   equal = _gains(MNIST=900, Cal101=900, Flowers17=900)
   assert claim(equal, 'BN+BM gain and size').verdict == OPEN
 

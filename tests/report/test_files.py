@@ -200,10 +200,33 @@ def test_what_does_not_agree_is_said():
     '- **Protocol 1: 4 epochs, all training images**: MNIST; 15 runs. Of 2 '
     "statements these runs decide, 0 have the verdict that the paper's own"
   ) in text
-  assert 'Of 3 compared cells 2 stand otherwise' in text
+  assert 'Of 2 cells with a baseline 2 stand otherwise to it' in text
   assert 'MNIST uSF (alike, in the paper worse)' in text
   assert 'uSF without BN and BM fails.' in text
   assert 'does not hold \\(MNIST\\)' in text or 'does not hold (MNIST)' in text
+
+
+def test_without_a_baseline_no_cell_stands_to_it():
+  alone = report.results_markdown([*cell('BN', 2.0), *cell('uSF', 90.0)])
+  assert 'baseline none' not in alone
+  assert 'stand otherwise' not in alone
+  assert 'stand otherwise' not in report.results_markdown(cell('SGD', 60.0))
+
+
+def test_a_condition_of_several_names_is_compared_once():
+  # In Tables 2, 5 and 6.
+  text = report.results_markdown([*cell('SGD', 2.67), *cell('BM', 3.99)])
+  assert 'Of 1 cell with a baseline none stands otherwise to it' in text
+  assert 'Our errors are 2.50 points' in text
+  assert 'of 2 cells, farthest in' in text
+
+
+def test_names_in_raw_html_are_text():
+  name = 'my_<b>_[set]'
+  text = report.results_markdown(cell('SGD', 2.0, dataset=name))
+  assert (
+    '<summary>Learning curves and rates: my_&lt;b&gt;_[set], Table 2</summary>'
+  ) in text
 
 
 def test_protocols_stand_side_by_side(tmp_path):

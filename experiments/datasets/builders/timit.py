@@ -4,6 +4,7 @@ The paper used TIMIT's development set: the customary 50 speakers of its test
 part (Halberstadt 1998), without the two sentences (SA) that all speakers read.
 """
 
+import collections
 import io
 import re
 from pathlib import Path
@@ -25,6 +26,8 @@ SPEAKERS = frozenset(
     'fmml0 mrws1'
   ).split()
 )
+
+_SENTENCES = 8  # SI and SX, of each speaker
 
 _FILE = re.compile(
   r'(?:.*/)?test/dr\d/([a-z0-9]+)/(s[ix]\d+)\.(wav|phn)', re.IGNORECASE
@@ -51,27 +54,28 @@ class TimitSubphones(OriginalBuilder):
 
   def _generate_examples(self, path: Path) -> Examples:
     halves: dict[str, dict[str, bytes]] = {}
-    speakers = set()
+    sentences = collections.Counter(dict.fromkeys(SPEAKERS, 0))
     for name, read in archives.members(path):
       match = _FILE.fullmatch(name)
       if match is None or match[1].lower() not in SPEAKERS:
         continue
-      speakers.add(match[1].lower())
       utterance = f'{match[1]}/{match[2]}'.lower()
       half = halves.setdefault(utterance, {})
       half[match[3].lower()] = read()
       if len(half) == 2:
+        sentences[match[1].lower()] += 1
         yield utterance, _example(path, utterance, **halves.pop(utterance))
     if halves:
       utterance, half = min(halves.items())
       raise self._layout_error(
         path, f'{utterance} has only a .{min(half)} file'
       )
-    if missing := SPEAKERS - speakers:
+    if odd := {who for who, read in sentences.items() if read != _SENTENCES}:
+      who = min(odd)
       raise self._layout_error(
         path,
-        f'{len(missing)} of the 50 speakers of the development set are not '
-        f'there, such as {min(missing)}',
+        f'{len(odd)} of the 50 speakers of the development set do not have '
+        f'their {_SENTENCES} sentences, such as {who} with {sentences[who]}',
       )
 
 
