@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,6 +28,13 @@ _OPERATIONS = {
 }
 LAYERS = tuple(_OPERATIONS)
 
+# Classes that have been seen to ask. (A call of nn.jit's need not: it may have
+# been traced before.)
+_ASKING: weakref.WeakSet[type] = weakref.WeakSet()
+
+_INSTEAD: contextvars.ContextVar[FeedbackRule | None] = contextvars.ContextVar(
+  'instead', default=None
+)
 _RECORDINGS = itertools.count(1)
 _RECORDING: contextvars.ContextVar[tuple[int, dict[str, FeedbackRule]]] = (
   contextvars.ContextVar('recording')
@@ -120,16 +128,35 @@ def _feedback_weights(module, rule: FeedbackRule, W) -> jax.Array:
   return V
 
 
+@contextlib.contextmanager
+def instead(rule: FeedbackRule) -> Iterator[None]:
+  """Makes layers that get a rule meanwhile use this one."""
+  token = _INSTEAD.set(rule)
+  try:
+    yield
+  finally:
+    _INSTEAD.reset(token)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Injection:
-  """What Flax calls, in place of an operation's class, for the operation."""
+  """What Flax calls, in place of an operation's class, for the operation.
+
+  Attributes:
+    module: the layer.
+    rule: its rule.
+    primitive: the operation with V.
+    classes: of the layer, and of what Flax's transforms make of it.
+  """
 
   module: Any
   rule: FeedbackRule
   primitive: Callable[..., jax.Array]
+  classes: tuple[type, ...]
 
   def __call__(self) -> Callable[..., jax.Array]:
     """Returns the operation, of the signature of ``jax.lax``."""
+    _ASKING.update(self.classes)
 
     def operation(x, W, *args, **kwargs):
       V = _feedback_weights(self.module, self.rule, W)
@@ -143,23 +170,35 @@ def injected(module: Any, rule: FeedbackRule) -> Iterator[None]:
   """Makes a layer use a rule for the time of one call.
 
   A rule that is there already stays: the outermost ``with_feedback`` wins.
+
+  Raises:
+    ValueError: if the layer has an operation of its own, or asks for none.
   """
-  name, primitive = next(
-    operation
-    for layer, operation in _OPERATIONS.items()
-    if isinstance(module, layer)
+  base, (name, primitive) = next(
+    each for each in _OPERATIONS.items() if isinstance(module, each[0])
   )
   field = f'{name}_cls'
   before = getattr(module, field)
+  classes = (type(module),)
   if isinstance(before, Injection):
-    rule = before.rule
+    rule, classes = before.rule, (*before.classes, *classes)
   elif before is not None or getattr(module, name) is not None:
     raise ValueError(
       f'layer {_path(module)!r} has an operation of its own ({name} or '
       f'{field}), which {rule!r} would replace: exclude the layer.'
     )
-  object.__setattr__(module, field, Injection(module, rule, primitive))
+  else:
+    rule = _INSTEAD.get() or rule
+  injection = Injection(module, rule, primitive, classes)
+  object.__setattr__(module, field, injection)
   try:
     yield
   finally:
     object.__setattr__(module, field, before)
+  if type(module) not in _ASKING:
+    raise ValueError(
+      f'layer {_path(module)!r}, a {type(module).__name__}, does not use its '
+      f'kernel as {base.__name__} does, so {rule!r} can not reach it: call '
+      f'super().__call__, or exclude={_path(module)!r} to train it by plain '
+      'backpropagation.'
+    )

@@ -22,23 +22,29 @@ What a rule draws stays out of ``params``:
 
 Inside ``nn.scan`` and ``nn.vmap`` map what the rule needs as you map
 ``params``: ``variable_axes={'feedback': 0}`` for a draw that is kept,
-``split_rngs={'feedback': True}`` for one that is not.
+``split_rngs={'feedback': True}`` for one that is not. ``nn.WeightNorm`` and
+``nn.SpectralNorm`` rewrite everything that is called ``kernel``, feedback too:
+inside of them use rules that keep no draw.
 """
 
 import dataclasses
-import functools
-import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-from flax.core import FrozenDict, meta
 
 from symjax_bp import metrics
 from symjax_bp.feedback import FeedbackRule, symmetric
-from symjax_bp.injection import LAYERS, injected, recording, recording_number
-from symjax_bp.matching import Patterns, by_path, check_rule, rule_table
+from symjax_bp.injection import injected, recording
+from symjax_bp.matching import (
+  Patterns,
+  by_path,
+  check_rule,
+  has_arrays,
+  rule_table,
+)
+from symjax_bp.wrapping import Detached, WithFeedback, refuse_shared
 
 
 class Dense(nn.Dense):
@@ -129,101 +135,6 @@ class Conv(nn.Conv):
       return super().__call__(inputs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Detached:
-  """Hides a model from Flax, which would make it a child with a name."""
-
-  model: nn.Module
-
-
-class WithFeedback(nn.Module):
-  """A Linen model whose layers use feedback weights; see ``with_feedback``.
-
-  Attributes:
-    detached: holds the model, as it was.
-    patterns: which rule for which module path, and what to leave alone.
-    strict: whether weights that can't be made asymmetric are refused.
-  """
-
-  detached: _Detached
-  patterns: Patterns
-  strict: bool = True
-
-  @property
-  def model(self) -> nn.Module:
-    """The model, as it was given."""
-    return self.detached.model
-
-  def __call__(self, *args, **kwargs):
-    """Calls the model."""
-    return self._call('__call__', *args, **kwargs)
-
-  def __getattr__(self, name: str):
-    """Other methods of the model, for ``apply(..., method='encode')``."""
-    detached = self.__dict__.get('detached')
-    method = getattr(type(detached.model), name, None) if detached else None
-    if name.startswith('_') or not isinstance(method, types.FunctionType):
-      return super().__getattr__(name)
-
-    def call(self, *args, **kwargs):
-      return self._call(name, *args, **kwargs)
-
-    return types.MethodType(call, self)
-
-  def _call(self, method: str, *args, **kwargs):
-    # On this very scope, so that variables and keys are those of the model.
-    unbound: Any = self.scope
-    scope = unbound.rewound()
-    # nn.jit keeps traces by the flags of a scope, among other things: without
-    # this one a model traced before, in plain form, would stay plain.
-    above = scope.flags.get('feedback', ())
-    here = (self.patterns, self.strict, recording_number())
-    scope.flags = FrozenDict({**scope.flags, 'feedback': (*above, here)})
-    model = self.model.copy(parent=scope)
-    seen: set[str] = set()
-    with nn.intercept_methods(functools.partial(self._intercept, seen)):
-      result = getattr(model, method)(*args, **kwargs)
-    parameters = by_path(scope.variables().get('params', {}))
-    self.patterns.check_used(seen | {module for module, _ in parameters})
-    return result
-
-  @nn.nowrap
-  def _intercept(self, seen, next_fun, args, kwargs, context):
-    module = context.module
-    path = '/'.join(module.path[len(self.path) :])
-    if isinstance(module, LAYERS) and context.method_name == '__call__':
-      seen.add(path)
-      if self.patterns.excluded(path):
-        return next_fun(*args, **kwargs)
-      with injected(module, self.patterns.rule(path)):
-        return next_fun(*args, **kwargs)
-    result = next_fun(*args, **kwargs)
-    if self.strict and not isinstance(module, (*LAYERS, WithFeedback)):
-      self._refuse_weights(seen, path, context)
-    return result
-
-  @nn.nowrap
-  def _refuse_weights(self, seen: set[str], path: str, context: Any):
-    """Raises if a module that is no known layer has weights of its own."""
-    module: Any = context.module
-    if isinstance(module, nn.Embed) and context.method_name != 'attend':
-      return  # A look-up has no input gradient: nothing to be made asymmetric.
-    scope: Any = module.scope
-    parameters = scope.variables().get('params', {})
-    for name, value in parameters.items():
-      parameter = f'{path}/{name}'.lstrip('/')
-      if isinstance(value, Mapping) or meta.unbox(value).ndim < 2:
-        continue
-      seen.add(parameter)
-      if not self.patterns.excluded(parameter):
-        raise ValueError(
-          f'{type(module).__name__} has weights that can not be made '
-          f'asymmetric: {parameter!r} of shape {meta.unbox(value).shape}. '
-          'Only Dense, DenseGeneral and Conv (and what is built of them) can. '
-          f'To train it by plain backpropagation, exclude={parameter!r}.'
-        )
-
-
 def with_feedback(
   model: nn.Module,
   rule: FeedbackRule | Mapping[str, FeedbackRule],
@@ -257,25 +168,27 @@ def with_feedback(
       other parameters, to leave as they are.
 
   Returns:
-    A module with the methods of the model: ``model.apply(variables, x,
-    method='encode')`` works for a name, not for a function.
+    A module with the methods of the model.
 
   Raises:
     TypeError: if ``rule`` is no rule or mapping to rules.
-    ValueError: when called, if a layer matches no expression, an expression
-      matches no layer, or the model has weights that can't be made asymmetric.
+    ValueError: if the model shares a submodule with the one around it; when
+      called, if a layer matches no expression, an expression matches no layer,
+      or the model has weights that can't be made asymmetric.
   """
   if not isinstance(model, nn.Module):
     raise TypeError(
       f'model must be a flax.linen.Module, not {type(model).__name__}; for an '
       'nnx.Module use symjax_bp.nnx.with_feedback.'
     )
-  return WithFeedback(_Detached(model), Patterns.create(rule, exclude))
+  refuse_shared(model)
+  return WithFeedback(Detached(model), Patterns.create(rule, exclude))
 
 
 def plain_twin(model: nn.Module) -> nn.Module:
   """The same model trained by plain backpropagation, on the same variables.
 
+  Layers with a rule get ``symmetric()`` in its place, all others are as before.
   It needs neither the collection nor the key stream ``feedback``, so it is
   also the model to evaluate.
 
@@ -290,9 +203,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
   Args:
     model: any Linen model, asymmetric in whole, in part or not at all.
   """
-  return WithFeedback(
-    _Detached(model), Patterns.create(symmetric(), ()), strict=False
-  )
+  return WithFeedback(Detached(model), instead=symmetric())
 
 
 def layer_rules(
@@ -311,19 +222,23 @@ def layer_rules(
   """
   # A wrapper that leaves every layer as it is, so that nothing traced before
   # is taken for what the model does.
-  probe = WithFeedback(
-    _Detached(model), Patterns.create(symmetric(), exclude=''), strict=False
-  )
-  init = functools.partial(probe.init, **kwargs)
+  probe = WithFeedback(Detached(model))
+  # What is no array, such as train=True, may decide what is called.
+  arrays = {at: arg for at, arg in enumerate(args) if has_arrays(arg)}
+
+  def init(key, arrays):
+    traced = [arrays.get(at, arg) for at, arg in enumerate(args)]
+    return probe.init(key, *traced, **kwargs)
+
   with recording() as record:
-    variables = jax.eval_shape(init, jax.random.key(0), *args)
+    variables = jax.eval_shape(init, jax.random.key(0), arrays)
   rows = {}
   for (module, name), value in by_path(variables['params']).items():
     rule = record.get(module)
     if name == 'kernel':
       rows[module] = (value.shape, rule)
-    elif rule is None and value.ndim >= 2:
-      rows[f'{module}/{name}'.lstrip('/')] = (value.shape, rule)
+    elif value.ndim >= 2 and not (rule and name == 'bias'):
+      rows[f'{module}/{name}'.lstrip('/')] = (value.shape, None)
   return rows
 
 
@@ -350,7 +265,8 @@ def layer_alignment(
   """How well feedback and updates of each layer agree with backpropagation.
 
   Works under ``jax.jit``. Layers inside ``nn.scan`` or ``nn.vmap`` appear if
-  these map the collection ``feedback_weights``.
+  these map the collection ``feedback_weights``, those inside ``nn.WeightNorm``
+  do not.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer = Dense(2, feedback=symjax_bp.usf())

@@ -70,14 +70,26 @@ class Patterns:
       f'exclude it.'
     )
 
-  def check_used(self, paths: Iterable[str]) -> None:
-    """Raises if an expression matches none of the paths of a model."""
+  def check_used(
+    self, paths: Iterable[str], others: Iterable[str] = ()
+  ) -> None:
+    """Raises if an expression matches none of the paths of a model.
+
+    Args:
+      paths: of layers and modules.
+      others: paths that can be excluded, but get no rule.
+    """
     paths = sorted(paths)
-    for pattern in (*(p for p, _ in self.rules), *self.exclude):
-      if not any(re.search(pattern, path) for path in paths):
-        raise ValueError(
-          f'{pattern!r} matches nothing in the model; its paths are {paths}.'
-        )
+    excluded = *paths, *others
+    for patterns, known in (
+      ((pattern for pattern, _ in self.rules), paths),
+      (self.exclude, excluded),
+    ):
+      for pattern in patterns:
+        if not any(re.search(pattern, path) for path in known):
+          raise ValueError(
+            f'{pattern!r} matches nothing in the model; its paths are {paths}.'
+          )
 
 
 def rule_table(
@@ -92,10 +104,24 @@ def rule_table(
   return '\n'.join(lines)
 
 
+def has_arrays(tree: Any) -> bool:
+  """Whether an argument is traced, being an array or a tree of some."""
+  return any(hasattr(leaf, 'dtype') for leaf in jax.tree.leaves(tree))
+
+
+def _unboxed(leaf: Any) -> Any:
+  if isinstance(leaf, meta.Partitioned):
+    return leaf.unbox(apply_constraint=False)
+  return meta.unbox(leaf)
+
+
 def by_path(tree: Any) -> dict[tuple[str, str], Any]:
-  """Leaves of a tree of variables by (module path, name)."""
+  """Leaves of a tree of variables by (module path, name), without boxes."""
   leaves = {}
-  for path, leaf in jax.tree.leaves_with_path(meta.unbox(tree)):
+  tree = jax.tree.map(
+    _unboxed, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+  )
+  for path, leaf in jax.tree.leaves_with_path(tree):
     names = jax.tree_util.keystr(path, simple=True, separator='/')
     module, _, name = names.rpartition('/')
     leaves[module, name] = leaf

@@ -25,6 +25,7 @@ from symjax_bp.batch_statistics import (
   initial_statistics,
   num_features,
 )
+from symjax_bp.matching import has_arrays
 
 
 class BatchNorm(nn.Module):
@@ -303,7 +304,8 @@ def calibrate(
     model: A Linen model with :class:`BatchNorm` layers.
     variables: Its variables, ``batch_stats`` included.
     batches: Mini-batches of inputs: one array each, or a tuple or list of the
-      model's positional arguments. No more than ``num_batches`` are taken.
+      model's positional arguments, of which those that are no arrays may
+      steer the call. No more than ``num_batches`` are taken.
     num_batches: How many mini-batches to average.
     rngs: Keys for ``model.apply``; each mini-batch folds its number into them.
     **apply_kwargs: Passed on to ``model.apply``, above all what selects the
@@ -336,19 +338,22 @@ def calibrate(
     Backpropagation? <https://arxiv.org/abs/1510.05067>`_, 2016, section 5
   """
   statistics = _restarted(variables.get('batch_stats', {}))
-  traced, static = {'rngs': rngs}, {}
-  for name, value in apply_kwargs.items():
-    leaves = jax.tree.leaves(value)
-    is_array = any(hasattr(leaf, 'dtype') for leaf in leaves)
-    (traced if is_array else static)[name] = value
+  try:
+    hash(model)
+  except TypeError as error:
+    raise ValueError(
+      f'model is a {type(model).__name__} with a field that is not hashable '
+      f'({error}), so it can not be compiled: give it tuples instead of arrays '
+      'and lists, or keep arrays in variables'
+    ) from error
   for index, inputs in enumerate(_take(batches, num_batches)):
     statistics = _observe(
       model,
       {**variables, 'batch_stats': statistics},
-      inputs,
+      rngs,
       index,
-      traced,
-      tuple(static.items()),
+      *_traced_and_static(dict(enumerate(inputs))),
+      *_traced_and_static(apply_kwargs),
     )
   _check_observed(statistics)
   return {**variables, 'batch_stats': statistics}
@@ -386,32 +391,48 @@ def calibrate_nnx(
   nnx.replace_by_pure_dict(statistics, _restarted(nnx.to_pure_dict(statistics)))
   nnx.update(trained, statistics)
   for inputs in _take(batches, num_batches):
-    _observe_nnx(trained, inputs)
+    _observe_nnx(trained, *_traced_and_static(dict(enumerate(inputs))))
   statistics = nnx.state(trained, nnx.BatchStat)
   _check_observed(nnx.to_pure_dict(statistics))
   nnx.update(model, statistics)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'static'))
-def _observe(model, variables, inputs, index, traced, static):
+@functools.partial(jax.jit, static_argnames=('model', 'static', 'static_named'))
+def _observe(
+  model, variables, rngs, index, inputs, static, named, static_named
+):
   """Runs one mini-batch forward and returns the new batch_stats."""
-  rngs = jax.tree.map(
-    lambda key: jax.random.fold_in(key, index), traced['rngs']
-  )
+  rngs = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
   _, updated = model.apply(
     variables,
-    *inputs,
-    **{**traced, 'rngs': rngs},
-    **dict(static),
+    *_together(inputs, static),
+    **named,
+    **dict(static_named),
+    rngs=rngs,
     mutable=['batch_stats'],
   )
   return updated['batch_stats']
 
 
-@nnx.jit
-def _observe_nnx(model, inputs):
+@functools.partial(nnx.jit, static_argnames='static')
+def _observe_nnx(model, inputs, static):
   """Runs one mini-batch forward, which moves the model's statistics."""
-  model(*inputs)
+  model(*_together(inputs, static))
+
+
+def _traced_and_static(arguments: Mapping) -> tuple[dict, tuple]:
+  """Arguments that are arrays, and pairs of others, which may steer a call."""
+  traced = {
+    name: value for name, value in arguments.items() if has_arrays(value)
+  }
+  return traced, tuple(
+    item for item in arguments.items() if item[0] not in traced
+  )
+
+
+def _together(inputs: dict[int, Any], static: tuple) -> list[Any]:
+  """Positional arguments in their order."""
+  return [value for _, value in sorted({**inputs, **dict(static)}.items())]
 
 
 def _take(batches: Iterable[Any], num_batches: int) -> Iterator[tuple]:

@@ -1,5 +1,9 @@
 """Batch norm in Linen and in NNX, and its statistics in float64."""
 
+import functools
+
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -48,3 +52,33 @@ def nnx_form(x, axis=-1, **options):
 
 
 FORMS = pytest.mark.parametrize('form', [linen_form, nnx_form])
+
+
+class Network(nn.Module):
+  """Two normalised layers, dropout between them."""
+
+  dropout: float = 0.0
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x, shift=None, *, train=False):
+    norm = functools.partial(
+      BatchNorm, use_running_average=not train, axis_name=self.axis_name
+    )
+    x = nn.Dense(4, use_bias=False)(x)
+    x = nn.relu(norm(name='first')(x))
+    x = nn.Dropout(self.dropout, deterministic=not train)(x)
+    if shift is not None:
+      x = x + shift
+    return norm(name='second')(nn.Dense(3)(x))
+
+
+def mini_batches(count, seed=0, rows=8):
+  return [
+    random_array((rows, 5), seed + k, scale=1.0 + k) for k in range(count)
+  ]
+
+
+def variables_of(model=None, seed=0):
+  model = model or Network()
+  return model.init(jax.random.key(seed), random_array((8, 5)), train=True)

@@ -113,6 +113,32 @@ def test_the_plain_twin_of_layers_and_of_models_with_other_weights():
   gradient(twin, {'params': variables['params']}, x, None)
 
 
+def test_the_plain_twin_leaves_plain_layers_as_they_are():
+  """An operation of their own, and the formulation of large convolutions."""
+
+  class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.tanh(nn.Conv(50, (5, 5), padding='VALID', name='plain')(x))
+      x = nn.Dense(4)(x.reshape(len(x), -1))
+      return nn.Dense(3, dot_general=jax.lax.dot_general, name='head')(x)
+
+  x = normal(0, (8, 12, 12, 20))
+  model = linen.with_feedback(Own(), sbp.usf(), exclude=['plain', 'head'])
+  variables = model.init(KEY, x)
+  plain = gradient(Own(), variables, x)
+  for twin in (linen.plain_twin(model), linen.plain_twin(Own())):
+    assert_same_bits(gradient(twin, variables, x), plain)
+  rules = linen.layer_rules(linen.plain_twin(model), x)
+  assert [rule for _, rule in rules.values()] == [sbp.symmetric(), None, None]
+  rows = linen.layer_alignment(model, variables, jnp.sum, x)
+  assert list(rows) == ['Dense_0']
+  # Whatever is around a twin still wins.
+  around = linen.with_feedback(linen.plain_twin(model), sbp.rndf(),
+                               exclude=['plain', 'head'])  # fmt: skip
+  assert linen.layer_rules(around, x)['Dense_0'][1] == sbp.rndf()
+
+
 def test_the_outermost_wrapper_wins():
   x = normal(0, (4, 6, 6, 2))
   inner = linen.with_feedback(CNN(), sbp.rndf())

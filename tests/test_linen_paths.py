@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
 
 import symjax_bp as sbp
 from symjax_bp import linen
@@ -109,6 +111,221 @@ def test_weights_that_can_not_be_asymmetric_are_refused_by_name(model, x, path):
     asymmetric.init(KEY, x)
   allowed = linen.with_feedback(model, sbp.usf(), exclude='.*')
   assert_same_bits(allowed.init(KEY, x), model.init(KEY, x))
+
+
+class OwnProduct(nn.Dense):
+  @nn.compact
+  def __call__(self, x):
+    W = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+    return x @ W
+
+
+class LowRank(nn.Dense):
+  """Adds a product of its own to that of the layer it is."""
+
+  @nn.compact
+  def __call__(self, x):
+    normal = nn.initializers.normal()
+    a = self.param('a', normal, (x.shape[-1], 2))
+    b = self.param('b', normal, (2, self.features))
+    return super().__call__(x) + x @ a @ b
+
+
+class Activated(nn.Dense):
+  @nn.compact
+  def __call__(self, x):
+    return jnp.tanh(super().__call__(x))
+
+
+class Tree(nn.Module):
+  container: type = dict
+
+  @nn.compact
+  def __call__(self, x):
+    def init(key):
+      return {'W': jax.random.normal(key, (x.shape[-1], 4))}
+
+    if self.container is tuple:
+      return nn.Dense(2)(x @ self.param('pair', lambda k: (init(k)['W'],))[0])
+    return nn.Dense(2)(x @ self.param('tree', init)['W'])
+
+
+@pytest.mark.parametrize(
+  'model, message, rows',
+  [
+    (OwnProduct(3), "'', a OwnProduct, does not use its kernel as Dense", ['']),
+    (LowRank(3), "LowRank has weights .* asymmetric: 'a' of", ['a', 'b']),
+    (Tree(), "Tree has weights .* asymmetric: 'tree/W' of", ['tree/W']),
+    (Tree(tuple), "Tree has weights .* asymmetric: 'pair/0' of", ['pair/0']),
+    (
+      nnx.bridge.ToLinen(nnx.Linear, (3, 4)),
+      "ToLinen has weights .* asymmetric: 'kernel' of",
+      [''],
+    ),
+  ],
+  ids=['own product', 'low rank', 'dictionary', 'tuple', 'bridge'],
+)  # fmt: skip
+def test_nothing_falls_back_to_plain_backpropagation_silently(
+  model, message, rows
+):
+  x = normal(0, (2, 3))
+  asymmetric = linen.with_feedback(model, sbp.usf())
+  with pytest.raises(ValueError, match=message):
+    asymmetric.init(KEY, x)
+  with pytest.raises(ValueError, match=message):
+    asymmetric.apply(model.init(KEY, x), x)
+  names = ['.*'] if rows == [''] else rows
+  allowed = linen.with_feedback(model, sbp.usf(), exclude=names)
+  table = linen.layer_rules(allowed, x)
+  assert [path for path, (_, rule) in table.items() if rule is None] == rows
+
+
+def test_a_layer_that_calls_flax_and_adds_to_it_is_asymmetric():
+  x = normal(0, (2, 3))
+  for layer in (Activated(2), nn.jit(Activated)(2)):
+    model = linen.with_feedback(nn.Sequential([nn.Dense(3), layer]), sbp.usf())
+    variables = model.init(KEY, x)
+    plain = gradient(linen.plain_twin(model), variables, x, None)
+    for _ in range(2):  # the second time nn.jit has traced it
+      actual = gradient(model, variables, x, None)['layers_0']['kernel']
+      assert not np.allclose(actual, plain['layers_0']['kernel'])
+
+
+def test_methods_that_are_functions():
+  class Net(nn.Module):
+    def setup(self):
+      self.first, self.second = nn.Dense(5), nn.Dense(2)
+
+    def __call__(self, x):
+      return self.second(jnp.tanh(self.first(x)))
+
+    def score(self, x):
+      return self(x).sum()
+
+  x = normal(0, (2, 3))
+  model = linen.with_feedback(Net(), sbp.usf())
+  variables = model.init(KEY, x, method=Net.__call__)
+  assert_same_bits(variables, Net().init(KEY, x))
+
+  def gradients(method):
+    def loss(params):
+      return model.apply({'params': params}, x, method=method).sum()
+
+    return jax.grad(loss)(variables['params'])
+
+  wanted = gradients(None)
+  for method in ('score', Net.score, Net.__call__, lambda net, x: net.score(x)):
+    assert_same_bits(gradients(method), wanted)
+  params = variables['params']
+  apply = nn.apply(Net.__call__, model)
+  actual = jax.grad(lambda p: apply({'params': p}, x).sum())(params)
+  assert_same_bits(actual, wanted)
+
+
+class Decoder(nn.Module):
+  encoder: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3)(self.encoder(x))
+
+
+class InSetup(nn.Module):
+  def setup(self):
+    self.encoder = nn.Dense(4)
+    self.decoder = linen.with_feedback(Decoder(self.encoder), sbp.usf())
+
+  def __call__(self, x):
+    return self.decoder(x) + self.encoder(x).sum()
+
+
+class InCall(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    encoder = nn.Dense(4)
+    y = encoder(x).sum()
+    return linen.with_feedback(Decoder(encoder), sbp.usf())(x) + y
+
+
+class Apart(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return linen.with_feedback(Decoder(nn.Dense(4)), sbp.usf())(x)
+
+
+def test_a_model_that_shares_a_module_with_what_is_around_it_is_refused():
+  x = normal(0, (2, 3))
+  for model in (InSetup(), InCall()):
+    with pytest.raises(ValueError, match='model.encoder is .*Wrap In'):
+      model.init(KEY, x)
+  variables = Apart().init(KEY, x)
+  assert len(jax.tree.leaves(variables)) == 4
+  Apart().apply(variables, x)
+
+
+def test_weights_can_be_excluded_where_a_call_does_not_come_to_them():
+  class Net(nn.Module):
+    def setup(self):
+      self.custom, self.head = Custom(), nn.Dense(2)
+
+    def __call__(self, x):
+      return self.head(self.custom(x))
+
+    def only_head(self, x):
+      return self.head(x)
+
+  x = normal(0, (2, 4))
+  model = linen.with_feedback(Net(), sbp.usf(), exclude='custom/W')
+  variables = model.init(KEY, x)
+  model.apply(variables, x, method='only_head')
+  jitted = nn.Sequential([nn.jit(Custom)(), nn.Dense(2)])
+  model = linen.with_feedback(jitted, sbp.usf(), exclude='layers_0/W')
+  variables = model.init(KEY, x)
+  for _ in range(2):
+    model.apply(variables, x)
+  # But a kernel alone can't be: its layer has one rule.
+  model = linen.with_feedback(CNN(), sbp.usf(), exclude='Dense_0/kernel')
+  with pytest.raises(ValueError, match="'Dense_0/kernel' matches nothing"):
+    model.init(KEY, normal(0, (4, 6, 6, 2)))
+
+
+def test_a_layer_in_the_scope_of_another_module():
+  class Wide(nn.Module):
+    def setup(self):
+      self.dense = nn.Dense(3)
+      nn.share_scope(self, self.dense)
+
+    def __call__(self, x):
+      return self.dense(x)
+
+  x = normal(0, (2, 3))
+  model = linen.with_feedback(Wide(), sbp.usf())
+  assert_same_bits(model.init(KEY, x), Wide().init(KEY, x))
+  assert linen.layer_rules(model, x) == {'': ((3, 3), sbp.usf())}
+
+
+def test_the_table_of_a_model_with_partitioned_weights():
+  mesh = jax.make_mesh((1,), ('d',), axis_types=(AxisType.Auto,))
+  init = nn.with_partitioning(
+    nn.initializers.lecun_normal(), (None, 'd'), mesh=mesh
+  )
+  model = linen.with_feedback(nn.Dense(3, kernel_init=init), sbp.usf())
+  assert linen.layer_rules(model, normal(0, (2, 4))) == {
+    '': ((4, 3), sbp.usf())
+  }
+
+
+def test_arguments_that_are_no_arrays_steer_the_call():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+      return nn.Dense(2)(x) if train else x
+
+  x = normal(0, (2, 3))
+  model = linen.with_feedback(Net(), sbp.usf())
+  assert list(linen.layer_rules(model, x, True)) == ['Dense_0']
+  shape = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  assert list(linen.layer_rules(model, shape, train=True)) == ['Dense_0']
 
 
 def test_an_embedding_that_is_only_looked_up_needs_no_feedback():
