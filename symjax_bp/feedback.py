@@ -65,8 +65,8 @@ def _fan_in_and_out(shape: tuple[int, ...]) -> tuple[int, int]:
   return math.prod(shape[:-1]), receptive_field * shape[-1]
 
 
-def _draw_dtype(kernel):
-  """Float32 at least, so that M has more than bfloat16's 128 values."""
+def _wide_dtype(kernel):
+  """Float32 at least: bfloat16 has 128 values of M, float16 ends at 65504."""
   return kernel.dtype if jnp.finfo(kernel.dtype).bits > 32 else jnp.float32
 
 
@@ -189,7 +189,9 @@ class _NormalizedSign(FeedbackRule):
 
   def _unscaled(self, kernel, draw):
     fan_in, _ = _fan_in_and_out(kernel.shape)
-    return jnp.sign(kernel) / jnp.asarray(fan_in, kernel.dtype)
+    dtype = _wide_dtype(kernel)
+    sign = jnp.sign(kernel).astype(dtype)
+    return (sign / jnp.asarray(fan_in, dtype)).astype(kernel.dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -209,7 +211,7 @@ class _RandomMagnitude(FeedbackRule):
     given ``u > 1 - p`` it is flipped and ``(u - (1 - p)) / p`` is. M is never
     0, so the share of flipped signs is that of S_p.
     """
-    u = 1 - jax.random.uniform(key, kernel.shape, _draw_dtype(kernel))
+    u = 1 - jax.random.uniform(key, kernel.shape, _wide_dtype(kernel))
     keep = 1 - self.p_flip
     if keep == 1:
       signed = u
@@ -248,7 +250,7 @@ class _FixedRandom(FeedbackRule):
     object.__setattr__(self, 'sigma', sigma)
 
   def draw(self, key, kernel):
-    normal = jax.random.normal(key, kernel.shape, _draw_dtype(kernel))
+    normal = jax.random.normal(key, kernel.shape, _wide_dtype(kernel))
     return (self.sigma * normal).astype(kernel.dtype)
 
   def _unscaled(self, kernel, draw):

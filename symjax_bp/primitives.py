@@ -39,27 +39,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 
 from symjax_bp.row_convolution import pays, row_convolution
 
 Padding = str | Sequence[tuple[int, int]]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _asymmetric(op, x, W, V):
-  del V
-  return op(x, W)
+  # Outside custom_vjp, where the policies of jax.checkpoint see the product.
+  y = op(*lax.stop_gradient((x, W)))
+  return _attach(op, y, x, W, V)
 
 
-def _forward(op, x, W, V):
-  # Not op(x, W): a second reverse pass goes through here and must see V too.
-  return _asymmetric(op, x, W, V), (x, W, V)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attach(op, y, x, W, V):
+  """Returns y, a constant, as the function of x, W and V that it is."""
+  del op, x, W, V
+  return y
+
+
+def _forward(op, y, x, W, V):
+  # Not y: a second reverse pass goes through here and must see V too.
+  return _attach(op, y, x, W, V), (x, W, V)
 
 
 def _backward(op, operands, g):
   x, W, V = operands
+  # Integers have no gradient, and no transpose either.
+  inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+  dx = _input_gradient(op, x, V, g) if inexact else None
   (dW,) = jax.linear_transpose(lambda W: op(x, W), W)(g)
-  return _input_gradient(op, x, V, g), dW, None
+  return None, dx, dW, None
 
 
 def _input_gradient(op, x, V, g):
@@ -79,7 +90,7 @@ def _input_gradient(op, x, V, g):
   )
 
 
-_asymmetric.defvjp(_forward, _backward)
+_attach.defvjp(_forward, _backward)
 
 
 def _apply(op, x, W, V):
@@ -95,7 +106,18 @@ def _apply(op, x, W, V):
       'W and V must have real floating dtypes (float32, bfloat16, ...), not '
       f'{W.dtype} and {V.dtype}.'
     )
-  return _asymmetric(op, x, W, V.astype(W.dtype))
+  return _asymmetric(op, x, W, _spread_as(W, V.astype(W.dtype)))
+
+
+def _spread_as(W, V):
+  """Gives V the sharding in the type of W, which is what g is made for."""
+  expected, actual = jax.typeof(W), jax.typeof(V)
+  sharding = expected.sharding
+  if actual.sharding.spec != sharding.spec:
+    mesh = actual.sharding.mesh if sharding.mesh.empty else sharding.mesh
+    V = jax.sharding.reshard(V, NamedSharding(mesh, sharding.spec))
+  varying = expected.manual_axis_type.varying - actual.manual_axis_type.varying
+  return lax.pcast(V, tuple(varying), to='varying')
 
 
 def _is_real(array) -> bool:
@@ -159,7 +181,7 @@ def dot_general(
   Args:
     x: input of any shape.
     W: forward kernel; real floating point.
-    V: feedback kernel of the shape of W; cast to its dtype.
+    V: feedback kernel of the shape of W; takes its dtype and sharding.
     dimension_numbers: ``((x_contracting, W_contracting), (x_batch, W_batch))``
       as in ``jax.lax.dot_general``.
     precision: as in ``jax.lax.dot_general``; also of both transposes.
@@ -214,7 +236,7 @@ def conv_general_dilated(
   Args:
     x: input of n + 2 axes.
     W: forward kernel of n + 2 axes; real floating point.
-    V: feedback kernel of the shape of W; cast to its dtype.
+    V: feedback kernel of the shape of W; takes its dtype and sharding.
     window_strides: n strides.
     padding: 'SAME', 'VALID', 'SAME_LOWER' or n pairs (low, high).
     lhs_dilation: n dilations of x.

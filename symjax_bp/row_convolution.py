@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 
 # From these on it pays: rows of x for a row of y, and pixels of x times kernel.
 _ROWS = 1.15
@@ -39,7 +39,8 @@ def pays(
   spatial = len(x_shape) - 2
   strides, ones = tuple(options['window_strides']), (1,) * spatial
   if (
-    spatial < 2
+    any(map(export.is_symbolic_dim, (*x_shape, *W_shape)))
+    or spatial < 2
     or strides[0] != 1
     or options['lhs_dilation'] not in (None, ones)
     or options['rhs_dilation'] not in (None, ones)
@@ -50,10 +51,10 @@ def pays(
   lhs, rhs, _ = _layout(x_shape, W_shape, options)
   low, high = _pads(x_shape, W_shape, options)[0]
   rows = x_shape[lhs[2]]
+  rows_of_y = rows + low + high - W_shape[rhs[2]] + 1
   pixels = math.prod(x_shape) // x_shape[lhs[1]]
   return (
-    rows >= _ROWS * (rows + low + high - W_shape[rhs[2]] + 1)
-    and pixels * math.prod(W_shape) >= _PRODUCTS
+    0 < _ROWS * rows_of_y <= rows and pixels * math.prod(W_shape) >= _PRODUCTS
   )
 
 

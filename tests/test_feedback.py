@@ -58,6 +58,17 @@ def test_deterministic_rules_are_the_equations(shape):
   assert not np.asarray(feedback.usf().weights(W))[0].any(), 'sign(0) = 0'
 
 
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('in_features', [7, 8192])
+def test_nusf_is_the_quotient_in_float32(in_features, dtype):
+  """A fan_in above 65504 is infinite in float16; its inverse is not 0."""
+  W = normal(0, (3, 3, in_features, 1), dtype)
+  quotient = np.sign(np.asarray(W, np.float32)) / np.float32(9 * in_features)
+  V = feedback.nusf().weights(W)
+  assert_same_bits(V, jnp.asarray(quotient, dtype))
+  assert np.all(V)
+
+
 @pytest.mark.parametrize('make', [feedback.brsf, feedback.frsf])
 @pytest.mark.parametrize('p_flip', [0.0, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])
 def test_magnitudes_and_flips_have_the_stated_distribution(make, p_flip):

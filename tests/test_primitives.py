@@ -97,6 +97,25 @@ def test_V_of_another_floating_dtype_is_cast():
   assert dV.dtype == jnp.bfloat16 and not dV.any()
 
 
+@pytest.mark.parametrize('dtype', (jnp.int32, jnp.uint8, jnp.bool_))
+def test_an_integer_input_has_no_gradient(dtype):
+  x, W, V = (
+    normal(0, (5, 4)).astype(dtype),
+    normal(1, (4, 3)),
+    normal(2, (4, 3)),
+  )
+  numbers = (((1,), (0,)), ((), ()))
+  y, pullback = jax.vjp(primitives.dense, x, W, V)
+  plain_y, plain_pullback = jax.vjp(
+    lambda x, W: jax.lax.dot_general(x, W, numbers), x, W
+  )
+  dx, dW, dV = pullback(y)
+  _, plain_dW = plain_pullback(y)
+  assert_same_bits((y, dW), (plain_y, plain_dW))
+  assert dx.shape == x.shape and dx.dtype == jax.dtypes.float0
+  assert not dV.any()
+
+
 def test_preferred_element_type_of_a_convolution():
   operation = OPERATIONS['conv 2d']
   x, W, V, _ = operands(operation, jnp.bfloat16)

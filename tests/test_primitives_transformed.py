@@ -50,6 +50,40 @@ def test_transformations_keep_the_cotangents(name, wrap):
     np.testing.assert_allclose(a, e, rtol=1e-6, atol=1e-6)
 
 
+def plain_conv(x, W):
+  return jax.lax.conv_general_dilated(
+    x, W, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+
+
+# In both forms, with shapes of x and W, by their names in StableHLO.
+LAYERS = {
+  'dot_general': (primitives.dense, jnp.matmul, (5, 4), (4, 4)),
+  'convolution': (primitives.conv, plain_conv, (2, 5, 6, 4), (3, 3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize(
+  'policy', ['dots_saveable', 'everything_saveable', 'nothing_saveable']
+)
+@pytest.mark.parametrize('name', LAYERS)
+def test_policies_of_checkpoint_see_the_product(name, policy):
+  layer, plain, x_shape, W_shape = LAYERS[name]
+  policy = getattr(jax.checkpoint_policies, policy)
+
+  def products(layer):
+    def loss(W, x):
+      for _ in range(3):
+        x = jnp.sin(layer(x, W))
+      return x.sum()
+
+    gradient = jax.jit(jax.value_and_grad(jax.checkpoint(loss, policy=policy)))
+    program = gradient.lower(normal(0, W_shape), normal(1, x_shape)).as_text()
+    return program.count(f'stablehlo.{name}')
+
+  assert products(lambda x, W: layer(x, W, W)) == products(plain) >= 8
+
+
 def test_scan_over_layers_is_the_unrolled_loop():
   W, V = normal(0, (3, 4, 4)), normal(1, (3, 4, 4))
   x = normal(2, (5, 4))
@@ -117,6 +151,54 @@ def test_pmap_and_shard_map_agree_with_one_device(name):
     np.testing.assert_allclose(dW[i], total, rtol=1e-5, atol=1e-4)
   np.testing.assert_allclose(sdW, total, rtol=1e-5, atol=1e-4)
   assert not dV.any() and not sdV.any()
+
+
+@pytest.mark.parametrize('wrap', [lambda f: f, jax.jit], ids=['eager', 'jit'])
+@pytest.mark.parametrize('split', ['W', 'V', 'x, W'])
+def test_W_and_V_may_lie_differently_on_an_explicit_mesh(split, wrap):
+  x, W, V = normal(0, (6, 4)), normal(1, (4, 8)), normal(2, (4, 8))
+  loss = lambda x, W, V: (primitives.dense(x, W, V) ** 2).sum()
+  cotangents_of = jax.grad(loss, argnums=(0, 1, 2))
+  expected = cotangents_of(x, W, V)
+  mesh = jax.make_mesh((2, 2), ('x', 'y'), axis_types=(AxisType.Explicit,) * 2)
+  whole, columns = PartitionSpec(None, None), PartitionSpec(None, 'y')
+  specs = (
+    PartitionSpec('x', None) if 'x' in split else whole,
+    columns if 'W' in split else whole,
+    columns if split == 'V' else whole,
+  )
+  with jax.set_mesh(mesh):
+    actual = wrap(cotangents_of)(*map(jax.device_put, (x, W, V), specs))
+  assert tuple(a.sharding.spec for a in actual) == specs
+  for a, e in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_shard_map_may_split_W_and_not_V(name):
+  """Output features on 4 devices, with the same V for the part of each."""
+  layer, _, x_shape, W_shape = LAYERS[name]
+  x, W, V = normal(0, x_shape), normal(1, W_shape), normal(2, W_shape)
+  V = V[..., :1]
+  loss = lambda x, W, V: (layer(x, W, V) ** 2).sum()
+
+  def per_device(x, W, V):
+    total = lambda x, W, V: jax.lax.psum(loss(x, W, V), 'model')
+    return jax.grad(total, argnums=(0, 1, 2))(x, W, V)
+
+  whole = PartitionSpec()
+  features = PartitionSpec(*(None,) * (W.ndim - 1), 'model')
+  mapped = jax.shard_map(
+    per_device,
+    mesh=Mesh(np.array(jax.devices()[:4]), ('model',)),
+    in_specs=(whole, features, whole),
+    out_specs=(whole, features, whole),
+  )
+  dx, dW, dV = jax.jit(mapped)(x, W, V)
+  expected = jax.grad(loss, argnums=(0, 1))(x, W, jnp.concatenate([V] * 4, -1))
+  np.testing.assert_allclose(dx, expected[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(dW, expected[1], rtol=1e-5, atol=1e-4)
+  assert dV.shape == V.shape and not dV.any()
 
 
 def test_second_order_with_V_equal_to_W_is_that_of_backpropagation():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from jax import export, lax
 
 from symjax_bp import primitives
 from symjax_bp.row_convolution import pays, row_convolution
@@ -81,6 +81,7 @@ LEFT_ALONE = {
   'batch groups': _Case(
     (20, 12, 9, 6), (5, 4, 6, 70), changed=(('batch_group_count', 2),)
   ),
+  'a kernel larger than the image': _Case((200, 4, 4, 64), (6, 6, 64, 64)),
   'one axis': _Case((200, 12, 6), (5, 6, 999), ('NHC', 'HIO', 'NHC')),
   'small': _Case((2, 12, 9, 6), (5, 4, 6, 7)),
 }
@@ -139,6 +140,29 @@ def test_V_equal_to_W_is_jax_grad_of_the_formulation(case):
 @pytest.mark.parametrize('case', LEFT_ALONE.values(), ids=LEFT_ALONE)
 def test_other_convolutions_are_left_alone(case):
   assert not pays(case.x, case.W, case.options)
+
+
+def test_a_kernel_larger_than_the_image_gets_the_gradient_of_jax():
+  case = LEFT_ALONE['a kernel larger than the image']
+  x, W = normal(0, case.x), normal(1, case.W)
+  y, pullback = jax.vjp(
+    lambda x: primitives.conv_general_dilated(x, W, W, **case.options), x
+  )
+  assert y.shape == (200, 0, 0, 64)
+  (dx,) = pullback(y)
+  assert dx.shape == case.x and not dx.any()
+
+
+@pytest.mark.parametrize('shape', ['b, 12, 12, 20', '10, h, 12, 20'])
+def test_export_with_a_symbolic_size(shape):
+  case = QUICKER['MNIST, second layer']
+  W, V = normal(1, case.W), normal(2, case.W)
+  layer = lambda x: primitives.conv_general_dilated(x, W, V, **case.options)
+  gradient = jax.jit(jax.grad(lambda x: (layer(x) ** 2).sum()))
+  sizes = export.symbolic_shape(shape, constraints=('h >= 5',) * ('h' in shape))
+  exported = export.export(gradient)(jax.ShapeDtypeStruct(sizes, jnp.float32))
+  x = normal(0, case.x)
+  _close(exported.call(x), gradient(x))
 
 
 def test_transformations():
