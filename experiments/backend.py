@@ -55,7 +55,7 @@ def configure(devices: int | None = None) -> list[str]:
     said.append(f'XLA_FLAGS {_CPU_DEVICES}={devices}')
   if flags:
     os.environ['XLA_FLAGS'] = flags
-  if _keep_memory():
+  if keep_memory():
     said.append('malloc: memory is kept between steps')
   cache = {
     'JAX_COMPILATION_CACHE_DIR': str(default_dir() / 'compiled'),
@@ -69,8 +69,11 @@ def configure(devices: int | None = None) -> list[str]:
   return said
 
 
-def _keep_memory() -> bool:
-  """Tells glibc's malloc, unless the user told it something, to keep memory."""
+def keep_memory() -> bool:
+  """Tells glibc's malloc, unless the user told it something, to keep memory.
+
+  It holds for this process alone, not for those that it starts.
+  """
   chosen = any(
     name == 'GLIBC_TUNABLES' or name.startswith('MALLOC_')
     for name in os.environ

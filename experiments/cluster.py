@@ -1,12 +1,17 @@
 """Ray: each run is a task somewhere in a cluster, its events a stream."""
 
+import contextlib
+import functools
+import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments import backend, machine
 from experiments.executors import POLL
 from experiments.grid import Run
 from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
@@ -15,6 +20,8 @@ from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
 _ONE_HOST = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
 _AHEAD = 2  # events that a task may be ahead of what the driver has written
 _SOURCES = Path(__file__).parents[1]
+# What ``backend.configure`` has set, or the user, that speed and bits depend on.
+_VARIABLES = ('XLA_FLAGS', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
 
 
 class Ray:
@@ -101,11 +108,7 @@ def _start(address: str | None, platforms: str) -> Any:
     options |= {'address': 'local', 'include_dashboard': False}
     # Ray would give way to whatever else the host does.
     options |= {'_system_config': {'worker_niceness': 0}}
-    variables = {'PYTHONPATH': str(_SOURCES), 'JAX_PLATFORMS': platforms}
-    packages = {'env_vars': variables}
   else:
-    names = ('experiments', 'symjax_bp')
-    packages = {'py_modules': [str(_SOURCES / name) for name in names]}
     options |= {'address': address}
   try:
     import ray
@@ -115,7 +118,7 @@ def _start(address: str | None, platforms: str) -> Any:
     ) from error
   asked_to_stop = signal.getsignal(signal.SIGTERM)
   try:
-    ray.init(runtime_env=packages, **options)
+    ray.init(runtime_env=_runtime(address, platforms), **options)
   except (ConnectionError, OSError, RuntimeError) as error:
     raise ValueError(
       f'there is no Ray cluster at {address}: {error}. Give another address '
@@ -123,6 +126,21 @@ def _start(address: str | None, platforms: str) -> Any:
     ) from error
   signal.signal(signal.SIGTERM, asked_to_stop)  # Ray's would just exit
   return ray
+
+
+def _runtime(address: str | None, platforms: str) -> dict[str, Any]:
+  """What tasks find where they run: our sources, and the driver's settings."""
+  variables = {
+    name: os.environ[name] for name in _VARIABLES if name in os.environ
+  }
+  if address is None:
+    variables |= {'PYTHONPATH': str(_SOURCES), 'JAX_PLATFORMS': platforms}
+    return {'env_vars': variables}
+  names = ('experiments', 'symjax_bp')
+  return {
+    'py_modules': [str(_SOURCES / name) for name in names],
+    'env_vars': variables,
+  }
 
 
 def _event(ray: Any, stream: Any, asked: bool) -> Event:
@@ -152,10 +170,61 @@ class _Flag:
     return self._lifted
 
 
+@functools.cache
+def _cores() -> tuple[int, ...]:
+  """The cores that this process had before it kept to some of them."""
+  return tuple(machine.cores())
+
+
+@contextlib.contextmanager
+def _own_cores(cpus: float) -> Iterator[None]:
+  """Keeps this process to its part of the host, which no other task has.
+
+  The host is divided in parts of as many cores as a task asks for; a process is
+  at one of them as long as it has bound a name that belongs to the part. The
+  system takes the name back from whoever dies. If all are taken, as a cluster
+  may have been told of more cores than there are, one is shared.
+
+  Args:
+    cpus: that Ray has assigned; 0 leaves all cores.
+  """
+  cores = _cores()
+  if not (cpus and cores and hasattr(os, 'sched_setaffinity')):
+    yield
+    return
+  parts = max(int(len(cores) / cpus), 1)
+  with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as name:
+    chosen = os.getpid() % parts
+    for part in range(parts):
+      try:
+        name.bind(f'\0symjax_bp {cores[0]} {cpus:g} {part}')
+      except OSError:
+        continue
+      chosen = part
+      break
+    first = math.floor(chosen * cpus)
+    own = cores[first : first + max(math.floor(cpus), 1)]
+    # JAX's threads too, which a task before this one may have started.
+    for thread in os.listdir('/proc/self/task'):
+      with contextlib.suppress(ProcessLookupError):
+        os.sched_setaffinity(int(thread), own)
+    yield
+
+
 def _stream(settings: Settings, task: Task, flag: Any) -> Iterator[Event]:
   """What runs in the cluster."""
   import ray
 
+  assigned = ray.get_runtime_context().get_assigned_resources()
+  with _own_cores(assigned.get('CPU', 0.0)):
+    backend.configure()  # memory, and a compilation cache on that host
+    yield from _trained(ray, settings, task, flag)
+
+
+def _trained(
+  ray: Any, settings: Settings, task: Task, flag: Any
+) -> Iterator[Event]:
+  """Trains in this process, which has not imported JAX before."""
   from experiments.worker import worker
 
   stop, done = threading.Event(), threading.Event()

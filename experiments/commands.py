@@ -1,12 +1,11 @@
 """What the commands do; see ``experiments.cli`` for their options."""
 
-import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from experiments import cli, datasets, listing
-from experiments.datasets import DatasetError
+from experiments.datasets import Dataset, DatasetError
 from experiments.grid import Run
 from experiments.options import Execution, Selection
 from experiments.running import execute, run_in_step, start_jax
@@ -54,6 +53,9 @@ def _run(command: cli.RunCommand) -> int:
   runs = options.part_of(
     selected_runs(command.selection, command.protocol.checked())
   )
+  if not runs:
+    print(f'shard {options.shard} has no runs: nothing to do.')
+    return 0
   where, first = (runs, command.results, data_dir, options), True
   if command.hosts.several():
     status, first = run_in_step(*where, command.hosts)
@@ -82,8 +84,15 @@ def _plan(command: cli.Plan) -> int:
   start_jax()
   from experiments import planning
 
-  # Runs come dataset by dataset.
-  load_for = functools.lru_cache(maxsize=1)(Loader(command.selection.data_dir))
+  load = Loader(command.selection.data_dir)
+  loaded: dict[str, Dataset] = {}
+
+  def load_for(run: Run) -> Dataset:
+    if run.digest not in loaded:  # runs come dataset by dataset
+      loaded.clear()
+      loaded[run.digest] = load(run)
+    return loaded[run.digest]
+
   print(planning.plan_text(runs, missing, load_for, command.calibrate))
   return 0
 

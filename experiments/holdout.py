@@ -1,4 +1,4 @@
-"""The part of the training images that chooses rate and epoch."""
+"""The part of the training images that chooses rate and epoch, and the rest."""
 
 import numpy as np
 
@@ -26,6 +26,62 @@ def check_holdout(y_train: np.ndarray, run: Run) -> None:
       'have at least as many images; change --holdout (0 holds out none) or '
       '--train-size.'
     )
+
+
+def check_batches(
+  count: int, run: Run, condition: str, devices: int = 1
+) -> str | None:
+  """Checks that there are images enough for the mini-batches of a run.
+
+  A run must have the mini-batches that it begins with. Larger ones later on,
+  which no name can change, are of all images where there are fewer.
+
+  Args:
+    count: training images, held-out ones among them.
+    run: what is to be done.
+    condition: its name.
+    devices: of all processes, to divide mini-batches over.
+
+  Returns:
+    What is to be said of mini-batches that are smaller than planned.
+
+  Raises:
+    ValueError: if there are too few images to begin with, or what is left of a
+      mini-batch can't be divided as asked.
+  """
+  held_out = held_out_size(count, run.protocol)
+  trained, first = count - held_out, run.batch_plan[0][1]
+  images = (
+    f'the images of {run.dataset} to train on ({count}, less {held_out} held '
+    'out)'
+  )
+  if first > trained:
+    raise ValueError(
+      f'condition is {condition!r}, with mini-batches of {first}, but they '
+      f'can have at most {trained}, {images}. Put a smaller number at the end '
+      'of its name (as in SGD-10), or change --train-size or --holdout.'
+    )
+  sizes = {size for _, size in run.batch_plan}
+  cut = sorted(size for size in sizes if size > trained)
+  for size in sorted(min(size, trained) for size in sizes):
+    for name, parts in (
+      ('batch_norm_groups', run.protocol.batch_norm_groups),
+      ('devices', devices),
+    ):
+      if size % parts:
+        less = f' ({", ".join(map(str, cut))} are planned)' if cut else ''
+        raise ValueError(
+          f'{name} is {parts}, but must divide every mini-batch of condition '
+          f'{condition!r}, and one has {size} images{less}, of {trained}, '
+          f'{images}. Change --{name.replace("_", "-")}, --train-size or '
+          '--holdout.'
+        )
+  if not cut:
+    return None
+  return (
+    f'{condition}: the mini-batches of {" and ".join(map(str, cut))} that '
+    f'follow those of {first} have only {trained}, all of {images}.'
+  )
 
 
 def held_out_rows(y_train: np.ndarray, run: Run) -> np.ndarray:

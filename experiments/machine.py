@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'numpy')
+_PACKAGES = ('symjax-bp', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
 _RIVALS = ('torch', 'biotorch')
 _VARIABLES = ('XLA_FLAGS', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'OMP_NUM_THREADS')
 

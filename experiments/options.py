@@ -110,8 +110,8 @@ class Execution:
     together: how many runs that differ in rate or seed only this process trains
       as one program (default: up to 32 on a single accelerator, else 1).
     ray_address: of a Ray cluster (default: one is started on this host).
-    cpus_per_run: that a Ray task asks for.
-    gpus_per_run: that a Ray task asks for.
+    cpus_per_run: that a Ray task asks for (default: 1).
+    gpus_per_run: that a Ray task asks for (default: 0).
     shard: I/N, the I-th of N equal parts of the runs, such as 1/4.
     retries: how often a run that fails is tried again; then its error is
       recorded, and the others go on.
@@ -127,8 +127,8 @@ class Execution:
   devices: int | None = None
   together: int | None = None
   ray_address: str | None = None
-  cpus_per_run: float = 1.0
-  gpus_per_run: float = 0.0
+  cpus_per_run: float | None = None
+  gpus_per_run: float | None = None
   shard: str | None = None
   retries: int = 2
   lease: float = 120.0
@@ -144,15 +144,27 @@ class Execution:
     for name, allowed, holds in (
       ('workers', 'positive', self.workers is None or self.workers > 0),
       ('together', 'positive', self.together is None or self.together > 0),
-      ('cpus_per_run', 'at least 0', self.cpus_per_run >= 0),
-      ('gpus_per_run', 'at least 0', self.gpus_per_run >= 0),
+      ('cpus_per_run', 'at least 0', (self.cpus_per_run or 0) >= 0),
+      ('gpus_per_run', 'at least 0', (self.gpus_per_run or 0) >= 0),
       ('retries', 'at least 0', self.retries >= 0),
-      ('lease', 'at least 1 second', self.lease >= 1),
+      ('lease', 'from 1 to a million seconds', 1 <= self.lease <= 1e6),
       ('checkpoint_share', 'in [0, 1]', 0 <= self.checkpoint_share <= 1),
     ):
       if not holds:
         value = getattr(self, name)
         raise ValueError(f'{name} must be {allowed}, not {value!r}.')
+    for name, executor in (
+      ('workers', 'processes'),
+      ('ray_address', 'ray'),
+      ('cpus_per_run', 'ray'),
+      ('gpus_per_run', 'ray'),
+    ):
+      value = getattr(self, name)
+      if value is not None and self.executor != executor:
+        raise ValueError(
+          f'{name} is {value!r}, but only --executor {executor} has it: add '
+          f'that, or leave out --{name.replace("_", "-")}.'
+        )
     if self.devices is not None and self.executor != 'local':
       raise ValueError(
         f'devices is {self.devices}, but only --executor local divides '

@@ -119,12 +119,24 @@ def _check_batches(run: Run, count: int, mesh: Mesh | None) -> None:
     run.protocol.check_groups(size)
 
 
+def _size(run: Run, epoch: int, count: int) -> int:
+  """The size of the mini-batches of ``count`` rows.
+
+  Raises:
+    ValueError: if it can't be divided into the groups; ``place`` has seen
+      only one of the runs that share a placed set.
+  """
+  size = min(run.batch_size(epoch), count)
+  run.protocol.check_groups(size)
+  return size
+
+
 def mini_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
   """The rows of an epoch, shuffled, int32 (batches, batch size).
 
   What is left over, less than a mini-batch, waits for another epoch.
   """
-  size = min(run.batch_size(epoch), len(rows))
+  size = _size(run, epoch, len(rows))
   order = np.random.default_rng([run.seed, epoch, 0]).permutation(rows)
   return order[: len(rows) // size * size].reshape(-1, size)
 
@@ -135,8 +147,8 @@ def calibration_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
   Goes round the rows as often as that needs. They are of the size of which
   statistics are taken in training.
   """
-  size, count = min(run.batch_size(epoch), len(rows)), len(rows)
-  size //= run.protocol.batch_norm_groups
+  count = len(rows)
+  size = _size(run, epoch, count) // run.protocol.batch_norm_groups
   random = np.random.default_rng([run.seed, epoch, 1])
   wanted = run.protocol.calibration_batches
   rounds = -(-wanted // (count // size))

@@ -16,7 +16,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from experiments import machine
+from experiments import backend, machine
 from experiments.executors import POLL
 from experiments.grid import Run
 from experiments.tasks import (
@@ -214,6 +214,7 @@ def _begin(place: Place) -> None:
   os.environ.update(place.environment)
   if place.cores and hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, place.cores)
+  backend.keep_memory()
   threading.Thread(target=_end_with_the_driver, daemon=True).start()
 
 

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import signal
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from experiments.tasks import (
 
 RETRIES = 2
 LEASE = 120.0  # seconds
+_ASK_AGAIN = 5.0  # seconds after which to see whether others have given up
 
 
 class Listener(Protocol):
@@ -137,7 +139,7 @@ def carry_out(
       driver.take(run, event)
     if driver.unfinished and stop.asked is not None:
       raise Interrupted(stop.asked)
-    return driver.summary
+    return driver.counted()
 
 
 @dataclasses.dataclass
@@ -165,6 +167,8 @@ class _Driver:
     self._listener, self._stop = listener, stop
     self._retries = retries
     self._waiting = collections.deque(runs)
+    self._elsewhere: list[Run] = []
+    self._asked = time.monotonic()
     self._failures = collections.Counter[str]()
     self._at_work: dict[str, _AtWork] = {}
 
@@ -173,13 +177,20 @@ class _Driver:
     """Whether there are runs that were not begun, or stopped."""
     return bool(self._waiting)
 
+  def counted(self) -> Summary:
+    """What became of the runs, now that no task is left."""
+    self.summary.elsewhere += len(self._elsewhere)
+    return self.summary
+
   def next_task(self) -> Task | None:
     """The next run that is this process's to do."""
+    if not self._waiting:
+      self._ask_again()
     while self._waiting and self._stop.asked is None:
       run = self._waiting.popleft()
       lease = self._leases.acquire(run.run_id)
       if lease is None:
-        self.summary.elsewhere += 1
+        self._elsewhere.append(run)
         continue
       if self._store.finished(run):
         self._leases.remove(lease)
@@ -193,6 +204,14 @@ class _Driver:
       self._at_work[run.run_id] = _AtWork(folder, lease)
       return Task(run, tuple(folder.metrics()), state)
     return None
+
+  def _ask_again(self) -> None:
+    """What others were at waits for this process, should they have died."""
+    now = time.monotonic()
+    if now - self._asked >= _ASK_AGAIN or not self._at_work:
+      self._asked = now
+      self._waiting.extend(self._elsewhere)
+      self._elsewhere.clear()
 
   def take(self, run: Run, event: Event) -> None:
     """Records an event of a task that was handed out."""
@@ -229,8 +248,8 @@ class _Driver:
         self._listener.message(f'checkpoint of {folder.path} not used: {why}')
         folder.drop_last()
         self._again(run)
-      case Failed(error):
-        self._failures[run.run_id] += 1
+      case Failed(error, of_group):
+        self._failures[run.run_id] += not of_group
         again = self._failures[run.run_id] <= self._retries
         self._listener.run_failed(run, error, again)
         if again:

@@ -52,8 +52,8 @@ def _executor(settings: Settings, options: Execution) -> Executor:
     executor = cluster.Ray(
       settings,
       options.ray_address,
-      options.cpus_per_run,
-      options.gpus_per_run,
+      1.0 if options.cpus_per_run is None else options.cpus_per_run,
+      options.gpus_per_run or 0.0,
     )
   backend.leave_accelerators_to_others()
   return executor
@@ -69,6 +69,7 @@ def execute(
   """Carries out runs with progress; returns the exit status."""
   store = Store(results)
   missing = store.missing(runs)
+  store.tidy(runs)
   if not missing:
     print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
     return 0

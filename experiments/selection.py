@@ -8,7 +8,7 @@ from experiments import conditions, datasets, grid
 from experiments.datasets import Dataset
 from experiments.datasets.spec import WEIGHT_LAYERS
 from experiments.grid import Run
-from experiments.holdout import check_holdout
+from experiments.holdout import check_batches, check_holdout
 from experiments.options import Selection
 
 
@@ -42,8 +42,17 @@ def selected_tables(selection: Selection) -> list[conditions.Table]:
   ]
 
 
-def selected_runs(selection: Selection, protocol: grid.Protocol) -> list[Run]:
+def selected_runs(
+  selection: Selection, protocol: grid.Protocol, devices: int = 1
+) -> list[Run]:
   """The runs of a selection, dataset by dataset, condition by condition.
+
+  Prints which of them have smaller mini-batches than planned.
+
+  Args:
+    selection: which.
+    protocol: of all.
+    devices: of all processes, to divide mini-batches over.
 
   Raises:
     ValueError: for an unknown name or an impossible number.
@@ -63,7 +72,7 @@ def selected_runs(selection: Selection, protocol: grid.Protocol) -> list[Run]:
   return grid.unique(
     run
     for name, spec in zip(selection.dataset, specs, strict=True)
-    for run in _runs_on(name, spec, selection, protocol, chosen)
+    for run in _runs_on(name, spec, selection, protocol, chosen, devices)
   )
 
 
@@ -73,6 +82,7 @@ def _runs_on(
   selection: Selection,
   protocol: grid.Protocol,
   chosen: Sequence[conditions.Condition],
+  devices: int,
 ) -> Iterator[Run]:
   """The runs on one dataset, once it is sure that they can be done."""
   data = datasets.load(
@@ -85,6 +95,7 @@ def _runs_on(
       f'network of {spec.name} has {layers} layers of weights; give at most so '
       'many (the last one is that of all further layers).'
     )
+  said = set()  # the same for all rates and seeds
   for condition in chosen:
     runs = grid.runs_of(
       condition,
@@ -98,4 +109,8 @@ def _runs_on(
     )
     for run in runs:
       check_holdout(data.y_train, run)
+      line = check_batches(len(data.y_train), run, condition.name, devices)
+      if line and line not in said:
+        said.add(line)
+        print(line, flush=True)
       yield run

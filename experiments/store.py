@@ -141,8 +141,7 @@ class RunFolder:
       StoreError: if it can't be made, or is not this run's.
     """
     self.path = path
-    if path.is_symlink():
-      raise StoreError(f'{path} is a link, which is not followed. Remove it.')
+    _refuse_link(path)
     try:
       path.mkdir(parents=True, exist_ok=True)
       (path / 'error.json').unlink(missing_ok=True)
@@ -230,6 +229,11 @@ class RunFolder:
     checkpoints.drop_last(self.path / 'checkpoints')
 
 
+def _refuse_link(path: Path) -> None:
+  if path.is_symlink():
+    raise StoreError(f'{path} is a link, which is not followed. Remove it.')
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
   text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
   write_atomically(path, text + '\n')
@@ -259,6 +263,7 @@ class Store:
     Raises:
       StoreError: if it can't.
     """
+    _refuse_link(self.folder / _LEASES)
     try:
       (self.folder / _LEASES).mkdir(parents=True, exist_ok=True)
       with tempfile.TemporaryFile(dir=self.folder) as file:
@@ -273,25 +278,29 @@ class Store:
     """Whether the run has a result.
 
     Raises:
-      StoreError: if what is there is no result.
+      StoreError: if what is there is no result, or a link.
     """
-    return _result(self.folder / run.run_id) is not None
+    path = self.folder / run.run_id
+    _refuse_link(path)
+    return _result(path) is not None
 
   def missing(self, runs: Iterable[Run]) -> list[Run]:
     """The runs without a result.
 
-    Of the others, what a crash at their very end left is removed.
+    Raises:
+      StoreError: if what is there is no result, or a link.
+    """
+    return [run for run in runs if not self.finished(run)]
+
+  def tidy(self, runs: Iterable[Run]) -> None:
+    """Removes what a crash at the very end of finished runs left.
 
     Raises:
-      StoreError: if what is there is no result.
+      StoreError: if what is there is no result, or a link.
     """
-    missing = []
     for run in runs:
       if self.finished(run):
         _tidy(self.folder / run.run_id)
-      else:
-        missing.append(run)
-    return missing
 
   def open(self, run: Run) -> RunFolder:
     """The folder of a run; hold its lease."""

@@ -84,9 +84,15 @@ class Unfit:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-  """The run, or the process at it, has come to an end without a result."""
+  """The run, or the process at it, has come to an end without a result.
+
+  Attributes:
+    error: why, in words.
+    of_group: whether it was trained with others, and so may not be the cause.
+  """
 
   error: str
+  of_group: bool = False
 
 
 Event = Epoch | Stopped | Finished | Unfit | Failed

@@ -159,7 +159,7 @@ class Worker:
       yield from self._train(group, states, stopping)
     # What it is depends on the device; the other runs may not have it.
     except Exception as error:
-      failed = Failed(_in_words(error))
+      failed = Failed(_in_words(error), of_group=len(group) > 1)
       yield from ((each.run, failed) for each in group if not each.ended)
 
   def _train(

@@ -27,6 +27,8 @@ def carry_out(command: cli.Bench) -> None:
   Raises:
     ValueError: if an option is not among what is allowed.
   """
+  if not command.batch_norm:
+    raise ValueError("batch_norm must name one or more of 'none' and 'plain'.")
   workloads = [
     Workload(
       architecture=architecture, batch_norm=batch_norm, batch=command.batch

@@ -5,6 +5,8 @@ import platform
 import subprocess
 import sys
 
+import pytest
+
 from experiments import backend
 
 
@@ -23,15 +25,23 @@ def test_flags_of_the_user_are_kept(monkeypatch):
   assert backend.configure() == []  # XLA ends on flags that it doesn't know
 
 
-def test_memory_is_kept_between_steps():
+@pytest.mark.parametrize(
+  'begin',
+  [
+    "assert any('memory' in line for line in backend.configure())",
+    'processes._begin(processes.Place())',  # of a worker
+  ],
+)
+def test_memory_is_kept_between_steps(begin):
   if platform.libc_ver()[0] != 'glibc':
     return  # nothing is set elsewhere
-  script = """
+  script = f"""
 import resource
 import numpy as np
-from experiments import backend
+from experiments import backend, processes
 
-assert any('memory' in line for line in backend.configure())
+processes._end_with_the_driver = lambda: None
+{begin}
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 large = lambda: np.ones(2**23)
 large()

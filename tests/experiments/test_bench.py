@@ -95,6 +95,7 @@ def test_the_operations_are_those_of_the_network(architecture):
     ({'architecture': ('lenet',)}, "'general'"),
     ({'batch_norm': ('affine',)}, "'plain'"),
     ({'rule': ('sgn',)}, 'brSF'),
+    ({'batch_norm': ()}, "batch_norm must name one or more of 'none' and"),
     ({'batch': 1}, 'batch must be at least 2, not 1'),
     ({'steps': 0}, 'steps must be at least 1, not 0'),
     ({'out': 'file'}, 'out must be a folder'),

@@ -70,7 +70,16 @@ def _error(result) -> str:
     (['--condition', 'SGD', '--checkpoint-share', '2'], 'checkpoint_share'),
     (['--condition', 'SGD', '--workers', '0'], 'workers must be positive, no'),
     (['--condition', 'SGD', '--retries', '-1'], 'retries must be at least 0'),
-    (['--condition', 'SGD', '--lease', '0'], 'lease must be at least 1 second'),
+    (['--condition', 'SGD', '--lease', '0'], 'lease must be from 1 to a mill'),
+    (['--condition', 'SGD', '--lease', 'inf'], 'not inf'),
+    (
+      ['--condition', 'SGD', '--workers', '4'],
+      'workers is 4, but only --executor processes has it: add that, or leave',
+    ),
+    (
+      ['--condition', 'SGD', '--cpus-per-run', '2', '--executor', 'processes'],
+      'cpus_per_run is 2.0, but only --executor ray',
+    ),
     (['--condition', 'SGD', '--shard', '0/4'], 'I/N with I from 1 to N, such'),
     (['--condition', 'SGD', '--shard', '5/4'], "not '5/4'"),
     (['--condition', 'SGD', '--shard', 'a'], "not 'a'"),
@@ -187,6 +196,15 @@ def test_table_4_is_both_halves_with_their_baseline():
   assert 'SGD' not in TABLES['4-C2'].columns
 
 
+def test_a_shard_may_have_no_runs(main, tmp_path):
+  results = tmp_path / 'results'
+  arguments = ('--condition', 'SGD', '--rate', '1', '--results', results)
+  status, out, _ = main('run', *arguments, '--shard', '3/4')
+  assert status == 0
+  assert 'shard 3/4 has no runs: nothing to do.' in out
+  assert not results.exists()
+
+
 @pytest.mark.parametrize('parts', [1, 2, 7, 100])
 def test_shards_are_all_runs_once(parts):
   runs = _runs(table=('2',))
@@ -260,8 +278,16 @@ def test_plan_runs_and_writes_nothing(main, tmp_path):
     'plan', '--condition', 'SGD', 'uSF', '--rate', '1', '10', '--epochs', '2',
     '--results', results,
   )  # fmt: skip
-  status, out, _ = main(*arguments)
+  loads, load = [], selection.Loader.__call__
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      selection.Loader,
+      '__call__',
+      lambda self, run: loads.append(run) or load(self, run),
+    )
+    status, out, _ = main(*arguments)
   assert status == 0
+  assert len(loads) == 1
   assert '0 of 4 runs are finished' in out
   assert '4 runs missing' in out
   assert '--calibrate' in out

@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from experiments import executors, processes, runner, store
+from experiments import cluster, executors, machine, processes, runner, store
 from experiments.cluster import Ray
 from experiments.datasets import DatasetError
 from experiments.store import Store
@@ -19,6 +20,7 @@ from tests.experiments.listener import Listener
 # Ray forks to start its servers, as a driver does before it has loaded JAX.
 pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
+_CORES = set(machine.cores())
 _RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
 _LONG = tiny.run('brSF-50%', epochs=150)
 _FAILS = tiny.run('brSF-50%', tiny.dataset(250), epochs=6)
@@ -210,6 +212,68 @@ def test_more_than_this_host_has_is_refused(tmp_path):
   executor = Ray(Settings(_Load(tmp_path), None, 1.0), gpus=500.0)
   with pytest.raises(ValueError, match='gpus_per_run is 500, but this host'):
     runner.carry_out(_RUNS, Store(tmp_path / 'results'), executor, Listener())
+
+
+class _LoadTogether(_Load):
+  """Waits until both runs have written down the cores that they have."""
+
+  def __call__(self, run):
+    own = ' '.join(map(str, sorted(os.sched_getaffinity(0))))
+    (self.folder / f'cores{run.seed}').write_text(own)
+    end = time.monotonic() + 60
+    while len(list(self.folder.glob('cores*'))) < 2 and time.monotonic() < end:
+      time.sleep(0.05)
+    return tiny.dataset()
+
+
+@pytest.mark.skipif(len(_CORES) < 2, reason='needs two cores')
+def test_a_ray_task_keeps_to_its_cores_and_has_the_settings(
+  tmp_path, monkeypatch
+):
+  flag = '--xla_cpu_enable_fast_math=false'
+  monkeypatch.setenv('XLA_FLAGS', flag)
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
+  target = Store(tmp_path / 'results')
+  target.create()
+  executor = Ray(Settings(_LoadTogether(tmp_path), None, 1.0))
+  summary = runner.carry_out(_RUNS, target, executor, Listener())
+  assert summary.done == 2
+  own = {(tmp_path / f'cores{seed}').read_text() for seed in (0, 1)}
+  assert len(own) == 2
+  assert {int(core) for core in own} <= _CORES
+  for record in store.load(target.folder):
+    assert record.environment['cores'] == '1'
+    assert flag in record.environment['XLA_FLAGS']
+
+
+def test_parts_of_a_host_are_shared_only_when_all_are_taken(monkeypatch):
+  had = []
+  monkeypatch.setattr(cluster, '_cores', lambda: (91, 92, 94, 95, 97))
+  monkeypatch.setattr(os, 'listdir', lambda _: ['7'])
+  monkeypatch.setattr(os, 'sched_setaffinity', lambda _, own: had.append(own))
+  with cluster._own_cores(2.0):
+    with cluster._own_cores(2.0), cluster._own_cores(2.0):
+      pass
+    with cluster._own_cores(2.0):
+      pass
+  with cluster._own_cores(0.0):  # asks for none: has all
+    pass
+  assert had[:2] == [(91, 92), (94, 95)]
+  assert had[2] in had[:2]
+  assert had[3:] == [(94, 95)]
+  with cluster._own_cores(0.5), cluster._own_cores(0.5):
+    with cluster._own_cores(0.5):
+      pass
+  assert had[4:] == [(91,), (91,), (92,)]
+
+
+@pytest.mark.parametrize('address', [None, 'host:6379'])
+def test_ray_tasks_are_told_what_numbers_depend_on(monkeypatch, address):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_one=1')
+  variables = cluster._runtime(address, 'cpu')['env_vars']
+  assert variables['XLA_FLAGS'] == '--xla_one=1'
+  assert variables['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] == '0'
+  assert ('PYTHONPATH' in variables) == (address is None)
 
 
 def test_each_worker_has_its_own_part_of_the_host(monkeypatch):

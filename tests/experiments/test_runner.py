@@ -190,6 +190,19 @@ def test_runs_of_another_process_are_left_to_it(tmp_path):
   assert not (tmp_path / _RUN.run_id).exists()
 
 
+def test_what_another_process_gives_up_is_done_after_all(tmp_path):
+  """While this one was at its last run."""
+  runs = [_RUN, tiny.run('brSF-50%+BN+BM', epochs=1)]
+  Store(tmp_path).create()
+  with Store(tmp_path).leases(60) as leases:
+    lease = leases.acquire(_RUN.run_id)
+    assert lease
+    listener = Listener(1, lambda: leases.give_up(lease))
+    summary = _carry_out(tmp_path, runs, listener)
+  assert (summary.done, summary.elsewhere) == (2, 0)
+  assert Store(tmp_path).missing(runs) == []
+
+
 def test_a_diverged_run_is_a_result_and_not_run_again(tmp_path):
   run = tiny.run('uSF', rate=1e30, epochs=3)
   listener = Listener(1, _crash)

@@ -65,6 +65,8 @@ def test_what_a_crash_leaves_is_removed(tmp_path):
   files.write_atomically(folder.path / 'result.json', result)
   torn.write_text('{"half')
   assert Store(tmp_path).missing([run]) == []
+  assert torn.exists()  # to ask removes nothing
+  Store(tmp_path).tidy([run])
   assert sorted(os.listdir(folder.path)) == [
     'config.json', 'metrics.jsonl', 'result.json',
   ]  # fmt: skip
@@ -141,7 +143,14 @@ def test_links_are_not_followed(tmp_path):
   with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
     Store(inside).open(run)
   assert store.load(inside) == []
+  files.write_atomically(outside / 'result.json', json.dumps(folders.RESULT))
+  for ask in (Store(inside).missing, Store(inside).tidy):
+    with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
+      ask([run])
   assert {'2', '3'} < set(os.listdir(outside / 'checkpoints'))
+  (inside / '.leases').symlink_to(tmp_path / 'outside')
+  with pytest.raises(StoreError, match='.leases is a link'):
+    Store(inside).create()
 
 
 @pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl'])
