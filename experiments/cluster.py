@@ -20,7 +20,7 @@ from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
 _ONE_HOST = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
 _AHEAD = 2  # events that a task may be ahead of what the driver has written
 _SOURCES = Path(__file__).parents[1]
-# What ``backend.configure`` has set, or the user, that speed and bits depend on.
+# Set by ``backend.configure`` or the user; speed and bits depend on them.
 _VARIABLES = ('XLA_FLAGS', 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS')
 
 
@@ -139,6 +139,7 @@ def _runtime(address: str | None, platforms: str) -> dict[str, Any]:
   names = ('experiments', 'symjax_bp')
   return {
     'py_modules': [str(_SOURCES / name) for name in names],
+    'excludes': ['results/', 'choices/', 'plots/'],
     'env_vars': variables,
   }
 

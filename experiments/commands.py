@@ -50,8 +50,9 @@ def _demo(command: cli.Demo) -> int:
 def _run(command: cli.RunCommand) -> int:
   options, data_dir = command.execution, command.selection.data_dir
   options.check()
+  devices = (options.devices or 1) * (command.hosts.process_count or 1)
   runs = options.part_of(
-    selected_runs(command.selection, command.protocol.checked())
+    selected_runs(command.selection, command.protocol.checked(), devices)
   )
   if not runs:
     print(f'shard {options.shard} has no runs: nothing to do.')

@@ -118,9 +118,10 @@ class Judgement:
     if self.effect is None:
       return self.brief
     amount = _amount(self.effect, self.interval, unit)
-    if len(self.findings) > 1:
+    first, *others = self.findings
+    if others:
       return f'{self.brief}, mean {amount}'
-    return f'{self.brief}, {amount}{self.findings[0].fewer_seeds}'
+    return f'{self.brief}, {amount}{first.fewer_seeds}'
 
 
 def _amount(effect: float, interval: Interval | None, unit: str) -> str:

@@ -46,7 +46,7 @@ def test_batches_of_more_than_all_images_are_refused(condition, protocol, said):
 def test_devices_that_do_not_divide_what_is_left_are_refused():
   small = {'train_size': 500, 'holdout': 0.2}
   assert len(_runs('uSF+BM', devices=4, **small)) == 4
-  with pytest.raises(ValueError, match='devices is 4, .* 402 .* --devices, --t'):
+  with pytest.raises(ValueError, match='devices is 4, .* 402 .* --devices'):
     _runs('uSF+BM', devices=4, **{**small, 'train_size': 502})
 
 

@@ -54,7 +54,7 @@ class TimitSubphones(OriginalBuilder):
 
   def _generate_examples(self, path: Path) -> Examples:
     halves: dict[str, dict[str, bytes]] = {}
-    sentences = collections.Counter(dict.fromkeys(SPEAKERS, 0))
+    sentences = collections.Counter[str](dict.fromkeys(SPEAKERS, 0))
     for name, read in archives.members(path):
       match = _FILE.fullmatch(name)
       if match is None or match[1].lower() not in SPEAKERS:
