@@ -11,6 +11,9 @@ A draw that is made anew for every update (brSF) changes when the training step
 says so, and then once in all layers: call ``redraw(model, key)`` next to
 ``optimizer.update``, with the number of the update folded into the key.
 Evaluation and gradient accumulation therefore do not change V.
+
+Layers may be stacked along leading axes, as ``nnx.vmap`` does for ``nnx.scan``:
+each has a V of its own.
 """
 
 import zlib
@@ -18,8 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.interpreters import partial_eval
 
 from symjax_bp import metrics, primitives
 from symjax_bp.feedback import FeedbackRule, symmetric
@@ -63,38 +68,73 @@ class Feedback(nnx.Variable):
 class _Operation(nnx.Module):
   """Stands in a layer for ``jax.lax``'s operation and knows the layer's V."""
 
-  def __init__(self, name: str, rule: FeedbackRule, kernel, key, mask):
-    self.name = name
+  def __init__(self, layer: Any, rule: FeedbackRule, key: Any):
+    kernel = layer.kernel[...]
+    self.name, _, _ = _operation_of(layer)
     self.rule = rule
-    self.mask = nnx.data(mask)
+    self.rank, _ = _geometry(layer)
+    # Flax hands W over in the dtype of the computation; draws don't follow it.
+    self.dtype = kernel.dtype
+    self.mask = nnx.data(getattr(layer, 'mask', None))
     self.key: Any = nnx.data(None)
     self.kernel: Any = nnx.data(None)
     if rule.redraws:
-      self.key = Feedback(key)
+      self.key = Feedback(_split(key, kernel.shape[: kernel.ndim - self.rank]))
     elif rule.draws:
       self.kernel = Feedback(rule.draw(key, kernel))
 
   def feedback_weights(self, W: jax.Array) -> jax.Array:
-    draw = None
-    if self.rule.redraws:
-      draw = self.rule.draw(self.key[...], W)
-    elif self.rule.draws:
-      draw = self.kernel[...]
+    """V for the kernel of the layer, or for several that are stacked."""
+    stack = W.shape[: W.ndim - self.rank]
+
+    def stacked(array, shape):  # What is not is shared by the layers.
+      return None if array is None else jnp.broadcast_to(array[...], shape)
+
+    weights = self._weights
+    for _ in stack:
+      weights = jax.vmap(weights)
+    return weights(
+      W,
+      stacked(self.key, stack),
+      stacked(self.kernel, W.shape),
+      stacked(self.mask, W.shape),
+    )
+
+  def _weights(self, W, key, draw, mask) -> jax.Array:
+    if key is not None:
+      draw = self.rule.draw(key, jax.ShapeDtypeStruct(W.shape, self.dtype))
     V = self.rule.weights(W, draw)
-    return V if self.mask is None else V * self.mask.astype(V.dtype)
+    return V if mask is None else V * mask.astype(V.dtype)
 
   def __call__(self, x, W, *args, **kwargs) -> jax.Array:
     primitive = getattr(primitives, self.name)
     return primitive(x, W, self.feedback_weights(W), *args, **kwargs)
 
 
-def _operation_of(layer: nnx.Module) -> tuple[str, Any, Any]:
+def _kind(layer: Any) -> type:
+  """The class of Flax that a layer is of."""
+  return next(kind for kind in _LAYERS if isinstance(layer, kind))
+
+
+def _operation_of(layer: Any) -> tuple[str, Any, Any]:
   """Name and value of a layer's operation, and Flax's own value."""
-  name, default = next(
-    entry for kind, entry in _OPERATIONS.items() if isinstance(layer, kind)
-  )
+  name, default = _OPERATIONS[_kind(layer)]
   own = getattr(layer, 'dot_general_cls', None)
   return name, own or getattr(layer, name), default
+
+
+def _geometry(layer: Any) -> tuple[int, tuple[int, ...]]:
+  """Rank of a kernel that is not stacked, and a shape of inputs for it."""
+  if isinstance(layer, nnx.LinearGeneral):
+    contracted = zip(layer.axis, layer.in_features, strict=True)
+    sizes = {**dict(layer.batch_axis), **dict(contracted)}
+    shape = [1] * (1 + max(len(sizes), *map(abs, sizes)))
+    for axis, size in sizes.items():
+      shape[axis] = size
+    return len(sizes) + len(layer.out_features), tuple(shape)
+  window = getattr(layer, 'kernel_size', ())
+  # Wide enough for a subclass that pools.
+  return 2 + len(window), (1, *(64 for _ in window), layer.in_features)
 
 
 def _attach(layer: Any, rule: FeedbackRule, key, path: str = '') -> None:
@@ -109,9 +149,51 @@ def _attach(layer: Any, rule: FeedbackRule, key, path: str = '') -> None:
       f'layer {path!r} has an operation of its own ({name} or {name}_cls), '
       f'which {rule!r} would replace: exclude the layer.'
     )
+  setattr(layer, name, nnx.data(_Operation(layer, rule, key)))
+
+
+def _check_call(layer: Any, path: str) -> None:
+  """Raises unless the kernel of a subclass acts by the operation alone.
+
+  To see that, the layer is traced with an operation that forgets its kernel.
+  """
+  kind = _kind(layer)
+  if type(layer).__call__ is kind.__call__:
+    return
+  name, _, default = _operation_of(layer)
+  rank, shape = _geometry(layer)
+  called = []
+
+  def forget(x, W, *args, **kwargs):
+    called.append(True)
+    y = jax.eval_shape(lambda x, W: default(x, W, *args, **kwargs), x, W)
+    return jnp.zeros(y.shape, y.dtype)
+
+  def call(kernel, rest, x):
+    return jax.tree.leaves(nnx.merge(graph, kernel, rest)(x))
+
+  def one_layer(array):
+    return jax.ShapeDtypeStruct(array.shape[kernel.ndim - rank :], array.dtype)
+
+  layer = nnx.clone(layer)
+  setattr(layer, name, nnx.static(forget))
   kernel = layer.kernel[...]
-  mask = getattr(layer, 'mask', None)
-  setattr(layer, name, nnx.data(_Operation(name, rule, kernel, key, mask)))
+  graph, *state = nnx.split(layer, lambda _, value: value is layer.kernel, ...)
+  x = jax.ShapeDtypeStruct(shape, kernel.dtype)
+  try:
+    jaxpr = jax.make_jaxpr(call)(*jax.tree.map(one_layer, state), x).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    if called and not used[0]:
+      return
+    reason = 'takes its kernel elsewhere than to super().__call__(x)'
+  except Exception as error:
+    reason = f'can not be tried on one array ({type(error).__name__}: {error})'
+  raise ValueError(
+    f'layer {path!r} can not be made asymmetric: its {type(layer).__name__}.'
+    f'__call__ {reason}. Call super().__call__(x), or hold {kind.__name__} in '
+    'a module of your own in place of deriving from it. To train it by plain '
+    f'backpropagation, exclude={path!r}.'
+  )
 
 
 def _key(rule: FeedbackRule, rngs: nnx.Rngs | None) -> jax.Array | None:
@@ -122,11 +204,11 @@ def _key(rule: FeedbackRule, rngs: nnx.Rngs | None) -> jax.Array | None:
   """
   if not rule.draws:
     return None
-  if rngs is None:
-    raise ValueError(_NO_RNGS.format(rule=rule))
-  if 'feedback' in rngs:
+  if rngs is not None and 'feedback' in rngs:
     return rngs['feedback']()
-  stream: Any = rngs['params']
+  stream: Any = getattr(rngs, 'params', None)
+  if stream is None:
+    raise ValueError(_NO_RNGS.format(rule=rule))
   key = jax.random.fold_in(stream.key[...], stream.count[...])
   return _fold(key, 'feedback')
 
@@ -135,7 +217,22 @@ def _fold(key: jax.Array, path: str) -> jax.Array:
   return jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
-class Linear(nnx.Linear):
+def _split(key: Any, stack: tuple[int, ...]) -> jax.Array:
+  """A key, or one for each of the layers that are stacked."""
+  return jax.random.split(key, stack) if stack else key
+
+
+class _Asymmetric(nnx.Module):
+  """A layer of Flax with one more argument, ``feedback``."""
+
+  def __init__(self, *args, feedback: FeedbackRule, rngs: nnx.Rngs, **kwargs):
+    check_rule('feedback', feedback)
+    init: Any = super().__init__
+    init(*args, rngs=rngs, **kwargs)
+    _attach(self, feedback, _key(feedback, rngs))
+
+
+class Linear(_Asymmetric, nnx.Linear):
   """``flax.nnx.Linear`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
@@ -154,21 +251,8 @@ class Linear(nnx.Linear):
     **kwargs: as for ``flax.nnx.Linear``.
   """
 
-  def __init__(
-    self,
-    in_features: int,
-    out_features: int,
-    *,
-    feedback: FeedbackRule,
-    rngs: nnx.Rngs,
-    **kwargs,
-  ):
-    check_rule('feedback', feedback)
-    super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-    _attach(self, feedback, _key(feedback, rngs))
 
-
-class LinearGeneral(nnx.LinearGeneral):
+class LinearGeneral(_Asymmetric, nnx.LinearGeneral):
   """``flax.nnx.LinearGeneral`` with feedback weights.
 
   >>> import symjax_bp
@@ -190,21 +274,8 @@ class LinearGeneral(nnx.LinearGeneral):
     **kwargs: as for ``flax.nnx.LinearGeneral``.
   """
 
-  def __init__(
-    self,
-    in_features: int | Sequence[int],
-    out_features: int | Sequence[int],
-    *,
-    feedback: FeedbackRule,
-    rngs: nnx.Rngs,
-    **kwargs,
-  ):
-    check_rule('feedback', feedback)
-    super().__init__(in_features, out_features, rngs=rngs, **kwargs)
-    _attach(self, feedback, _key(feedback, rngs))
 
-
-class Conv(nnx.Conv):
+class Conv(_Asymmetric, nnx.Conv):
   """``flax.nnx.Conv`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
@@ -225,35 +296,47 @@ class Conv(nnx.Conv):
     **kwargs: as for ``flax.nnx.Conv``.
   """
 
-  def __init__(
-    self,
-    in_features: int,
-    out_features: int,
-    kernel_size: int | Sequence[int],
-    *,
-    feedback: FeedbackRule,
-    rngs: nnx.Rngs,
-    **kwargs,
-  ):
-    check_rule('feedback', feedback)
-    super().__init__(
-      in_features, out_features, kernel_size, rngs=rngs, **kwargs
-    )
-    _attach(self, feedback, _key(feedback, rngs))
 
-
-def _modules(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-  """All modules but our own operations, with their paths."""
+def _layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
+  """All layers that can be asymmetric, with their paths."""
   for path, module in list(nnx.iter_modules(model)):
-    if not isinstance(module, _Operation):
+    if isinstance(module, _LAYERS):
       yield '/'.join(map(str, path)), module
 
 
-def _other_weights(path: str, module: nnx.Module) -> Iterator[tuple[str, Any]]:
-  """A module's own parameters of two or more axes, with their paths."""
-  for name, value in vars(module).items():
-    if isinstance(value, nnx.Param) and value[...].ndim >= 2:
-      yield f'{path}/{name}'.lstrip('/'), value
+def _operations(model: nnx.Module) -> Iterator[tuple[str, Any, _Operation]]:
+  """All layers that have a rule: path, layer, operation."""
+  for path, layer in _layers(model):
+    operation = _operation_of(layer)[1]
+    if isinstance(operation, _Operation):
+      yield path, layer, operation
+
+
+def _weights(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+  """Path and shape of all weights: of layers, with these, and of the others.
+
+  The others are all parameters of two or more axes, wherever they are, and
+  Linen modules that have none yet.
+  """
+  known = {
+    id(variable)
+    for _, layer in _layers(model)
+    for variable in (layer.kernel, layer.bias)
+  }
+  for parts, node in list(nnx.iter_graph(model)):
+    path = '/'.join(map(str, parts))
+    if isinstance(node, _LAYERS):
+      yield path, node.kernel.shape, node
+    elif isinstance(node, nnx.Param) and id(node) not in known:
+      for key, leaf in jax.tree.leaves_with_path(node.get_value()):
+        name = jax.tree_util.keystr(key, simple=True, separator='/')
+        shape = getattr(leaf, 'shape', ())
+        if len(shape) >= 2:
+          yield f'{path}/{name}'.strip('/'), shape, None
+    elif isinstance(node, nnx.bridge.ToNNX) and not jax.tree.leaves(
+      nnx.state(node, nnx.Not(nnx.RngState))
+    ):
+      yield path, (), None
 
 
 def with_feedback(
@@ -266,7 +349,14 @@ def with_feedback(
   """Returns an asymmetric copy of an NNX model.
 
   Every ``Linear``, ``LinearGeneral`` and ``Conv`` in the copy, however deep,
-  uses the rule; a layer that has a rule already gets the new one.
+  uses the rule; a layer that has a rule already gets the new one. A subclass
+  with a ``__call__`` of its own is tried on one array: its kernel may reach the
+  output by ``super().__call__`` alone.
+
+  What a layer draws follows from its path and shape and from one key for all:
+  the next one of the stream ``feedback``. If ``rngs`` has no such stream, from
+  the key and the count of ``params``, which does not advance: two calls then
+  draw alike.
 
   >>> import symjax_bp
   >>> mlp = nnx.Sequential(
@@ -293,12 +383,14 @@ def with_feedback(
     rule: a rule for all layers, or a mapping {regular expression: rule}. An
       expression is searched for in a layer's path, such as ``'layers/0'``
       (``^`` and ``$`` anchor it); the first that is found wins.
-    rngs: key streams; needed by rules that draw.
+    rngs: key streams such as ``nnx.Rngs(feedback=0)``; needed by rules that
+      draw.
     exclude: one or more regular expressions for the paths of layers, and of
       other parameters, to leave as they are.
 
   Raises:
-    TypeError: if ``rule`` is no rule or mapping to rules.
+    TypeError: if ``rule`` is no rule or mapping to rules, or ``rngs`` no
+      ``nnx.Rngs``.
     ValueError: if a rule draws and there is no ``rngs``, a layer matches no
       expression, an expression matches no layer, or the model has weights that
       can't be made asymmetric.
@@ -308,35 +400,32 @@ def with_feedback(
       f'model must be an nnx.Module, not {type(model).__name__}; for a '
       'flax.linen.Module use symjax_bp.linen.with_feedback.'
     )
+  if not (rngs is None or isinstance(rngs, nnx.Rngs)):
+    raise TypeError(
+      'rngs must be an nnx.Rngs, for instance nnx.Rngs(feedback=0), or None, '
+      f'not {rngs!r}.'
+    )
   patterns = Patterns.create(rule, exclude)
-  return _with_patterns(model, patterns, rngs, strict=True)
-
-
-def _with_patterns(
-  model: Model, patterns: Patterns, rngs: nnx.Rngs | None, strict: bool
-) -> Model:
   copy = nnx.clone(model)
   base = None
   seen = []
-  for path, module in _modules(copy):
-    if not isinstance(module, _LAYERS):
-      for parameter, value in _other_weights(path, module) if strict else ():
-        seen.append(parameter)
-        if not patterns.excluded(parameter):
-          raise ValueError(
-            f'{type(module).__name__} has weights that can not be made '
-            f'asymmetric: {parameter!r} of shape {value.shape}. Only Linear, '
-            'LinearGeneral and Conv (and what is built of them) can. To train '
-            f'it by plain backpropagation, exclude={parameter!r}.'
-          )
-      continue
+  for path, shape, layer in list(_weights(copy)):
     seen.append(path)
     if patterns.excluded(path):
       continue
-    rule = patterns.rule(path)
-    if rule.draws and base is None:
-      base = _key(rule, rngs)
-    _attach(module, rule, None if base is None else _fold(base, path), path)
+    if layer is None:
+      what = f'of shape {shape}' if shape else '(its lazy_init comes first)'
+      raise ValueError(
+        'the model has weights that can not be made asymmetric: '
+        f'{path!r} {what}. Only Linear, LinearGeneral and Conv (and what is '
+        'built of them) can. To train it by plain backpropagation, '
+        f'exclude={path!r}.'
+      )
+    each = patterns.rule(path)
+    _check_call(layer, path)
+    if each.draws and base is None:
+      base = _key(each, rngs)
+    _attach(layer, each, None if base is None else _fold(base, path), path)
   patterns.check_used(seen)
   return copy
 
@@ -353,8 +442,10 @@ def plain_twin(model: Model) -> Model:
   Args:
     model: any NNX model, asymmetric in whole, in part or not at all.
   """
-  patterns = Patterns.create(symmetric(), ())
-  return _with_patterns(model, patterns, None, strict=False)
+  copy = nnx.clone(model)
+  for path, layer, _ in _operations(copy):
+    _attach(layer, symmetric(), None, path)
+  return copy
 
 
 def redraw(model: nnx.Module, key: jax.Array) -> None:
@@ -375,12 +466,19 @@ def redraw(model: nnx.Module, key: jax.Array) -> None:
   Args:
     model: the model; its layers' keys are replaced in place.
     key: a PRNG key; each layer folds its path into it.
+
+  Raises:
+    TypeError: if ``key`` is no key.
   """
-  for path, module in _modules(model):
-    if isinstance(module, _LAYERS):
-      operation = _operation_of(module)[1]
-      if isinstance(operation, _Operation) and operation.rule.redraws:
-        operation.key[...] = _fold(key, path)
+  dtype = getattr(key, 'dtype', object)
+  if dtype == jnp.uint32:
+    key = jax.random.wrap_key_data(key)
+  elif not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    raise TypeError(f'key must be a jax.random.key(...), not {key!r}.')
+  for path, _, operation in _operations(model):
+    if operation.rule.redraws:
+      stack = operation.key[...].shape
+      operation.key[...] = _split(_fold(key, path), stack)
 
 
 def feedback_weights(model: nnx.Module) -> dict[str, jax.Array]:
@@ -394,13 +492,10 @@ def feedback_weights(model: nnx.Module) -> dict[str, jax.Array]:
   Returns:
     {path of the layer: V}, in the dtype of the layer's parameters.
   """
-  weights = {}
-  for path, module in _modules(model):
-    if isinstance(module, _LAYERS):
-      operation = _operation_of(module)[1]
-      if isinstance(operation, _Operation):
-        weights[path] = operation.feedback_weights(module.kernel[...])
-  return weights
+  return {
+    path: operation.feedback_weights(layer.kernel[...])
+    for path, layer, operation in _operations(model)
+  }
 
 
 def layer_rules(
@@ -412,15 +507,8 @@ def layer_rules(
     ``{path: (kernel shape, rule)}`` for the layers and for every other
     parameter of two or more axes.
   """
-  rows = {}
-  for path, module in _modules(model):
-    if isinstance(module, _LAYERS):
-      rule = getattr(_operation_of(module)[1], 'rule', None)
-      rows[path] = (module.kernel.shape, rule)
-    else:
-      for parameter, value in _other_weights(path, module):
-        rows[parameter] = (value.shape, None)
-  return rows
+  rules = {path: operation.rule for path, _, operation in _operations(model)}
+  return {path: (shape, rules.get(path)) for path, shape, _ in _weights(model)}
 
 
 def feedback_table(model: nnx.Module) -> str:
@@ -460,17 +548,13 @@ def layer_alignment(
     gradient = nnx.grad(evaluate)(nnx.clone(model))
     graph, _, rest = nnx.split(model, nnx.Param, ...)
     gradient = nnx.merge(graph, gradient, rest)
-    return {
-      path: module.kernel[...]
-      for path, module in _modules(gradient)
-      if isinstance(module, _LAYERS)
-    }
+    return {path: layer.kernel[...] for path, layer in _layers(gradient)}
 
   dW, true_dW = gradients(model), gradients(plain_twin(model))
-  modules = dict(_modules(model))
+  layers = dict(_layers(model))
   return {
     path: metrics.alignment(
-      modules[path].kernel[...], V, dW[path], true_dW[path]
+      layers[path].kernel[...], V, dW[path], true_dW[path]
     )
     for path, V in feedback_weights(model).items()
   }

@@ -10,6 +10,7 @@ from flax import nnx
 import symjax_bp as sbp
 from symjax_bp import nnx as asymmetric
 from tests.cases import RULES, assert_same_bits, normal
+from tests.nnx_models import CNN, SHAPE, Stack, input_gradient, params
 
 LAYERS = {
   'Linear': (asymmetric.Linear, nnx.Linear, (4, 5), {}, (3, 4)),
@@ -21,16 +22,12 @@ LAYERS = {
     {'axis': (1, 2)}, (2, 4, 5),
   ),
   'Conv': (
-    asymmetric.Conv, nnx.Conv, (4, 6, (3, 3)),
-    {'strides': 2, 'feature_group_count': 2}, (2, 6, 7, 4),
+    asymmetric.Conv, nnx.Conv, (4, 6, (3, 3), 2), {'feature_group_count': 2},
+    (2, 6, 7, 4),
   ),
 }  # fmt: skip
 every_layer = pytest.mark.parametrize('layer', LAYERS.values(), ids=LAYERS)
 every_rule = pytest.mark.parametrize('rule', RULES.values(), ids=str)
-
-
-def params(model):
-  return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
 @every_rule
@@ -56,23 +53,6 @@ def test_layers_are_those_of_flax_but_for_dx(layer, rule):
   )
 
 
-class CNN(nnx.Module):
-  """Plain Flax, as users have it."""
-
-  def __init__(self, rngs: nnx.Rngs):
-    self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
-    self.norm = nnx.BatchNorm(4, rngs=rngs)
-    self.layers = nnx.List([
-      nnx.Linear(4 * 9, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs),
-    ])  # fmt: skip
-
-  def __call__(self, x):
-    x = nnx.relu(self.norm(self.conv(x)))
-    x = nnx.max_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
-    return self.layers[1](nnx.relu(self.layers[0](x)))
-
-
-SHAPE = (4, 6, 6, 2)
 LABELS = jnp.array([0, 1, 2, 1])
 
 
@@ -174,6 +154,17 @@ def test_with_feedback_follows_its_key_and_does_not_advance_other_streams():
   assert_same_bits(params(CNN(rngs)), params(CNN(nnx.Rngs(0))))
 
 
+@pytest.mark.parametrize('streams, alike', [({'feedback': 0}, 0), ({}, 1)])
+def test_two_calls_draw_alike_unless_there_is_a_stream(streams, alike):
+  rngs = nnx.Rngs(1, **streams)
+  a, b = (
+    asymmetric.with_feedback(CNN(nnx.Rngs(0)), sbp.rndf(), rngs=rngs)
+    for _ in range(2)
+  )
+  V = [asymmetric.feedback_weights(model)['conv'] for model in (a, b)]
+  assert (V[0] == V[1]).mean() == alike
+
+
 def test_redraw_changes_V_once_an_update_and_only_then():
   model = asymmetric.with_feedback(
     CNN(nnx.Rngs(0)), {'conv': sbp.brsf(), '': sbp.frsf()}, rngs=nnx.Rngs(1)
@@ -192,145 +183,115 @@ def test_redraw_changes_V_once_an_update_and_only_then():
   assert_same_bits(asymmetric.feedback_weights(model), second)
 
 
-def test_redraw_inside_a_jitted_step_is_the_same_as_outside():
-  rngs = nnx.Rngs(1)
-  build = lambda: asymmetric.with_feedback(
-    CNN(nnx.Rngs(0)), sbp.brsf(0.25), rngs=nnx.Rngs(1)
+def twins(rule):
+  """Two layers of one shape."""
+  rngs = nnx.Rngs(0)
+  model = nnx.Sequential(*(nnx.Linear(3, 3, rngs=rngs) for _ in range(2)))
+  return asymmetric.with_feedback(model, rule, rngs=nnx.Rngs(1))
+
+
+def test_redraw_gives_every_layer_a_V_of_its_own():
+  model = twins(sbp.brsf())
+  asymmetric.redraw(model, jax.random.key(3))
+  a, b = asymmetric.feedback_weights(model).values()
+  assert not (abs(a) == abs(b)).any()
+
+
+@pytest.mark.parametrize('key', [jax.random.key(3), jax.random.PRNGKey(3)])
+def test_redraw_in_a_jitted_step_is_that_outside(key):
+  jitted, eager = twins(sbp.brsf(0.25)), twins(sbp.brsf(0.25))
+  nnx.jit(asymmetric.redraw)(jitted, key)
+  asymmetric.redraw(eager, jax.random.key(3))
+  V = [asymmetric.feedback_weights(model) for model in (jitted, eager)]
+  assert_same_bits(*V)
+  before = asymmetric.feedback_weights(twins(sbp.brsf(0.25)))
+  assert not (before['layers/0'] == V[0]['layers/0']).any()
+
+
+def test_training_follows_the_key_of_redraw():
+  a, b, c = (
+    train(
+      asymmetric.with_feedback(CNN(nnx.Rngs(0)), sbp.brsf(), rngs=nnx.Rngs(1)),
+      key=jax.random.key(seed),
+    )
+    for seed in (3, 3, 4)
   )
-  del rngs
-  key = jax.random.key(3)
-  assert_same_bits(train(build(), key=key), train(build(), key=key))
-  other = train(build(), key=jax.random.key(4))
-  assert train(build(), key=key)[-1] != other[-1]
+  assert_same_bits(a, b)
+  assert a[-1] != c[-1]
 
 
-def test_attention_and_recurrent_cells_are_reached():
-  class Model(nnx.Module):
-    def __init__(self, rngs):
-      self.attention = nnx.MultiHeadAttention(2, 6, 6, decode=False, rngs=rngs)
-      self.cell = nnx.GRUCell(6, 4, rngs=rngs)
-
-    def __call__(self, x):
-      x = self.attention(x)
-      carry, _ = self.cell(jnp.zeros((x.shape[0], 4)), x[:, 0])
-      return carry
-
-  model = Model(nnx.Rngs(0))
-  copy = asymmetric.with_feedback(model, sbp.rndf(), rngs=nnx.Rngs(1))
-  rules = asymmetric.layer_rules(copy)
-  assert {path: rule for path, (_, rule) in rules.items()} == dict.fromkeys(
-    [
-      'attention/key', 'attention/out', 'attention/query', 'attention/value',
-      'cell/dense_h', 'cell/dense_i',
-    ],
-    sbp.rndf(),
-  )  # fmt: skip
-  x = normal(0, (2, 5, 6))
-  assert_same_bits(copy(x), model(x))
-  ours, plain = (jax.grad(lambda x, m=m: m(x).sum())(x) for m in (copy, model))
-  assert not np.allclose(ours, plain)
+STACKS = {
+  'Linear': (lambda rngs: nnx.Linear(6, 6, rngs=rngs), (4, 6)),
+  'LinearGeneral': (
+    lambda rngs: nnx.LinearGeneral(
+      (2, 3), (2, 3), axis=(1, 2), batch_axis={0: 4}, rngs=rngs
+    ), (4, 2, 3),
+  ),
+  'Conv': (
+    lambda rngs: nnx.Conv(
+      2, 2, (3,), mask=jnp.ones((3, 2, 2)).at[0, 0].set(0), rngs=rngs
+    ), (4, 5, 2),
+  ),
+}  # fmt: skip
 
 
-class Custom(nnx.Module):
-  def __init__(self, rngs):
-    self.W = nnx.Param(jax.random.normal(rngs.params(), (3, 4)))
-    self.layer = nnx.Linear(4, 2, rngs=rngs)
-
-  def __call__(self, x):
-    return self.layer(x @ self.W[...])
+def assert_uses_reported_feedback(model, plain, x):
+  """All is linear: dx is that of plain layers whose kernels are V."""
+  at_V = nnx.clone(plain)
+  V = asymmetric.feedback_weights(model)['layers']
+  at_V.layers.kernel[...] = V
+  g = normal(1, x.shape)
+  actual, expected = (input_gradient(m, x, g) for m in (model, at_V))
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
+  return V
 
 
 @pytest.mark.parametrize(
-  'make, path',
+  'layer, rule',
   [
-    (Custom, "'W'"),
-    (lambda rngs: nnx.ConvTranspose(2, 3, (2,), rngs=rngs), "'kernel'"),
-    (lambda rngs: nnx.Einsum('ab,bc->ac', (3, 4), rngs=rngs), "'kernel'"),
-    (lambda rngs: nnx.Embed(3, 4, rngs=rngs), "'embedding'"),
+    ('Linear', sbp.nusf()),
+    ('Linear', sbp.brsf()),
+    ('LinearGeneral', sbp.brsf()),
+    ('Conv', sbp.nusf()),
+    ('Conv', sbp.rndf()),
   ],
 )
-def test_weights_that_can_not_be_asymmetric_are_refused_by_name(make, path):
-  model = make(nnx.Rngs(0))
-  with pytest.raises(ValueError, match=f'made asymmetric: {path}'):
-    asymmetric.with_feedback(model, sbp.usf())
-  allowed = asymmetric.with_feedback(
-    model, sbp.usf(), exclude=f'^{path[1:-1]}$'
+def test_every_layer_of_a_stack_has_a_V_of_its_own(layer, rule):
+  make, shape = STACKS[layer]
+  plain = Stack(make)
+  model = asymmetric.with_feedback(plain, rule, rngs=nnx.Rngs(1))
+  V = assert_uses_reported_feedback(model, plain, normal(0, shape))
+  if rule.draws:
+    assert not ((abs(V[0]) == abs(V[1])) & (V[0] != 0)).any()
+
+
+def test_a_stack_of_our_own_layers_is_redrawn_and_measured():
+  model = Stack(
+    lambda rngs: asymmetric.Linear(6, 6, feedback=sbp.brsf(), rngs=rngs)
   )
-  assert_same_bits(params(allowed), params(model))
+  plain, x = Stack(STACKS['Linear'][0]), normal(0, (4, 6))
+  asymmetric.redraw(model, jax.random.key(5))
+  V = assert_uses_reported_feedback(model, plain, x)
+  assert not (abs(V[0]) == abs(V[1])).any()
+  row = asymmetric.layer_alignment(model, jnp.sum, x)['layers']
+  ratio = np.linalg.norm(V) / np.linalg.norm(plain.layers.kernel[...])
+  np.testing.assert_allclose(row.norm_ratio, ratio, rtol=1e-5)
+  assert row.gradient_angle > 1
 
 
-def test_plain_twin_and_table():
-  model = asymmetric.with_feedback(
-    Custom(nnx.Rngs(0)), sbp.rndf(), rngs=nnx.Rngs(1), exclude='W'
-  )
-  assert asymmetric.feedback_table(model).splitlines() == [
-    'layer  shape   feedback',
-    'layer  (4, 2)  rndf()',
-    'W      (3, 4)  plain backpropagation',
-  ]
-  twin = asymmetric.plain_twin(model)
-  x = normal(0, (2, 3))
-  loss = lambda m: (m(x) ** 2).sum()
-  expected = nnx.grad(loss)(Custom(nnx.Rngs(0)))
-  actual = nnx.grad(loss)(twin)
-  assert_same_bits(nnx.to_pure_dict(actual), nnx.to_pure_dict(expected))
-
-
-def test_rules_by_path_and_a_second_conversion():
-  model = asymmetric.with_feedback(
-    CNN(nnx.Rngs(0)), {'conv': sbp.usf(), 'layers': sbp.nusf()}
-  )
-  rules = [rule for _, rule in asymmetric.layer_rules(model).values()]
-  assert rules == [sbp.usf(), sbp.nusf(), sbp.nusf()]
-  again = asymmetric.with_feedback(model, sbp.symmetric())
-  rules = [rule for _, rule in asymmetric.layer_rules(again).values()]
-  assert rules == [sbp.symmetric()] * 3
-
-
-def test_layer_alignment_measures_the_V_that_was_used():
-  model = asymmetric.with_feedback(
-    CNN(nnx.Rngs(0)),
-    {'conv': sbp.usf(), 'layers/0': sbp.rndf(), '': sbp.symmetric()},
-    rngs=nnx.Rngs(1),
-  )
-  x = normal(0, SHAPE)
-  before = nnx.to_pure_dict(nnx.state(model))
-  loss = lambda y: (y**2).sum()
-  measure = nnx.jit(lambda m: asymmetric.layer_alignment(m, loss, x))
-  rows = measure(model)
-  assert_same_bits(nnx.to_pure_dict(nnx.state(model)), before)
-  V = asymmetric.feedback_weights(model)
-  for path, row in rows.items():
-    module = dict(asymmetric._modules(model))[path]
-    W, used = np.asarray(module.kernel[...]), np.asarray(V[path])
-    ratio = np.linalg.norm(used) / np.linalg.norm(W)
-    np.testing.assert_allclose(row.norm_ratio, ratio, rtol=1e-5)
-    concordance = (np.sign(W) == np.sign(used)).mean()
-    np.testing.assert_allclose(row.concordance, concordance, rtol=1e-6)
-  assert rows['conv'].concordance == 1
-  assert rows['layers/0'].gradient_angle == 0
-  assert rows['conv'].gradient_angle > 1
-
-
+@pytest.mark.parametrize('rule', [sbp.brsf(0.25), sbp.frsf(0.25)], ids=str)
 @pytest.mark.parametrize(
-  'call, error, message',
-  [
-    (lambda m: asymmetric.with_feedback(m, 'uSF'), TypeError, "not 'uSF'"),
-    (lambda m: asymmetric.with_feedback(m, sbp.rndf()), ValueError,
-     r'rndf\(\) draws random feedback: pass rngs'),
-    (lambda m: asymmetric.with_feedback(m, {'conv': sbp.usf()}), ValueError,
-     "layer 'layers/0' matches none"),
-    (lambda m: asymmetric.with_feedback(m, {'x': sbp.usf(), '': sbp.usf()}),
-     ValueError, r"'x' matches nothing in the model.*'conv', 'layers/0'"),
-    (lambda m: asymmetric.with_feedback(jnp.sum, sbp.usf()), TypeError,
-     'must be an nnx.Module'),
-    (lambda m: asymmetric.Linear(2, 3, feedback=1, rngs=nnx.Rngs(0)),
-     TypeError, 'not 1'),
-    (lambda m: asymmetric.Linear(2, 3, feedback=sbp.usf(), rngs=nnx.Rngs(0),
-                                 dot_general=lambda *a, **k: None),
-     ValueError, 'operation of its own'),
-  ],
-)  # fmt: skip
-def test_bad_arguments_are_named(call, error, message):
-  with pytest.raises(error, match=message):
-    call(CNN(nnx.Rngs(0)))
+  'dtypes',
+  [('float64', 'float32'), ('float32', 'float64'), ('float32', 'bfloat16')],
+)
+def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes, rule):
+  with jax.enable_x64(True):
+    layer = asymmetric.Linear(
+      3, 4, feedback=rule, use_bias=False, param_dtype=dtypes[0],
+      dtype=dtypes[1], rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jnp.ones(3, dtypes[1])
+    used = jax.jacrev(layer)(x).T
+    V = asymmetric.feedback_weights(layer)['']
+    assert (V.dtype, used.dtype) == dtypes
+    np.testing.assert_array_equal(V.astype(used.dtype), used)
