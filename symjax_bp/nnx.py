@@ -55,6 +55,11 @@ _OPERATIONS = {
   nnx.Conv: ('conv_general_dilated', lax.conv_general_dilated),
 }
 _LAYERS = tuple(_OPERATIONS)
+# Their parameters have an axis more where layers are stacked.
+_ELEMENTWISE = (
+  nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm,
+  BatchNorm,
+)  # fmt: skip
 _NO_RNGS = (
   '{rule!r} draws random feedback: pass rngs=nnx.Rngs(...), for instance '
   'nnx.Rngs(feedback=0).'
@@ -315,13 +320,18 @@ def _operations(model: nnx.Module) -> Iterator[tuple[str, Any, _Operation]]:
 def _weights(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], Any]]:
   """Path and shape of all weights: of layers, with these, and of the others.
 
-  The others are all parameters of two or more axes, wherever they are, and
-  Linen modules that have none yet.
+  The others are all parameters of two or more axes, wherever they are, but for
+  those of normalisations, and Linen modules that have none yet.
   """
   known = {
-    id(variable)
-    for _, layer in _layers(model)
-    for variable in (layer.kernel, layer.bias)
+    id(getattr(module, name, None))
+    for kinds, names in (
+      (_LAYERS, ('kernel', 'bias')),
+      (_ELEMENTWISE, ('scale', 'bias')),
+    )
+    for _, module in nnx.iter_modules(model)
+    if isinstance(module, kinds)
+    for name in names
   }
   for parts, node in list(nnx.iter_graph(model)):
     path = '/'.join(map(str, parts))

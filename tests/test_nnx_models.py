@@ -103,6 +103,26 @@ def test_weights_that_can_not_be_asymmetric_are_refused_by_name(make, path):
     assert asymmetric.layer_rules(each)[path][1] is None
 
 
+class Normalised(nnx.Module):
+  def __init__(self, rngs):
+    self.theirs = nnx.LayerNorm(3, rngs=rngs)
+    self.ours = asymmetric.BatchNorm(3, use_scale=True, rngs=rngs)
+    self.linear = nnx.Linear(3, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.linear(self.theirs(x))
+
+
+def test_normalisations_in_a_stack_are_left_alone():
+  model = Stack(Normalised)
+  copy = asymmetric.with_feedback(model, sbp.usf())
+  assert asymmetric.layer_rules(copy) == {
+    'layers/linear': ((3, 3, 3), sbp.usf())
+  }
+  x = normal(0, (2, 3))
+  assert_same_bits(copy(x), model(x))
+
+
 class Activated(nnx.Linear):
   def __call__(self, x):
     return nnx.tanh(super().__call__(x))
