@@ -296,11 +296,13 @@ class Store:
     """Removes what a crash at the very end of finished runs left.
 
     Raises:
-      StoreError: if what is there is no result, or a link.
+      StoreError: if the folder of a run is a link.
     """
     for run in runs:
-      if self.finished(run):
-        _tidy(self.folder / run.run_id)
+      path = self.folder / run.run_id
+      _refuse_link(path)
+      if (path / 'result.json').exists():
+        _tidy(path)
 
   def open(self, run: Run) -> RunFolder:
     """The folder of a run; hold its lease."""

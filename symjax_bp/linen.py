@@ -42,6 +42,7 @@ from symjax_bp.matching import (
   by_path,
   check_rule,
   has_arrays,
+  joined,
   rule_table,
 )
 from symjax_bp.wrapping import Detached, WithFeedback, refuse_shared
@@ -238,7 +239,7 @@ def layer_rules(
     if name == 'kernel':
       rows[module] = (value.shape, rule)
     elif value.ndim >= 2 and not (rule and name == 'bias'):
-      rows[f'{module}/{name}'.lstrip('/')] = (value.shape, None)
+      rows[joined(module, name)] = (value.shape, None)
   return rows
 
 

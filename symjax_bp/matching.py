@@ -115,6 +115,11 @@ def _unboxed(leaf: Any) -> Any:
   return meta.unbox(leaf)
 
 
+def joined(module: str, name: str) -> str:
+  """The path of what a module has; '' is the model, or the leaf, itself."""
+  return f'{module}/{name}'.strip('/')
+
+
 def by_path(tree: Any) -> dict[tuple[str, str], Any]:
   """Leaves of a tree of variables by (module path, name), without boxes."""
   leaves = {}

@@ -28,7 +28,7 @@ from jax.interpreters import partial_eval
 
 from symjax_bp import metrics, primitives
 from symjax_bp.feedback import FeedbackRule, symmetric
-from symjax_bp.matching import Patterns, check_rule, rule_table
+from symjax_bp.matching import Patterns, check_rule, joined, rule_table
 from symjax_bp.normalization import NNXBatchNorm as BatchNorm
 
 __all__ = [
@@ -342,7 +342,7 @@ def _weights(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], Any]]:
         name = jax.tree_util.keystr(key, simple=True, separator='/')
         shape = getattr(leaf, 'shape', ())
         if len(shape) >= 2:
-          yield f'{path}/{name}'.strip('/'), shape, None
+          yield joined(path, name), shape, None
     elif isinstance(node, nnx.bridge.ToNNX) and not jax.tree.leaves(
       nnx.state(node, nnx.Not(nnx.RngState))
     ):

@@ -24,7 +24,7 @@ from flax import nnx
 from symjax_bp import linen, metrics
 from symjax_bp import nnx as nnx_layers
 from symjax_bp.feedback import FeedbackRule
-from symjax_bp.matching import by_path, rule_table
+from symjax_bp.matching import by_path, joined, rule_table
 
 Leaves = dict[str, jax.Array]
 
@@ -464,7 +464,7 @@ def _by_path(tree: Any) -> Leaves:
   if isinstance(tree, nnx.State):
     tree = nnx.to_pure_dict(tree)
   return {
-    f'{module}/{name}'.lstrip('/'): jnp.asarray(leaf)
+    joined(module, name): jnp.asarray(leaf)
     for (module, name), leaf in by_path(tree).items()
   }
 

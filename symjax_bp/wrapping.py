@@ -17,7 +17,7 @@ from flax.core import FrozenDict
 
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.injection import LAYERS, injected, instead, recording_number
-from symjax_bp.matching import Patterns, by_path
+from symjax_bp.matching import Patterns, by_path, joined
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class WithFeedback(nn.Module):
       following.seen.union(module for module, _ in parameters),
       # A method may not have come to all of them, nor nn.jit traced anew.
       (
-        f'{module}/{name}'.lstrip('/')
+        joined(module, name)
         for module, name in parameters
         if module not in following.asymmetric
       ),
@@ -148,7 +148,7 @@ class _Following:
     for name, value in _own_weights(module).items():
       if path in self.asymmetric and name in ('kernel', 'bias'):
         continue
-      parameter = f'{path}/{name}'.lstrip('/')
+      parameter = joined(path, name)
       self.seen.add(parameter)
       if not self._patterns.excluded(parameter):
         raise ValueError(
@@ -180,7 +180,7 @@ def _own_weights(module: Any) -> dict[str, Any]:
       if 'params' in scope.reservations.get(name, ())
     }
   return {
-    f'{inside}/{part}'.lstrip('/'): leaf
+    joined(inside, part): leaf
     for name, value in parameters.items()
     for (inside, part), leaf in by_path({name: value}).items()
     if jnp.ndim(leaf) >= 2
