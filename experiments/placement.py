@@ -90,7 +90,6 @@ def place(uploaded: Uploaded, run: Run) -> Placed:
   x, y = map(np.asarray, uploaded.train)
   held_out = held_out_rows(y, run)
   trained = np.setdiff1d(np.arange(len(y), dtype=np.int32), held_out)
-  _check_batches(run, len(trained), uploaded.mesh)
   # On the host, in float64: the same on every device.
   total = np.zeros(x.shape[1:], np.float64)
   for first in range(0, len(trained), _ROWS_AT_ONCE):
@@ -111,24 +110,18 @@ def place(uploaded: Uploaded, run: Run) -> Placed:
   )
 
 
-def _check_batches(run: Run, count: int, mesh: Mesh | None) -> None:
-  """Checks that mini-batches of ``count`` rows can be divided as asked."""
-  for _, size in run.batch_plan:
-    size = min(size, count)
-    devices.check_divides(mesh, size)
-    run.protocol.check_groups(size)
+def check_batches(run: Run, placed: Placed) -> None:
+  """Checks that each mini-batch can be divided into groups and over devices.
 
-
-def _size(run: Run, epoch: int, count: int) -> int:
-  """The size of the mini-batches of ``count`` rows.
+  Of every run: what is placed may be shared by runs of other mini-batches.
 
   Raises:
-    ValueError: if it can't be divided into the groups; ``place`` has seen
-      only one of the runs that share a placed set.
+    ValueError: if not.
   """
-  size = min(run.batch_size(epoch), count)
-  run.protocol.check_groups(size)
-  return size
+  for _, size in run.batch_plan:
+    size = min(size, len(placed.trained))
+    devices.check_divides(placed.mesh, size)
+    run.protocol.check_groups(size)
 
 
 def mini_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
@@ -136,7 +129,7 @@ def mini_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
 
   What is left over, less than a mini-batch, waits for another epoch.
   """
-  size = _size(run, epoch, len(rows))
+  size = min(run.batch_size(epoch), len(rows))
   order = np.random.default_rng([run.seed, epoch, 0]).permutation(rows)
   return order[: len(rows) // size * size].reshape(-1, size)
 
@@ -148,7 +141,7 @@ def calibration_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
   statistics are taken in training.
   """
   count = len(rows)
-  size = _size(run, epoch, count) // run.protocol.batch_norm_groups
+  size = min(run.batch_size(epoch), count) // run.protocol.batch_norm_groups
   random = np.random.default_rng([run.seed, epoch, 1])
   wanted = run.protocol.calibration_batches
   rounds = -(-wanted // (count // size))

@@ -2,13 +2,14 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 
-from experiments import commands, grid, options, placement, selection
+from experiments import commands, grid, options, selection
 from experiments.cli import RunCommand
 from experiments.conditions import THEN_500
 from experiments.options import ProtocolOptions, Selection
+from experiments.tasks import Failed, Settings, Stopped, Task
+from experiments.worker import Worker
 from tests.experiments import tiny
 
 
@@ -73,13 +74,19 @@ def test_larger_batches_later_on_take_all_and_it_is_said(capsys):
   assert capsys.readouterr().out == ''
 
 
-def test_groups_are_checked_of_every_run_that_shares_a_placed_set():
-  placed = tiny.placed(tiny.run('uSF+BN'))
-  other = dataclasses.replace(
+def test_batches_are_checked_of_every_run_that_shares_a_placed_set():
+  data = tiny.dataset()
+  at_work = Worker(Settings(lambda run: data, scan=None, checkpoint_share=0.0))
+  first = tiny.run('uSF+BN')
+  grouped = dataclasses.replace(
     tiny.run('uSF+BN', batch_norm_groups=5), batch_plan=THEN_500
   )
-  rows = np.asarray(placed.trained)
-  assert placement.mini_batches(other, 3, rows).shape == (2, 100)
-  for batches in (placement.mini_batches, placement.calibration_batches):
-    with pytest.raises(ValueError, match='batch_norm_groups is 5, .* of 216'):
-      batches(other, 4, rows)
+  ends = [
+    list(at_work.carry_out(Task(run), lambda: True)) for run in (first, grouped)
+  ]
+  assert ends[0] == [Stopped()]
+  ((failed,),) = ends[1:]
+  assert isinstance(failed, Failed)
+  assert 'batch_norm_groups is 5, but must divide a mini-batch of 216' in (
+    failed.error
+  )
