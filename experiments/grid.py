@@ -167,13 +167,17 @@ class Run:
     text = json.dumps(config, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
-  def batch_size(self, epoch: int) -> int:
-    """The batch size in an epoch, counted from 1."""
+  def batch_size(self, epoch: int, images: int) -> int:
+    """The size of mini-batches of so many images in an epoch, from 1."""
     for epochs, size in self.batch_plan:
       if epochs is None or epoch <= epochs:
-        return size
+        return min(size, images)
       epoch -= epochs
-    return self.batch_plan[-1][1]
+    return min(self.batch_plan[-1][1], images)
+
+  def batch_sizes(self, images: int) -> list[int]:
+    """All sizes that mini-batches of so many images have, rising."""
+    return sorted({min(size, images) for _, size in self.batch_plan})
 
 
 def runs_of(

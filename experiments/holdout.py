@@ -61,9 +61,8 @@ def check_batches(
       f'can have at most {trained}, {images}. Put a smaller number at the end '
       'of its name (as in SGD-10), or change --train-size or --holdout.'
     )
-  sizes = {size for _, size in run.batch_plan}
-  cut = sorted(size for size in sizes if size > trained)
-  for size in sorted(min(size, trained) for size in sizes):
+  cut = sorted({size for _, size in run.batch_plan if size > trained})
+  for size in run.batch_sizes(trained):
     for name, parts in (
       ('batch_norm_groups', run.protocol.batch_norm_groups),
       ('devices', devices),

@@ -110,7 +110,7 @@ def place(uploaded: Uploaded, run: Run) -> Placed:
   )
 
 
-def check_batches(run: Run, placed: Placed) -> None:
+def check_divisible(run: Run, placed: Placed) -> None:
   """Checks that each mini-batch can be divided into groups and over devices.
 
   Of every run: what is placed may be shared by runs of other mini-batches.
@@ -118,8 +118,7 @@ def check_batches(run: Run, placed: Placed) -> None:
   Raises:
     ValueError: if not.
   """
-  for _, size in run.batch_plan:
-    size = min(size, len(placed.trained))
+  for size in run.batch_sizes(len(placed.trained)):
     devices.check_divides(placed.mesh, size)
     run.protocol.check_groups(size)
 
@@ -129,7 +128,7 @@ def mini_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
 
   What is left over, less than a mini-batch, waits for another epoch.
   """
-  size = min(run.batch_size(epoch), len(rows))
+  size = run.batch_size(epoch, len(rows))
   order = np.random.default_rng([run.seed, epoch, 0]).permutation(rows)
   return order[: len(rows) // size * size].reshape(-1, size)
 
@@ -141,7 +140,7 @@ def calibration_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
   statistics are taken in training.
   """
   count = len(rows)
-  size = min(run.batch_size(epoch), count) // run.protocol.batch_norm_groups
+  size = run.batch_size(epoch, count) // run.protocol.batch_norm_groups
   random = np.random.default_rng([run.seed, epoch, 1])
   wanted = run.protocol.calibration_batches
   rounds = -(-wanted // (count // size))

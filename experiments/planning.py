@@ -24,7 +24,7 @@ def run_flops(run: Run, data: Dataset) -> float:
   trained = len(data.y_train) - evaluated
   evaluated += len(data.y_test)
   if run.batch_norm != 'none':
-    size = run.batch_size(1) // run.protocol.batch_norm_groups
+    size = run.batch_size(1, trained) // run.protocol.batch_norm_groups
     evaluated += run.protocol.calibration_batches * size
   forward = 2 * sum(multiply_adds(architecture, classes))
   return run.protocol.epochs * (
@@ -48,9 +48,8 @@ def flops_per_second(run: Run, data: Dataset) -> float:
     )
   jax.block_until_ready(state)
   seconds = (time.perf_counter() - began) / _STEPS
-  return (
-    index.size * training_flops(placed.architecture, placed.classes) / (seconds)
-  )
+  flops = training_flops(placed.architecture, placed.classes)
+  return index.size * flops / seconds
 
 
 def plan_text(

@@ -85,7 +85,7 @@ class _Data:
     key = (run.digest, run.seed, run.protocol.holdout)
     if self._placed is None or self._placed[0] != key:
       self._placed = (key, placement.place(self._uploaded[1], run))
-    placement.check_batches(run, self._placed[1])
+    placement.check_divisible(run, self._placed[1])
     return self._placed[1]
 
 

@@ -23,12 +23,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
-from jax.interpreters import partial_eval
 
 from symjax_bp import metrics, primitives
 from symjax_bp.feedback import FeedbackRule, symmetric
 from symjax_bp.matching import Patterns, check_rule, joined, rule_table
+from symjax_bp.nnx_layers import LAYERS, check_call, geometry, operation_of
 from symjax_bp.normalization import NNXBatchNorm as BatchNorm
 
 __all__ = [
@@ -48,13 +47,6 @@ __all__ = [
 
 Model = TypeVar('Model', bound=nnx.Module)
 
-# The attribute of each layer that holds its operation, and what may be there.
-_OPERATIONS = {
-  nnx.Linear: ('dot_general', lax.dot_general),
-  nnx.LinearGeneral: ('dot_general', lax.dot_general),
-  nnx.Conv: ('conv_general_dilated', lax.conv_general_dilated),
-}
-_LAYERS = tuple(_OPERATIONS)
 # Their parameters have an axis more where layers are stacked.
 _ELEMENTWISE = (
   nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm,
@@ -75,9 +67,9 @@ class _Operation(nnx.Module):
 
   def __init__(self, layer: Any, rule: FeedbackRule, key: Any):
     kernel = layer.kernel[...]
-    self.name, _, _ = _operation_of(layer)
+    self.name, _, _ = operation_of(layer)
     self.rule = rule
-    self.rank, _ = _geometry(layer)
+    self.rank, _ = geometry(layer)
     # Flax hands W over in the dtype of the computation; draws don't follow it.
     self.dtype = kernel.dtype
     self.mask = nnx.data(getattr(layer, 'mask', None))
@@ -116,35 +108,9 @@ class _Operation(nnx.Module):
     return primitive(x, W, self.feedback_weights(W), *args, **kwargs)
 
 
-def _kind(layer: Any) -> type:
-  """The class of Flax that a layer is of."""
-  return next(kind for kind in _LAYERS if isinstance(layer, kind))
-
-
-def _operation_of(layer: Any) -> tuple[str, Any, Any]:
-  """Name and value of a layer's operation, and Flax's own value."""
-  name, default = _OPERATIONS[_kind(layer)]
-  own = getattr(layer, 'dot_general_cls', None)
-  return name, own or getattr(layer, name), default
-
-
-def _geometry(layer: Any) -> tuple[int, tuple[int, ...]]:
-  """Rank of a kernel that is not stacked, and a shape of inputs for it."""
-  if isinstance(layer, nnx.LinearGeneral):
-    contracted = zip(layer.axis, layer.in_features, strict=True)
-    sizes = {**dict(layer.batch_axis), **dict(contracted)}
-    shape = [1] * (1 + max(len(sizes), *map(abs, sizes)))
-    for axis, size in sizes.items():
-      shape[axis] = size
-    return len(sizes) + len(layer.out_features), tuple(shape)
-  window = getattr(layer, 'kernel_size', ())
-  # Wide enough for a subclass that pools.
-  return 2 + len(window), (1, *(64 for _ in window), layer.in_features)
-
-
 def _attach(layer: Any, rule: FeedbackRule, key, path: str = '') -> None:
   """Replaces the operation of a layer."""
-  name, operation, default = _operation_of(layer)
+  name, operation, default = operation_of(layer)
   if not (
     operation is None
     or operation is default
@@ -155,50 +121,6 @@ def _attach(layer: Any, rule: FeedbackRule, key, path: str = '') -> None:
       f'which {rule!r} would replace: exclude the layer.'
     )
   setattr(layer, name, nnx.data(_Operation(layer, rule, key)))
-
-
-def _check_call(layer: Any, path: str) -> None:
-  """Raises unless the kernel of a subclass acts by the operation alone.
-
-  To see that, the layer is traced with an operation that forgets its kernel.
-  """
-  kind = _kind(layer)
-  if type(layer).__call__ is kind.__call__:
-    return
-  name, _, default = _operation_of(layer)
-  rank, shape = _geometry(layer)
-  called = []
-
-  def forget(x, W, *args, **kwargs):
-    called.append(True)
-    y = jax.eval_shape(lambda x, W: default(x, W, *args, **kwargs), x, W)
-    return jnp.zeros(y.shape, y.dtype)
-
-  def call(kernel, rest, x):
-    return jax.tree.leaves(nnx.merge(graph, kernel, rest)(x))
-
-  def one_layer(array):
-    return jax.ShapeDtypeStruct(array.shape[kernel.ndim - rank :], array.dtype)
-
-  layer = nnx.clone(layer)
-  setattr(layer, name, nnx.static(forget))
-  kernel = layer.kernel[...]
-  graph, *state = nnx.split(layer, lambda _, value: value is layer.kernel, ...)
-  x = jax.ShapeDtypeStruct(shape, kernel.dtype)
-  try:
-    jaxpr = jax.make_jaxpr(call)(*jax.tree.map(one_layer, state), x).jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    if called and not used[0]:
-      return
-    reason = 'takes its kernel elsewhere than to super().__call__(x)'
-  except Exception as error:
-    reason = f'can not be tried on one array ({type(error).__name__}: {error})'
-  raise ValueError(
-    f'layer {path!r} can not be made asymmetric: its {type(layer).__name__}.'
-    f'__call__ {reason}. Call super().__call__(x), or hold {kind.__name__} in '
-    'a module of your own in place of deriving from it. To train it by plain '
-    f'backpropagation, exclude={path!r}.'
-  )
 
 
 def _key(rule: FeedbackRule, rngs: nnx.Rngs | None) -> jax.Array | None:
@@ -305,14 +227,14 @@ class Conv(_Asymmetric, nnx.Conv):
 def _layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
   """All layers that can be asymmetric, with their paths."""
   for path, module in list(nnx.iter_modules(model)):
-    if isinstance(module, _LAYERS):
+    if isinstance(module, LAYERS):
       yield '/'.join(map(str, path)), module
 
 
 def _operations(model: nnx.Module) -> Iterator[tuple[str, Any, _Operation]]:
   """All layers that have a rule: path, layer, operation."""
   for path, layer in _layers(model):
-    operation = _operation_of(layer)[1]
+    operation = operation_of(layer)[1]
     if isinstance(operation, _Operation):
       yield path, layer, operation
 
@@ -326,7 +248,7 @@ def _weights(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], Any]]:
   known = {
     id(getattr(module, name, None))
     for kinds, names in (
-      (_LAYERS, ('kernel', 'bias')),
+      (LAYERS, ('kernel', 'bias')),
       (_ELEMENTWISE, ('scale', 'bias')),
     )
     for _, module in nnx.iter_modules(model)
@@ -335,7 +257,7 @@ def _weights(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], Any]]:
   }
   for parts, node in list(nnx.iter_graph(model)):
     path = '/'.join(map(str, parts))
-    if isinstance(node, _LAYERS):
+    if isinstance(node, LAYERS):
       yield path, node.kernel.shape, node
     elif isinstance(node, nnx.Param) and id(node) not in known:
       for key, leaf in jax.tree.leaves_with_path(node.get_value()):
@@ -432,7 +354,7 @@ def with_feedback(
         f'exclude={path!r}.'
       )
     each = patterns.rule(path)
-    _check_call(layer, path)
+    check_call(layer, path)
     if each.draws and base is None:
       base = _key(each, rngs)
     _attach(layer, each, None if base is None else _fold(base, path), path)

@@ -9,6 +9,7 @@ from flax import nnx
 
 import symjax_bp as sbp
 from symjax_bp import nnx as asymmetric
+from symjax_bp import nnx_layers
 from tests.cases import RULES, assert_same_bits, normal
 from tests.nnx_models import CNN, SHAPE, Stack, input_gradient, params
 
@@ -41,7 +42,7 @@ def test_layers_are_those_of_flax_but_for_dx(layer, rule):
   y, pullback = jax.vjp(model, x)
   assert_same_bits(y, plain(x))
   g = normal(1, y.shape, y.dtype)
-  operation = asymmetric._operation_of(model)[1]
+  operation = nnx_layers.operation_of(model)[1]
   at_V = nnx.clone(plain)
   V = operation.feedback_weights(plain.kernel[...].astype(y.dtype))
   at_V.kernel[...] = V.astype(jnp.float32)

@@ -170,11 +170,11 @@ def test_what_can_not_be_divided_is_refused():
   uploaded = placement.upload(tiny.dataset(), devices.mesh_for([large], 5))
   placed = placement.place(uploaded, large)
   with pytest.raises(ValueError, match='mini-batch of 216 .* 5 devices'):
-    placement.check_batches(large, placed)
+    placement.check_divisible(large, placed)
   with pytest.raises(ValueError, match='batch_norm_groups is 3, .* of 100'):
     tiny.run('uSF+BN', batch_norm_groups=3)
   grouped = dataclasses.replace(
     tiny.run('uSF+BN', batch_norm_groups=5), batch_plan=((None, 500),)
   )
   with pytest.raises(ValueError, match='batch_norm_groups is 5, .* of 216'):
-    placement.check_batches(grouped, tiny.placed(grouped))
+    placement.check_divisible(grouped, tiny.placed(grouped))

@@ -115,10 +115,17 @@ def test_schedule_in_proportion(epochs, counts):
 
 def test_batch_plan_in_time():
   run = dataclasses.replace(_RUN, batch_plan=conditions.THEN_500)
-  assert [run.batch_size(epoch) for epoch in (1, 3, 4, 65)] == [
+  epochs = (1, 3, 4, 65)
+  assert [run.batch_size(epoch, 500) for epoch in epochs] == [
     100, 100, 500, 500,
   ]  # fmt: skip
-  assert _RUN.batch_size(1) == _RUN.batch_size(65) == 100
+  assert [run.batch_size(epoch, 120) for epoch in epochs] == [
+    100, 100, 120, 120,
+  ]  # fmt: skip
+  assert run.batch_sizes(500) == [100, 500]
+  assert run.batch_sizes(120) == [100, 120]
+  assert run.batch_sizes(100) == [100]
+  assert _RUN.batch_size(1, 500) == _RUN.batch_size(65, 500) == 100
 
 
 def test_runs_of_a_cell_are_seeds_times_plans_times_rates():
