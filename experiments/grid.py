@@ -175,6 +175,10 @@ class Run:
       epoch -= epochs
     return min(self.batch_plan[-1][1], images)
 
+  def statistics_size(self, epoch: int, images: int) -> int:
+    """Of how many images batch norm takes a mean: a group of a mini-batch."""
+    return self.batch_size(epoch, images) // self.protocol.batch_norm_groups
+
   def batch_sizes(self, images: int) -> list[int]:
     """All sizes that mini-batches of so many images have, rising."""
     return sorted({min(size, images) for _, size in self.batch_plan})

@@ -140,7 +140,7 @@ def calibration_batches(run: Run, epoch: int, rows: np.ndarray) -> np.ndarray:
   statistics are taken in training.
   """
   count = len(rows)
-  size = run.batch_size(epoch, count) // run.protocol.batch_norm_groups
+  size = run.statistics_size(epoch, count)
   random = np.random.default_rng([run.seed, epoch, 1])
   wanted = run.protocol.calibration_batches
   rounds = -(-wanted // (count // size))

@@ -24,7 +24,7 @@ def run_flops(run: Run, data: Dataset) -> float:
   trained = len(data.y_train) - evaluated
   evaluated += len(data.y_test)
   if run.batch_norm != 'none':
-    size = run.batch_size(1, trained) // run.protocol.batch_norm_groups
+    size = run.statistics_size(1, trained)
     evaluated += run.protocol.calibration_batches * size
   forward = 2 * sum(multiply_adds(architecture, classes))
   return run.protocol.epochs * (

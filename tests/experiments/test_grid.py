@@ -125,6 +125,11 @@ def test_batch_plan_in_time():
   assert run.batch_sizes(500) == [100, 500]
   assert run.batch_sizes(120) == [100, 120]
   assert run.batch_sizes(100) == [100]
+  protocol = dataclasses.replace(run.protocol, batch_norm_groups=5)
+  grouped = dataclasses.replace(run, protocol=protocol)
+  assert [grouped.statistics_size(epoch, 120) for epoch in epochs] == [
+    20, 20, 24, 24,
+  ]  # fmt: skip
   assert _RUN.batch_size(1, 500) == _RUN.batch_size(65, 500) == 100
 
 
