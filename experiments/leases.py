@@ -147,10 +147,13 @@ class Leases:
   def _free(self, path: Path) -> bool:
     """Whether a claim may give way to the next."""
     text = read_text(path)
+    try:
+      # Reading has made a network file system ask for the times anew.
+      changed = path.stat(follow_symlinks=False).st_mtime
+    except FileNotFoundError:
+      text = None
     if text is None:  # removed: finished meanwhile
       return True
-    # Reading has made a network file system ask for the times anew.
-    changed = path.stat(follow_symlinks=False).st_mtime
     with tempfile.TemporaryFile(dir=self._folder) as file:
       now = os.fstat(file.fileno()).st_mtime
     return now - changed > self.limit or _died(text)
@@ -162,6 +165,12 @@ class Leases:
           lease.renew()
         except (OSError, StoreError):
           continue  # network folders come back, or the limit passes
+
+
+def forget(folder: Path, name: str) -> None:
+  """Removes all claims of a name, whoever made them; for what is finished."""
+  for path in folder.glob(f'{name}.*'):
+    path.unlink(missing_ok=True)
 
 
 def _path(folder: Path, name: str, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""The five architectures of the paper's Table 1, built of symjax_bp.linen.
+"""The five architectures of the paper's Table 1, in plain Flax.
 
 An architecture is a list of layers as data. ``A x B x C / D`` in the paper is
 ``C`` feature maps of size ``A x B`` with stride ``D``. Rectified linear units
@@ -18,8 +18,7 @@ import jax.numpy as jnp
 
 from experiments.datasets.spec import SHAPES
 from experiments.pooling import Pool, pool
-from symjax_bp import FeedbackRule, linen
-from symjax_bp.normalization import BatchNorm
+from symjax_bp.batch_norm import BatchNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +99,6 @@ class Network(nn.Module):
   Attributes:
     architecture: key of ``ARCHITECTURES``.
     classes: number of classes.
-    rule: feedback rule of every layer of weights, the last one too; None for
-      Flax's own layers, which know nothing of feedback.
     batch_norm: 'none', 'plain' or 'affine'.
     initial_stds: standard deviations of the initial weights by layer, from the
       input on; the last one is that of all further layers. Biases are 0.
@@ -111,7 +108,6 @@ class Network(nn.Module):
 
   architecture: str
   classes: int
-  rule: FeedbackRule | None
   batch_norm: str = 'none'
   initial_stds: tuple[float, ...] = (0.01,)
   epsilon: float = 1e-4
@@ -121,11 +117,7 @@ class Network(nn.Module):
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """Returns logits ``(batch, classes)`` of inputs of the architecture."""
     layers = ARCHITECTURES[self.architecture]
-    conv, dense = nn.Conv, nn.Dense
     options: dict[str, Any] = {}
-    if self.rule is not None:
-      conv, dense = linen.Conv, linen.Dense
-      options['feedback'] = self.rule
     further = itertools.repeat(self.initial_stds[-1])
     stds = itertools.chain(self.initial_stds, further)
     for layer, following in itertools.pairwise(layers):
@@ -136,7 +128,7 @@ class Network(nn.Module):
       options['kernel_init'] = nn.initializers.normal(next(stds))
       options['use_bias'] = self.batch_norm == 'none'
       if isinstance(layer, Conv):
-        x = conv(
+        x = nn.Conv(
           layer.features,
           (layer.size, layer.size),
           layer.stride,
@@ -145,7 +137,7 @@ class Network(nn.Module):
         )(x)
       else:
         x = x.reshape(x.shape[0], -1)
-        x = dense(layer.features(self.classes), **options)(x)
+        x = nn.Dense(layer.features(self.classes), **options)(x)
       if self.batch_norm != 'none':
         affine = self.batch_norm == 'affine'
         x = BatchNorm(
@@ -160,7 +152,7 @@ class Network(nn.Module):
         x = nn.relu(x)
     options['kernel_init'] = nn.initializers.normal(next(stds))
     options['use_bias'] = True
-    return dense(self.classes, name='output', **options)(x)
+    return nn.Dense(self.classes, name='output', **options)(x)
 
 
 def multiply_adds(architecture: str, classes: int) -> list[int]:

@@ -43,9 +43,7 @@ def flops_per_second(run: Run, data: Dataset) -> float:
     if step == 1:  # the first one compiles
       jax.block_until_ready(state)
       began = time.perf_counter()
-    state, _ = functions.step(
-      state, placed.parts, index, np.float32(0), jax.random.key(0)
-    )
+    state, _ = functions.step(state, placed.parts, index, np.float32(0))
   jax.block_until_ready(state)
   seconds = (time.perf_counter() - began) / _STEPS
   flops = training_flops(placed.architecture, placed.classes)

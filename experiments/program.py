@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +21,8 @@ from experiments.datasets import SHAPES
 from experiments.grid import Run
 from experiments.models import Network
 from experiments.placement import Images, Parts, Placed
-from symjax_bp import from_name, linen, metrics, optim
-from symjax_bp.normalization import calibrate
+from symjax_bp import from_name, linen, metrics, optim, redraw
+from symjax_bp.batch_norm import calibrate
 
 State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
 _KEPT_PROGRAMS = 8  # in memory; runs come in an order that needs one or two
@@ -67,19 +68,19 @@ class Setup:
 class Program(NamedTuple):
   """The compiled functions of a setup.
 
-  ``index`` is int32, rows of the images; ``key`` one for all steps of a run;
+  ``index`` is int32, rows of the images;
   scores are sums of the loss (nats) and of the errors over the examples.
 
   Attributes:
     initialize: (key) -> state before the first update.
-    step: (state, parts, index, rate, key) -> (state, scores of before); uses
-      the state up.
+    step: (state, parts, index, rate) -> (state, scores of before); uses the
+      state up.
     scan: the same for an epoch, with an index per mini-batch.
     evaluate: (variables, parts, images, index, weight) -> scores; weight 0
       leaves an example out.
     statistics: (params, parts, an index per mini-batch) -> variables for
       ``evaluate``.
-    align: (state, parts, index, key) -> {layer: ``metrics.Alignment``}.
+    align: (state, parts, index) -> {layer: ``metrics.Alignment``}.
     finite: (tree) -> whether each array is.
   """
 
@@ -118,9 +119,9 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
   )
 
 
-def _init(model: Network, key: jax.Array) -> dict[str, Any]:
+def _init(model: nn.Module, setup: Setup, key: jax.Array) -> dict[str, Any]:
   """All variables of a model; what is not used is not computed under jit."""
-  x = jnp.zeros((1, *SHAPES[model.architecture]), jnp.float32)
+  x = jnp.zeros((1, *SHAPES[setup.architecture]), jnp.float32)
   return dict(model.init(key, x, True))
 
 
@@ -128,11 +129,18 @@ def _network(setup: Setup) -> Network:
   return Network(
     architecture=setup.architecture,
     classes=setup.classes,
-    rule=None if setup.rule is None else from_name(setup.rule),
     batch_norm=setup.batch_norm,
     initial_stds=setup.initial_stds,
     epsilon=setup.batch_norm_epsilon,
   )
+
+
+def _asymmetric(setup: Setup) -> nn.Module:
+  """The network whose backward pass uses the rule in all layers of weights."""
+  model = _network(setup)
+  if setup.rule is None:
+    return model
+  return linen.with_feedback(model, from_name(setup.rule), row_convolution=True)
 
 
 def _inputs(parts: Parts, images: Images, index, input_scale: float):
@@ -140,18 +148,21 @@ def _inputs(parts: Parts, images: Images, index, input_scale: float):
   return x * jnp.float32(input_scale)
 
 
-def _grouped(model: Network, groups: int) -> Callable[..., jax.Array]:
+def _grouped(
+  model: nn.Module, setup: Setup
+) -> Callable[[Any, jax.Array], jax.Array]:
   """The training mode, each group of a mini-batch with its own statistics."""
 
-  def apply(variables, x, rngs) -> Any:
-    return model.apply(variables, x, True, rngs=rngs)
+  def apply(variables, x) -> Any:
+    return model.apply(variables, x, True)
 
-  if groups == 1 or model.batch_norm == 'none':
+  groups = setup.batch_norm_groups
+  if groups == 1 or setup.batch_norm == 'none':
     return apply
 
-  def apply_grouped(variables, x, rngs):
+  def apply_grouped(variables, x):
     x = x.reshape(groups, -1, *x.shape[1:])
-    logits = jax.vmap(apply, (None, 0, None))(variables, x, rngs)
+    logits = jax.vmap(apply, (None, 0))(variables, x)
     return logits.reshape(-1, logits.shape[-1])
 
   return apply_grouped
@@ -175,7 +186,7 @@ class _Common(NamedTuple):
 
 
 _ANY = {
-  'rule': 'BP',
+  'rule': None,
   'batch_manhattan': 0,
   'frozen': 'nothing',
   'momentum': 0.0,
@@ -193,7 +204,7 @@ def _common(setup: Setup) -> _Common:
 
   @jax.jit
   def initial_params(key):
-    return _init(model, key)['params']
+    return _init(model, setup, key)['params']
 
   @jit
   def evaluate(variables, parts, images, index, weight):
@@ -206,7 +217,7 @@ def _common(setup: Setup) -> _Common:
   @functools.cache
   def no_statistics():
     shapes = jax.eval_shape(
-      lambda: _init(model, jax.random.key(0))['batch_stats']
+      lambda: _init(model, setup, jax.random.key(0))['batch_stats']
     )
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -227,32 +238,33 @@ def _common(setup: Setup) -> _Common:
 @functools.lru_cache(maxsize=_KEPT_PROGRAMS)
 def program(setup: Setup) -> Program:
   """The functions of a setup; one compilation for all rates and seeds."""
-  model = _network(setup)
+  model = _asymmetric(setup)
   jit = devices.compiler(setup.mesh)
   common = _common(dataclasses.replace(setup, **_ANY))
   optimizer = _optimizer(setup)
 
   def initialize(key):
     params = common.initial_params(key)
-    rule = model.rule
-    keeps_a_draw = rule is not None and rule.draws and not rule.redraws
     return {
       'params': params,
-      'feedback': draw(key) if keeps_a_draw else {},
+      'feedback': draw(key) if keeps_state else {},
       'optimizer': optimizer.init(params),
       'updates': jnp.int32(0),
     }
 
-  draw = jax.jit(lambda key: _init(model, key)['feedback'])
+  keeps_state = setup.rule is not None and from_name(setup.rule).keeps_state
+  draw = jax.jit(lambda key: _init(model, setup, key)['feedback'])
 
-  def step(state, parts, index, rate, key):
+  def step(state, parts, index, rate):
     x = _inputs(parts, parts.train, index, setup.input_scale)
     y = parts.train.y[index]
-    rngs = {'feedback': jax.random.fold_in(key, state['updates'])}
+
+    # By the number of the update, so that V is the same on any devices.
+    feedback = redraw(state['feedback'], state['updates'])
 
     def loss(params):
-      variables = {'params': params, 'feedback': state['feedback']}
-      logits = _grouped(model, setup.batch_norm_groups)(variables, x, rngs)
+      variables = {'params': params, 'feedback': feedback}
+      logits = _grouped(model, setup)(variables, x)
       reduce = jnp.mean if setup.reduction == 'mean' else jnp.sum
       return reduce(_losses(logits, y)), _scores(logits, y).sum(1)
 
@@ -271,24 +283,26 @@ def program(setup: Setup) -> Program:
     }
     return new, scores
 
-  def scan(state, parts, order, rate, key):
+  def scan(state, parts, order, rate):
     def body(state, index):
-      return step(state, parts, index, rate, key)
+      return step(state, parts, index, rate)
 
     state, scores = jax.lax.scan(body, state, order)
     return state, scores.sum(0)
 
-  def align(state, parts, index, key):
-    rngs = {'feedback': jax.random.fold_in(key, state['updates'])}
+  def align(state, parts, index):
     y = parts.train.y[index]
-    return linen.layer_alignment(
+    rows = linen.layer_alignment(
       model,
-      {'params': state['params'], 'feedback': state['feedback']},
+      {
+        'params': state['params'],
+        'feedback': redraw(state['feedback'], state['updates']),
+      },
       lambda logits: _losses(logits, y).mean(),
       _inputs(parts, parts.train, index, setup.input_scale),
       True,
-      rngs=rngs,
     )
+    return {path.removesuffix('/kernel'): row for path, row in rows.items()}
 
   def finite(tree):
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])

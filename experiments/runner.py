@@ -139,6 +139,7 @@ def carry_out(
       driver.take(run, event)
     if driver.unfinished and stop.asked is not None:
       raise Interrupted(stop.asked)
+    store.tidy()
     return driver.counted()
 
 

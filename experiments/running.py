@@ -69,8 +69,8 @@ def execute(
   """Carries out runs with progress; returns the exit status."""
   store = Store(results)
   missing = store.missing(runs)
-  store.tidy(runs)
   if not missing:
+    store.tidy()
     print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
     return 0
   store.create()

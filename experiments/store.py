@@ -17,6 +17,7 @@ someone else: it is read as JSON and arrays, never as code, and links, which
 could lead out of the folder, are refused.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -38,7 +39,7 @@ from experiments.files import (
   write_atomically,
 )
 from experiments.grid import VERSION, Run
-from experiments.leases import Leases
+from experiments.leases import Leases, forget
 from experiments.tasks import Arrays
 
 _RUN_ID = re.compile('[0-9a-f]{20}')
@@ -292,17 +293,20 @@ class Store:
     """
     return [run for run in runs if not self.finished(run)]
 
-  def tidy(self, runs: Iterable[Run]) -> None:
-    """Removes what a crash at the very end of finished runs left.
+  def tidy(self) -> None:
+    """Removes what a process that was killed left of finished runs.
+
+    This is safe while others write: nobody writes to a run with a result.
 
     Raises:
-      StoreError: if the folder of a run is a link.
+      StoreError: if the folder can't be read, or the leases are a link.
     """
-    for run in runs:
-      path = self.folder / run.run_id
-      _refuse_link(path)
+    _refuse_link(self.folder / _LEASES)
+    for path in _run_folders(self.folder):
       if (path / 'result.json').exists():
-        _tidy(path)
+        with contextlib.suppress(OSError):  # it does no harm if it stays
+          _tidy(path)
+          forget(self.folder / _LEASES, path.name)
 
   def open(self, run: Run) -> RunFolder:
     """The folder of a run; hold its lease."""
@@ -330,14 +334,18 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
   return list(_records(root))
 
 
-def _records(root: Path) -> Iterator[Record]:
+def _run_folders(root: Path) -> Iterator[Path]:
   try:
     paths = sorted(root.iterdir())
   except OSError as error:
     raise StoreError(f'{root} can not be read: {error.strerror}.') from error
   for path in paths:
-    if not _RUN_ID.fullmatch(path.name) or path.is_symlink():
-      continue
+    if _RUN_ID.fullmatch(path.name) and not path.is_symlink():
+      yield path
+
+
+def _records(root: Path) -> Iterator[Record]:
+  for path in _run_folders(root):
     try:
       config = _config(path)
       if config is None:

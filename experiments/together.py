@@ -86,7 +86,6 @@ def epochs(
   protocol = runs[0].protocol
   means = jnp.stack([each.parts.mean for each in placed])
   parts = placed[0].parts._replace(mean=means)
-  keys = jnp.stack([train.key_of(run) for run in runs])
   state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
   for leaf in jax.tree.leaves(states):  # no state is in memory twice
     leaf.delete()
@@ -101,7 +100,6 @@ def epochs(
       parts,
       jax.tree.map(lambda *arrays: np.stack(arrays, 1), *rows),
       np.stack([train.rate_of(run, epoch) for run in runs]),
-      keys,
     )
     arrays = jax.device_get(state)
     seconds = (time.perf_counter() - began) / len(learning)
@@ -132,13 +130,13 @@ def _mapped(setup: Setup) -> Program:
   """
   functions = program(setup)
   parts = Parts(train=None, test=None, mean=0)  # type: ignore[arg-type]
-  step = jax.vmap(functions.step, (0, parts, 0, 0, 0))
-  scan = jax.vmap(functions.scan, (0, parts, 1, 0, 0))
+  step = jax.vmap(functions.step, (0, parts, 0, 0))
+  scan = jax.vmap(functions.scan, (0, parts, 1, 0))
   return functions._replace(
     step=jax.jit(step, donate_argnums=0),
     scan=jax.jit(scan, donate_argnums=0),
     evaluate=jax.jit(jax.vmap(functions.evaluate, (0, parts, None, 0, 0))),
     statistics=jax.vmap(functions.statistics, (0, parts, 0)),
-    align=jax.jit(jax.vmap(functions.align, (0, parts, 0, 0))),
+    align=jax.jit(jax.vmap(functions.align, (0, parts, 0))),
     finite=jax.jit(jax.vmap(functions.finite)),
   )

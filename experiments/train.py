@@ -77,11 +77,6 @@ def _batches(rows: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
   return index.reshape(-1, size), weight.reshape(-1, size)
 
 
-def key_of(run: Run) -> jax.Array:
-  """The key of all of a run's steps."""
-  return jax.random.fold_in(jax.random.key(run.seed), 1)
-
-
 def rate_of(run: Run, epoch: int) -> np.float32:
   """The rate of an epoch, counted from 1."""
   protocol = run.protocol
@@ -114,14 +109,14 @@ def epochs(
   Raises:
     Stopped: if ``stopping()`` says so.
   """
-  functions, key = program(Setup.of(run, placed)), key_of(run)
+  functions = program(Setup.of(run, placed))
   trainer = Trainer(functions, placed.mesh, run.protocol, scan, stopping)
   state = devices.replicate(placed.mesh, state)
   for epoch in range(first, run.protocol.epochs + 1):
     began = time.perf_counter()
     rows = Rows.of(run, placed, epoch)
     state, measured = trainer.epoch(
-      state, placed.parts, rows, rate_of(run, epoch), key
+      state, placed.parts, rows, rate_of(run, epoch)
     )
     line = line_of(epoch, rows, measured, time.perf_counter() - began)
     yield state, line
@@ -156,7 +151,7 @@ class Trainer:
     self._stopping = stopping
 
   def epoch(
-    self, state: State, parts: Parts, rows: Rows, rate: Any, key: Any
+    self, state: State, parts: Parts, rows: Rows, rate: Any
   ) -> tuple[State, Measured]:
     """Carries out an epoch.
 
@@ -165,7 +160,6 @@ class Trainer:
       parts: of the dataset.
       rows: that it meets.
       rate: of the epoch.
-      key: of all steps.
 
     Returns:
       The state after it, and what was measured.
@@ -174,28 +168,28 @@ class Trainer:
       Stopped: if ``stopping()`` says so.
     """
     train = self._scanned if self._scan else self._looped
-    state, scores = train(state, parts, rows.trained, rate, key)
+    state, scores = train(state, parts, rows.trained, rate)
     measured: Measured = {'train': scores}
     measured |= self._evaluated(state['params'], parts, rows)
     if self._aligns:
       index = devices.split(self._mesh, rows.trained[0])
-      measured['layers'] = self._functions.align(state, parts, index, key)
+      measured['layers'] = self._functions.align(state, parts, index)
     measured['finite'] = self._functions.finite(state['params'])
     return state, jax.device_get(measured)
 
-  def _looped(self, state, parts: Parts, order, rate, key):
+  def _looped(self, state, parts: Parts, order, rate):
     """An epoch step by step; nothing waits for the device before its end."""
     scores = []
     for index in order:
       (index,) = self._split(index)
-      state, step_scores = self._functions.step(state, parts, index, rate, key)
+      state, step_scores = self._functions.step(state, parts, index, rate)
       scores.append(step_scores)
     return state, np.sum(jax.device_get(scores), axis=0, dtype=np.float32)
 
-  def _scanned(self, state, parts: Parts, order, rate, key):
+  def _scanned(self, state, parts: Parts, order, rate):
     """An epoch as one compiled loop."""
     (order,) = self._split(order)
-    return self._functions.scan(state, parts, order, rate, key)
+    return self._functions.scan(state, parts, order, rate)
 
   def _evaluated(self, params, parts: Parts, rows: Rows) -> Measured:
     """Sums of losses and errors over test and held-out images."""

@@ -1,7 +1,8 @@
-r"""Asymmetric backpropagation for JAX and Flax.
+r"""Asymmetric backpropagation for JAX: feedback alignment and its relatives.
 
 Backpropagation sends errors backwards through the transpose of the forward
-weights W. Here the backward pass, and it alone, uses feedback weights V:
+weights W (the weight transport problem). Here the backward pass, and it alone,
+uses feedback weights V:
 
 .. code-block:: text
 
@@ -11,80 +12,162 @@ weights W. Here the backward pass, and it alone, uses feedback weights V:
   feedback          V  = rule(W, R)
 
 (Liao, Leibo and Poggio, "How Important Is Weight Symmetry in
-Backpropagation?", AAAI 2016). An unmodified Flax model becomes asymmetric in
+Backpropagation?", AAAI 2016). A function or a Flax model becomes asymmetric in
 one line, and an optax chain learns by signs in another:
 
->>> import flax.linen as nn, jax, jax.numpy as jnp, optax, symjax_bp
->>> mlp = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(1)])
->>> model = symjax_bp.linen.with_feedback(mlp, symjax_bp.usf())
+>>> import jax, jax.numpy as jnp, optax, symjax_bp
+>>> def mlp(params, x):
+...   return jax.nn.relu(x @ params['W1']) @ params['W2']
+>>> f = symjax_bp.with_feedback(mlp, symjax_bp.usf())
 >>> optimizer = symjax_bp.optim.batch_manhattan(learning_rate=0.01)
->>> x = jnp.linspace(-1, 1, 16)[:, None]
->>> variables = model.init(jax.random.key(0), x)
->>> params, state = variables['params'], optimizer.init(variables['params'])
+>>> x = jnp.stack([jnp.linspace(-1, 1, 16), jnp.ones(16)], axis=1)
+>>> keys = jax.random.split(jax.random.key(0))
+>>> params = {
+...   'W1': jax.random.normal(keys[0], (2, 8)),
+...   'W2': jax.random.normal(keys[1], (8, 1)) / 3,
+... }
+>>> feedback = f.init(keys[0], params)
+>>> state = optimizer.init(params)
 >>> def loss(params):
-...   return jnp.mean((model.apply({'params': params}, x) - x**2) ** 2)
+...   return jnp.mean((f(params, feedback, x) - x[:, :1] ** 2) ** 2)
 >>> for step in range(61):
 ...   value, gradient = jax.value_and_grad(loss)(params)
 ...   if step % 20 == 0:
 ...     print(f'{value:.2f}')
 ...   updates, state = optimizer.update(gradient, state, params)
 ...   params = optax.apply_updates(params, updates)
-1.15
-0.04
+0.80
+0.02
 0.01
 0.00
 
-Modules: ``feedback`` (the rules), ``primitives`` (the operations), ``linen``
-and ``nnx`` (Flax), ``optim`` (Batch Manhattan), ``normalization`` (batch norm
-with the paper's protocol), ``metrics`` and ``testing``.
+Modules: ``feedback`` (the rules), ``transform`` (``with_feedback``),
+``primitives`` (the products), ``linen`` and ``nnx`` (Flax), ``direct`` (direct
+feedback alignment), ``optim`` (Batch Manhattan), ``batch_norm`` (the paper's
+batch normalization), ``metrics`` and ``testing``.
 """
 
 import importlib
+import sys
 import typing
 
-from symjax_bp import feedback, linen, metrics, optim, primitives
+from symjax_bp import direct, feedback, metrics, optim, primitives, transform
 from symjax_bp.feedback import (
   FeedbackRule,
   brsf,
   from_name,
+  frozen_noise,
+  frozen_sign,
   frsf,
+  kolen_pollack,
+  local_loss,
+  low_rank,
   nusf,
+  product_feedback,
   rndf,
+  rule,
   symmetric,
+  tied_norm,
   usf,
+  weight_mirror,
 )
+from symjax_bp.transform import FeedbackError, FeedbackFunction, redraw
 
 if typing.TYPE_CHECKING:
-  from symjax_bp import nnx, normalization, testing
+  import flax.linen
+  import flax.nnx
 
-__version__ = '0.1.0'
+  from symjax_bp import batch_norm, linen, nnx, testing
+
+__version__ = '0.2.0'
 
 __all__ = [
+  'FeedbackError',
+  'FeedbackFunction',
   'FeedbackRule',
+  'batch_norm',
   'brsf',
+  'direct',
   'feedback',
   'from_name',
+  'frozen_noise',
+  'frozen_sign',
   'frsf',
+  'kolen_pollack',
   'linen',
+  'local_loss',
+  'low_rank',
   'metrics',
   'nnx',
-  'normalization',
   'nusf',
   'optim',
   'primitives',
+  'product_feedback',
+  'redraw',
   'rndf',
+  'rule',
   'symmetric',
   'testing',
+  'tied_norm',
+  'transform',
   'usf',
+  'weight_mirror',
+  'with_feedback',
 ]
 
-# Importing Flax's NNX takes four times as long as all of this: it waits for
-# those who use it.
-_IMPORT_NNX = ('nnx', 'normalization', 'testing')
+Rules = FeedbackRule | typing.Mapping[str, FeedbackRule]
+Exclude = str | typing.Sequence[str]
+_Module = typing.TypeVar('_Module', bound='flax.nnx.Module')
+
+
+@typing.overload
+def with_feedback(
+  target: 'flax.linen.Module', rules: Rules, exclude: Exclude = ()
+) -> 'linen.WithFeedback': ...
+@typing.overload
+def with_feedback(
+  target: _Module,
+  rules: Rules,
+  exclude: Exclude = (),
+  *,
+  rngs: 'flax.nnx.Rngs | None' = None,
+) -> _Module: ...
+@typing.overload
+def with_feedback(
+  target: typing.Callable[..., typing.Any],
+  rules: Rules,
+  exclude: Exclude = (),
+  *,
+  row_convolution: bool = False,
+) -> FeedbackFunction: ...
+def with_feedback(target, rules, exclude=(), **options):
+  """Makes the backward pass of a function or a model use feedback weights.
+
+  Args:
+    target: a function ``f(params, *args, **kwargs)``, a Linen module or an NNX
+      module; see ``symjax_bp.transform.with_feedback``,
+      ``symjax_bp.linen.with_feedback`` and ``symjax_bp.nnx.with_feedback``.
+    rules: a rule for all weights, or {regular expression: rule}. Expressions
+      are searched for in a parameter's path, ``'encoder/Conv_0/kernel'``; the
+      first that is found wins.
+    exclude: regular expressions for the paths of parameters that plain
+      backpropagation trains.
+    **options: of the form for that target.
+  """
+  for front_end, flax in (('linen', 'flax.linen'), ('nnx', 'flax.nnx')):
+    # A module of Flax exists only if that part of Flax was imported.
+    if flax in sys.modules and isinstance(target, sys.modules[flax].Module):
+      module = importlib.import_module(f'{__name__}.{front_end}')
+      return module.with_feedback(target, rules, exclude, **options)
+  return transform.with_feedback(target, rules, exclude, **options)
+
+
+# Importing Flax takes longer than all of this: it waits for those who use it.
+_IMPORT_FLAX = ('batch_norm', 'linen', 'nnx', 'testing')
 
 
 def __getattr__(name: str):
-  if name in _IMPORT_NNX:
+  if name in _IMPORT_FLAX:
     return importlib.import_module(f'{__name__}.{name}')
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 

@@ -1,55 +1,104 @@
 r"""Feedback rules: how the feedback weights V follow from the weights W.
 
-Every rule of Liao, Leibo and Poggio (2016, section 2) is a pure function
+A rule knows no layer and no product. It takes and returns arrays, in two steps:
 
-  .. math:: V = \mathrm{rule}(W, R)
+.. code-block:: text
 
-of the forward kernel ``W`` and a random draw ``R`` of its shape (or nothing):
+  state = rule.init(key, W)        once, beside the parameters; may be None
+  R     = rule.expand(W, state)    of the shape of W, at every call; may be None
+  V     = rule.weights(W, R, fan)  where W meets data in a product
 
-=================  ==============================================  ========
-rule               V                                               R drawn
-=================  ==============================================  ========
-``symmetric()``    W (backpropagation; the control)                never
-``usf()``          sign(W)                                         never
-``nusf()``         sign(W) / fan_in                                never
-``brsf(p_flip)``   M * sign(W) * S_p,  M ~ U(0, 1]                 every update
-``frsf(p_flip)``   M * sign(W) * S_p,  M ~ U(0, 1]                 once
-``rndf(sigma)``    N(0, sigma^2), independent of W                 once
-=================  ==============================================  ========
+R travels with W through reshapes, transposes, slices and so on, so ``weights``
+sees both as the product does: ``fan`` has the sizes of that very product.
 
-``S_p`` is -1 with probability ``p_flip`` and 1 otherwise, for each weight on
-its own. ``sign(0) = 0``. A rule knows no layer: it takes and returns arrays,
-so it works for any operation that is linear in its kernel.
+Rules of Liao, Leibo and Poggio (2016, section 2); ``S_p`` is -1 with
+probability ``p_flip`` and 1 otherwise, for each weight on its own:
 
-Kernels have Flax's layout: the last axis is the output features, and *fan_in*
-is the product of all other axes: ``kh * kw * in_features / groups`` for a
-convolution (each output of a grouped convolution sees the inputs of its own
-group only), ``in_features`` for a dense layer. Flax's ``DenseGeneral`` may have
-several axes of output features, e.g. ``(in, heads, head_dim)``; a rule cannot
-see which, so there all axes but the last count.
+=======================  =====================  ===============================
+rule                     V                      R
+=======================  =====================  ===============================
+``symmetric()``          W (backpropagation)    none
+``usf()``                sign(W)                none
+``nusf()``               sign(W) / fan_in       none
+``brsf(p_flip)``         R * sign(W)            M * S_p, M ~ U(0, 1], new with W
+``frsf(p_flip)``         R * sign(W)            the same, drawn once
+``rndf(sigma)``          R                      N(0, sigma^2)
+=======================  =====================  ===============================
+
+Rules of others:
+
+=======================  =====================  ===============================
+``frozen_sign()``        R                      sign(W_0)
+``frozen_noise(sigma)``  R                      W_0 + N(0, sigma^2)
+``tied_norm()``          R * norm(W) / norm(R)  N(0, 1)
+``kolen_pollack()``      R                      learned by dR = dW
+``product_feedback()``   R = B A                A learned by dR = dW, B fixed
+``low_rank(rank=r)``     R = Q P                both learned by dR = dW
+``weight_mirror()``      R                      learned in a phase of its own
+``local_loss(...)``      R                      learned by losses on W and V
+=======================  =====================  ===============================
+
+``sign(0) = 0``. A rule of your own is ``rule(function)``, or a subclass of
+``FeedbackRule`` like those here. Their names are in lower case because they are
+written like functions, ``usf()``.
 """
 
 import dataclasses
 import math
 import re
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from symjax_bp.primitives import Fan, Product
+
+__all__ = [
+  'FeedbackRule',
+  'brsf',
+  'from_name',
+  'frozen_noise',
+  'frozen_sign',
+  'frsf',
+  'kolen_pollack',
+  'local_loss',
+  'low_rank',
+  'nusf',
+  'product_feedback',
+  'rndf',
+  'rule',
+  'symmetric',
+  'tied_norm',
+  'usf',
+  'weight_mirror',
+]
 
 Kernel = jax.Array | jax.ShapeDtypeStruct
-Scale = float | str
+Number = float | jax.Array
 
-# Standard deviations of the usual initialisers; NuSF divides by fan_in itself.
-_SCALES = {
-  'fan_in': lambda fan_in, fan_out: 1 / fan_in,
-  'xavier': lambda fan_in, fan_out: math.sqrt(2 / (fan_in + fan_out)),
-  'he': lambda fan_in, fan_out: math.sqrt(2 / fan_in),
+# Standard deviations of common initializers, and the scales of sign(W) that
+# other libraries use: BioTorch (2021), and Xiao et al. (2018) for convolutions.
+_SCALES: dict[str, Callable[[Fan], float]] = {
+  'fan_in': lambda fan: 1 / fan.inputs,
+  'xavier': lambda fan: math.sqrt(2 / (fan.inputs + fan.outputs)),
+  'he': lambda fan: math.sqrt(2 / fan.inputs),
+  'biotorch': lambda fan: math.sqrt(2 / (fan.inputs + fan.outputs)),
+  'xiao': lambda fan: math.sqrt(2 / fan.outputs),
 }
 
 
-def _number(name: str, value, low: float, high: float, allowed: str) -> float:
-  """Returns ``value`` as a float, or says what is allowed."""
+def _traced(value: Any) -> bool:
+  return isinstance(value, jax.Array)
+
+
+def _check_number(
+  name: str, value: Any, low: float, high: float, allowed: str
+) -> Any:
+  """Returns a number in (low, high) or [low, high]; arrays pass unchecked."""
+  if _traced(value):
+    return value
   try:
     number = float(value)
   except (TypeError, ValueError):
@@ -59,36 +108,59 @@ def _number(name: str, value, low: float, high: float, allowed: str) -> float:
   return number
 
 
-def _fan_in_and_out(shape: tuple[int, ...]) -> tuple[int, int]:
-  """Inputs and outputs of one position of a kernel in Flax's layout."""
-  receptive_field = math.prod(shape[:-2])
-  return math.prod(shape[:-1]), receptive_field * shape[-1]
+def _check_positive(name: str, value: Any) -> Any:
+  tiny, huge = math.ulp(0.0), math.nextafter(math.inf, 0)
+  return _check_number(name, value, tiny, huge, 'a positive, finite number')
 
 
-def _wide_dtype(kernel):
+def _wide_dtype(kernel: Kernel) -> Any:
   """Float32 at least: bfloat16 has 128 values of M, float16 ends at 65504."""
   return kernel.dtype if jnp.finfo(kernel.dtype).bits > 32 else jnp.float32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class FeedbackRule:
-  """A rule ``V = rule(W, R)``; see the constructors for the paper's own.
+def _normal(key: jax.Array, W: Kernel, sigma: Number, shape=None) -> jax.Array:
+  """N(0, sigma^2), of the shape and dtype of W."""
+  wide = _wide_dtype(W)
+  shape = W.shape if shape is None else shape
+  normal = jax.random.normal(key, shape, wide)
+  return (jnp.asarray(sigma, wide) * normal).astype(W.dtype)
 
-  Rules are frozen, hashable, comparable and picklable, so they may be static
-  arguments of ``jax.jit`` and fields of Flax modules.
+
+def _hash_of_bits(W: jax.Array) -> jax.Array:
+  """A uint32 that changes when any bit of W does, on every device alike."""
+  width = W.dtype.itemsize * 8
+  words = lax.bitcast_convert_type(W, jnp.dtype(f'uint{min(width, 32)}'))
+  words = words.astype(jnp.uint32)
+  # W keeps its shape, because its sharding may allow no reshape.
+  odd = 2 * lax.iota(jnp.uint32, words.size).reshape(words.shape) + 1
+  # Mixed before the sum, whose order does not matter modulo 2^32.
+  mixed = (words ^ (odd * jnp.uint32(0x9E3779B9))) * jnp.uint32(0x85EBCA6B)
+  mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+  return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class FeedbackRule:
+  """A rule. For your own override ``unscaled``, and ``init`` for a state.
+
+  Rules are frozen, comparable and picklable, and hashable unless a number in
+  them is an array (which may be traced: a schedule, or a vmap over numbers).
 
   Attributes:
     scale: factor on V: a positive number, ``'fan_in'`` (1 / fan_in),
-      ``'xavier'`` (sqrt(2 / (fan_in + fan_out))) or ``'he'``
-      (sqrt(2 / fan_in)). The paper's rules have 1.
-    draws: whether V depends on a random draw R at all.
-    redraws: whether R is to be drawn anew for every update of W.
+      ``'xavier'`` (sqrt(2 / (fan_in + fan_out))), ``'he'``
+      (sqrt(2 / fan_in)), ``'biotorch'`` (its xavier) or ``'xiao'``
+      (sqrt(2 / fan_out), for convolutions). The paper's rules have 1.
+    keeps_state: whether ``init`` returns a state.
+    redraws: whether that state is a seed from which R is drawn for each W.
+    learning: gives V a gradient, which reaches the state through ``expand``;
+      see ``symjax_bp.primitives``. None for a V that does not learn.
   """
 
-  scale: Scale = 1.0
-  name: ClassVar[str]
-  draws: ClassVar[bool] = False
+  scale: Number | str = dataclasses.field(default=1.0, kw_only=True)
+  keeps_state: ClassVar[bool] = False
   redraws: ClassVar[bool] = False
+  learning: ClassVar[Any] = None
 
   def __post_init__(self):
     if isinstance(self.scale, str):
@@ -98,166 +170,102 @@ class FeedbackRule:
           f'not {self.scale!r}.'
         )
     else:
-      scale = _number('scale', self.scale, 0.0, math.inf, 'a positive number')
-      if scale in (0.0, math.inf):
-        raise ValueError(f'scale must be positive and finite, not {scale}.')
-      object.__setattr__(self, 'scale', scale)
+      self._set('scale', _check_positive('scale', self.scale))
+
+  def _set(self, name: str, value: Any) -> None:
+    object.__setattr__(self, name, value)
+
+  def _described(self, without: tuple[str, ...] = ()) -> str:
+    parts = []
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name in without or not field.repr:
+        continue
+      if _traced(value):
+        parts.append(f'{field.name}=...')
+      elif value != field.default:
+        parts.append(f'{field.name}={value!r}')
+    return f'{self.name}({", ".join(sorted(parts))})'
 
   def __repr__(self) -> str:
-    changed = (
-      f'{field.name}={getattr(self, field.name)!r}'
-      for field in reversed(dataclasses.fields(self))
-      if getattr(self, field.name) != field.default
-    )
-    return f'{self.name}({", ".join(changed)})'
+    return self._described()
 
-  def draw(self, key: jax.Array, kernel: Kernel) -> jax.Array | None:
-    """Draws R for a kernel.
+  @property
+  def name(self) -> str:
+    """The name in messages and tables."""
+    return type(self).__name__
+
+  @property
+  def state_name(self) -> str:
+    """The rule without its scale: what a state was made by."""
+    return self._described(without=('scale',))
+
+  @property
+  def needs_fan(self) -> bool:
+    """Whether V depends on the sizes of the product."""
+    return isinstance(self.scale, str)
+
+  def init(self, key: jax.Array, W: Kernel) -> Any:
+    """Makes the state for a kernel: arrays, or None for a rule without one.
 
     Args:
-      key: a PRNG key. The same key gives the same R.
-      kernel: W, or anything with its shape and (floating) dtype.
-
-    Returns:
-      R, of the kernel's shape and dtype, or None for a rule without one.
+      key: a PRNG key. The same key gives the same state.
+      W: the kernel, with its initial values where the rule uses these.
     """
-    del key, kernel
-    return None
+    del key, W
+
+  def expand(self, W: jax.Array, state: Any) -> jax.Array | None:
+    """Returns R, of the shape of W, or None for a rule without one."""
+    del W
+    return state
+
+  def unscaled(self, W: jax.Array, R: Any, fan: Fan) -> jax.Array:
+    """Returns V before it is scaled; see ``weights``."""
+    raise NotImplementedError
 
   def weights(
-    self, kernel: jax.Array, draw: jax.Array | None = None
+    self,
+    W: jax.Array,
+    R: jax.Array | None = None,
+    fan: Fan | None = None,
   ) -> jax.Array:
-    """Returns V, of the shape and dtype of ``kernel``.
+    """Returns V, of the shape and dtype of ``W``.
 
     Args:
-      kernel: W, floating point, output features last.
-      draw: R as returned by ``draw``; None for a rule without one.
+      W: kernel of a real floating dtype.
+      R: as ``expand`` returned it.
+      fan: sizes of the product; by default those of a kernel in Flax's layout,
+        whose last axis is the outputs.
 
     Raises:
       TypeError: if W is not of a real floating dtype.
-      ValueError: if the rule needs a draw and there is none, or R does not
-        have W's shape.
+      ValueError: if R is missing, or not of the shape of W.
     """
-    kernel = jnp.asarray(kernel)
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+    W = jnp.asarray(W)
+    if not jnp.issubdtype(W.dtype, jnp.floating):
       raise TypeError(
-        f'{self!r} needs a kernel of a real floating dtype, not {kernel.dtype}.'
+        f'W must have a real floating dtype for {self!r}, not {W.dtype}.'
       )
-    if self.draws:
-      if draw is None:
+    if self.keeps_state:
+      if R is None:
         raise ValueError(
-          f'{self!r} needs its random draw: weights(kernel, draw) with '
-          'draw = rule.draw(key, kernel).'
+          f'R must be given for {self!r}: weights(W, rule.expand(W, state)) '
+          'with state = rule.init(key, W).'
         )
-      if draw.shape != kernel.shape:
+      if R.shape != W.shape:
         raise ValueError(
-          f'draw must have the shape of the kernel, {kernel.shape}, '
-          f'not {draw.shape}.'
+          f'R must have the shape of W, {W.shape}, not {R.shape}.'
         )
-      draw = draw.astype(kernel.dtype)
-    scale = self.scale
-    if isinstance(scale, str):
-      scale = _SCALES[scale](*_fan_in_and_out(kernel.shape))
-    unscaled = self._unscaled(kernel, draw)
-    return (
-      unscaled if scale == 1 else unscaled * jnp.asarray(scale, kernel.dtype)
-    )
-
-  def _unscaled(self, kernel, draw):
-    raise NotImplementedError
+      R = R.astype(W.dtype)
+    fan = fan or Fan.of_kernel(W.shape)
+    V, scale = self.unscaled(W, R, fan), self.scale
+    scale = _SCALES[scale](fan) if isinstance(scale, str) else scale
+    if not _traced(scale) and scale == 1:
+      return V
+    return V * jnp.asarray(scale, W.dtype)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _Symmetric(FeedbackRule):
-  name: ClassVar[str] = 'symmetric'
-
-  def _unscaled(self, kernel, draw):
-    return kernel
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _UniformSign(FeedbackRule):
-  name: ClassVar[str] = 'usf'
-
-  def _unscaled(self, kernel, draw):
-    return jnp.sign(kernel)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _NormalizedSign(FeedbackRule):
-  name: ClassVar[str] = 'nusf'
-
-  def _unscaled(self, kernel, draw):
-    fan_in, _ = _fan_in_and_out(kernel.shape)
-    dtype = _wide_dtype(kernel)
-    sign = jnp.sign(kernel).astype(dtype)
-    return (sign / jnp.asarray(fan_in, dtype)).astype(kernel.dtype)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _RandomMagnitude(FeedbackRule):
-  p_flip: float = 0.0
-  draws: ClassVar[bool] = True
-
-  def __post_init__(self):
-    super().__post_init__()
-    p_flip = _number('p_flip', self.p_flip, 0.0, 1.0, 'a probability in [0, 1]')
-    object.__setattr__(self, 'p_flip', p_flip)
-
-  def draw(self, key, kernel):
-    """Draws R = M * S_p, both from one uniform number u in (0, 1] a weight.
-
-    Given ``u <= 1 - p`` the sign is kept and ``u / (1 - p)`` is again uniform;
-    given ``u > 1 - p`` it is flipped and ``(u - (1 - p)) / p`` is. M is never
-    0, so the share of flipped signs is that of S_p.
-    """
-    u = 1 - jax.random.uniform(key, kernel.shape, _wide_dtype(kernel))
-    keep = 1 - self.p_flip
-    if keep == 1:
-      signed = u
-    elif keep == 0:
-      signed = -u
-    else:
-      signed = jnp.where(u > keep, (keep - u) / self.p_flip, u / keep)
-    return signed.astype(kernel.dtype)
-
-  def _unscaled(self, kernel, draw):
-    return draw * jnp.sign(kernel)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _BatchRandomMagnitude(_RandomMagnitude):
-  name: ClassVar[str] = 'brsf'
-  redraws: ClassVar[bool] = True
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _FixedRandomMagnitude(_RandomMagnitude):
-  name: ClassVar[str] = 'frsf'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class _FixedRandom(FeedbackRule):
-  sigma: float = 0.05
-  name: ClassVar[str] = 'rndf'
-  draws: ClassVar[bool] = True
-
-  def __post_init__(self):
-    super().__post_init__()
-    sigma = _number('sigma', self.sigma, 0.0, math.inf, 'a positive number')
-    if sigma in (0.0, math.inf):
-      raise ValueError(f'sigma must be positive and finite, not {sigma}.')
-    object.__setattr__(self, 'sigma', sigma)
-
-  def draw(self, key, kernel):
-    normal = jax.random.normal(key, kernel.shape, _wide_dtype(kernel))
-    return (self.sigma * normal).astype(kernel.dtype)
-
-  def _unscaled(self, kernel, draw):
-    return draw
-
-
-def symmetric(*, scale: Scale = 1.0) -> FeedbackRule:
+class symmetric(FeedbackRule):
   r"""Backpropagation, :math:`V = W`: the control of every experiment.
 
   >>> rule = symmetric()
@@ -265,103 +273,466 @@ def symmetric(*, scale: Scale = 1.0) -> FeedbackRule:
   symmetric()
   >>> print(rule.weights(jnp.array([[0.3, -2.0]])))
   [[ 0.3 -2. ]]
-
-  Args:
-    scale: factor on V, see ``FeedbackRule``.
   """
-  return _Symmetric(scale=scale)
+
+  def unscaled(self, W, R, fan):
+    """V = W."""
+    return W
 
 
-def usf(*, scale: Scale = 1.0) -> FeedbackRule:
+class usf(FeedbackRule):
   r"""Uniform sign-concordant feedback (uSF), :math:`V = \mathrm{sign}(W)`.
+
+  Also known as sign symmetry. Later work scales sign(W) by an initializer's
+  standard deviation; the paper does not.
 
   >>> print(usf().weights(jnp.array([[0.3, -2.0, 0.0]])))
   [[ 1. -1.  0.]]
   >>> usf(scale='xavier')
   usf(scale='xavier')
-
-  Args:
-    scale: factor on V, see ``FeedbackRule``. Later work scales sign(W) by an
-      initialiser's standard deviation; the paper does not.
   """
-  return _UniformSign(scale=scale)
+
+  def unscaled(self, W, R, fan):
+    """V = sign(W)."""
+    return jnp.sign(W)
 
 
-def nusf(*, scale: Scale = 1.0) -> FeedbackRule:
-  r"""Normalised uSF, :math:`V = \mathrm{sign}(W) / \mathrm{fan\_in}`.
+class nusf(FeedbackRule):
+  r"""Normalized uSF, :math:`V = \mathrm{sign}(W) / \mathrm{fan\_in}`.
 
   The paper divides "by the number of inputs of the feedforward filter (filter
-  width * filter height * input feature number)".
+  width * filter height * input feature number)": the axes that the product
+  contracts.
 
   >>> print(nusf().weights(jnp.array([[0.3], [-2.0]])).T)
   [[ 0.5 -0.5]]
-
-  Args:
-    scale: factor on V, see ``FeedbackRule``.
   """
-  return _NormalizedSign(scale=scale)
+
+  @property
+  def needs_fan(self):
+    """Always."""
+    return True
+
+  def unscaled(self, W, R, fan):
+    """V = sign(W) / fan_in."""
+    dtype = _wide_dtype(W)
+    sign = jnp.sign(W).astype(dtype)
+    return (sign / jnp.asarray(fan.inputs, dtype)).astype(W.dtype)
 
 
-def brsf(p_flip: float = 0.0, *, scale: Scale = 1.0) -> FeedbackRule:
-  r"""Batchwise random magnitudes (brSF), :math:`V = M\,\mathrm{sign}(W)\,S_p`.
-
-  M ~ U(0, 1] and S_p are drawn anew for every update of W.
-
-  >>> rule = brsf(p_flip=0.25)
-  >>> rule, rule.redraws
-  (brsf(p_flip=0.25), True)
-  >>> W = jnp.array([[0.3, -2.0, 0.1, 0.7]])
-  >>> print(rule.weights(W, rule.draw(jax.random.key(0), W)).round(2))
-  [[ 0.07 -0.03  0.89  0.71]]
-
-  Args:
-    p_flip: probability of a flipped sign in [0, 1]; 0 is the paper's "same
-      sign", 0.25 its "brSF-25%".
-    scale: factor on V, see ``FeedbackRule``.
-
-  Raises:
-    ValueError: if ``p_flip`` is no probability.
-  """
-  return _BatchRandomMagnitude(p_flip=p_flip, scale=scale)
-
-
-def frsf(p_flip: float = 0.0, *, scale: Scale = 1.0) -> FeedbackRule:
+@dataclasses.dataclass(frozen=True, repr=False)
+class frsf(FeedbackRule):
   r"""Fixed random magnitudes (frSF), :math:`V = M\,\mathrm{sign}(W)\,S_p`.
 
   M ~ U(0, 1] and S_p are drawn once; the sign of V follows W.
 
-  >>> frsf(), frsf(0.5, scale=2), frsf().redraws
-  (frsf(), frsf(p_flip=0.5, scale=2.0), False)
+  >>> frsf(), frsf(0.5, scale=2)
+  (frsf(), frsf(p_flip=0.5, scale=2.0))
 
-  Args:
-    p_flip: probability of a flipped sign in [0, 1].
-    scale: factor on V, see ``FeedbackRule``.
-
-  Raises:
-    ValueError: if ``p_flip`` is no probability.
+  Attributes:
+    p_flip: probability of a flipped sign in [0, 1]; 0 is the paper's "same
+      sign", 0.25 its "frSF-25%". May be a traced scalar.
   """
-  return _FixedRandomMagnitude(p_flip=p_flip, scale=scale)
+
+  p_flip: Number = 0.0
+  keeps_state: ClassVar[bool] = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    allowed = 'a probability in [0, 1]'
+    self._set('p_flip', _check_number('p_flip', self.p_flip, 0, 1, allowed))
+
+  def init(self, key, W):
+    """Draws R = M * S_p, both from one uniform number u in (0, 1] a weight.
+
+    Given ``u <= 1 - p`` the sign is kept and ``u / (1 - p)`` is again uniform;
+    given ``u > 1 - p`` it is flipped and ``(u - (1 - p)) / p`` is. M is never
+    0, so the share of flipped signs is that of S_p.
+    """
+    wide = _wide_dtype(W)
+    u, p = 1 - jax.random.uniform(key, W.shape, wide), self.p_flip
+    if _traced(p):
+      p = jnp.asarray(p, wide)
+      keep, p = 1 - p, jnp.where(p > 0, p, 1)
+      flipped = u > keep
+      R = jnp.where(flipped, (keep - u) / p, u / jnp.where(flipped, 1, keep))
+    elif p in (0.0, 1.0):
+      R = -u if p else u
+    else:
+      keep = 1 - p
+      R = jnp.where(u > keep, (keep - u) / p, u / keep)
+    return R.astype(W.dtype)
+
+  def unscaled(self, W, R, fan):
+    """V = R sign(W)."""
+    return R * jnp.sign(W)
 
 
-def rndf(sigma: float = 0.05, *, scale: Scale = 1.0) -> FeedbackRule:
+class brsf(frsf):
+  r"""Batchwise random magnitudes (brSF), :math:`V = M\,\mathrm{sign}(W)\,S_p`.
+
+  M ~ U(0, 1] and S_p are drawn from a seed and the bits of W: they change when
+  W changes, and only then.
+
+  >>> rule = brsf(p_flip=0.25)
+  >>> W = jnp.array([[0.3, -2.0, 0.1, 0.7]])
+  >>> seed = rule.init(jax.random.key(0), W)
+  >>> for W in (W, W, W + 1e-6):
+  ...   print((100 * rule.weights(W, rule.expand(W, seed))).round())
+  [[ 71.   1. -20. -91.]]
+  [[ 71.   1. -20. -91.]]
+  [[ 62. -31.  78.  -0.]]
+  """
+
+  redraws: ClassVar[bool] = True
+
+  @property
+  def state_name(self):
+    """One seed serves every p_flip."""
+    return f'{self.name}()'
+
+  def init(self, key, W):
+    """Returns a seed, two words, and 1 to fold in the bits of W: uint32 (3,)."""
+    return jax.random.bits(key, (3,), jnp.uint32).at[2].set(1)
+
+  def expand(self, W, state):
+    """Draws R for the bits of W, or for the seed alone; see ``redraw``."""
+    if state.ndim > 1:  # Stacked layers have a seed each.
+      return jax.vmap(self.expand)(W, state)
+    # Of one kind whatever PRNG a program uses: the same V everywhere.
+    key = jax.random.wrap_key_data(state[:2], impl='threefry2x32')
+    bits = _hash_of_bits(lax.stop_gradient(W))
+    return super().init(jax.random.fold_in(key, state[2] * bits), W)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class rndf(FeedbackRule):
   r"""Fixed random feedback (RndF), :math:`V \sim \mathcal{N}(0, \sigma^2)`.
 
   Independent of W and drawn once: feedback alignment (Lillicrap et al. 2014).
 
   >>> rule = rndf()
   >>> W = jnp.zeros((2, 2))
-  >>> print(rule.weights(W, rule.draw(jax.random.key(0), W)).round(3))
+  >>> print(rule.weights(W, rule.init(jax.random.key(0), W)).round(3))
   [[ 0.081  0.101]
    [-0.022 -0.004]]
 
-  Args:
-    sigma: standard deviation of V; 0.05 in all of the paper's experiments.
-    scale: factor on V, see ``FeedbackRule``.
-
-  Raises:
-    ValueError: if ``sigma`` is not positive.
+  Attributes:
+    sigma: standard deviation of V; 0.05 in all of the paper's experiments. May
+      be a traced scalar. The rules that start from RndF have it too.
   """
-  return _FixedRandom(sigma=sigma, scale=scale)
+
+  sigma: Number = 0.05
+  keeps_state: ClassVar[bool] = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    self._set('sigma', _check_positive('sigma', self.sigma))
+
+  def init(self, key, W):
+    """Draws R."""
+    return _normal(key, W, self.sigma)
+
+  def unscaled(self, W, R, fan):
+    """V = R."""
+    return R
+
+
+class frozen_sign(FeedbackRule):
+  r"""Signs of the initial weights, :math:`V = \mathrm{sign}(W_0)`.
+
+  >>> rule = frozen_sign()
+  >>> R = rule.init(jax.random.key(0), jnp.array([0.3, -2.0]))
+  >>> print(rule.weights(jnp.array([-1.0, -1.0]), R))
+  [ 1. -1.]
+  """
+
+  keeps_state: ClassVar[bool] = True
+
+  def init(self, key, W):
+    """R = sign(W)."""
+    return jnp.sign(W)
+
+  def unscaled(self, W, R, fan):
+    """V = R."""
+    return R
+
+
+class frozen_noise(rndf):
+  r"""Soft alignment at the start, :math:`V = W_0 + \mathcal{N}(0, \sigma^2)`.
+
+  After arXiv 2505.20892.
+
+  >>> rule = frozen_noise(sigma=1e-3)
+  >>> R = rule.init(jax.random.key(0), jnp.array([0.25, -2.0]))
+  >>> print((4 * R).round())
+  [ 1. -8.]
+  """
+
+  def init(self, key, W):
+    """R = W + noise."""
+    return W + super().init(key, W)
+
+
+class tied_norm(FeedbackRule):
+  r"""Random directions of W's length, :math:`V = R\,|W| / |R|`.
+
+  R ~ N(0, 1) is fixed; norms are of whole kernels. After Moskovitz,
+  Litwin-Kumar and Abbott (2018).
+
+  >>> rule, W = tied_norm(), jnp.array([3.0, 4.0])
+  >>> V = rule.weights(W, rule.init(jax.random.key(0), W))
+  >>> print(jnp.linalg.norm(V).round(3))
+  5.0
+  """
+
+  keeps_state: ClassVar[bool] = True
+
+  def init(self, key, W):
+    """Draws R."""
+    return _normal(key, W, 1.0)
+
+  def unscaled(self, W, R, fan):
+    """V = R |W| / |R|."""
+    wide = _wide_dtype(W)
+    norm = [jnp.sqrt(jnp.sum(jnp.square(a.astype(wide)))) for a in (W, R)]
+    return R * (norm[0] / norm[1]).astype(W.dtype)
+
+
+def _as_weight(op, xs, W, V, g, dW, extra):
+  """dV = dW."""
+  return dW, None
+
+
+class kolen_pollack(rndf):
+  r"""Learned feedback, :math:`V = R` with the gradient :math:`dR = dW`.
+
+  Give R the optimizer and the weight decay of W, and V converges to W: their
+  difference decays. After Kolen and Pollack (1994) and Akrout et al. (2019).
+
+  >>> f = lambda rule, W, R: rule.learning(None, None, W, R, None, 2 * W, None)
+  >>> print(f(kolen_pollack(), jnp.ones(2), jnp.zeros(2))[0])
+  [2. 2.]
+  """
+
+  learning: ClassVar[Any] = staticmethod(_as_weight)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class product_feedback(rndf):
+  r"""Product feedback (PFA), :math:`V = B A` with :math:`dA = B^T dW`.
+
+  B is fixed. Kernels are matrices here whose columns are the last axis. After
+  "Deep Learning without Weight Symmetry" (2024).
+
+  >>> rule = product_feedback(width=8)
+  >>> jax.tree.map(jnp.shape, rule.init(jax.random.key(0), jnp.ones((3, 2))))
+  {'A': (8, 2), 'B': (3, 8)}
+
+  Attributes:
+    width: rows of A; by default the inputs of W.
+  """
+
+  width: int | None = None
+  learning: ClassVar[Any] = staticmethod(_as_weight)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.width is not None:
+      _check_count('width', self.width)
+
+  def init(self, key, W):
+    """Draws A and B; entries of B A have standard deviation sigma."""
+    inputs, outputs = _matrix(W.shape)
+    width = self.width or inputs
+    keys = jax.random.split(key)
+    B = _normal(keys[0], W, 1 / math.sqrt(width), (inputs, width))
+    return {'A': _normal(keys[1], W, self.sigma, (width, outputs)), 'B': B}
+
+  def expand(self, W, state):
+    """R = B A."""
+    product = lax.stop_gradient(state['B']) @ state['A']
+    return product.reshape(W.shape)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class low_rank(rndf):
+  r"""Low-rank feedback, :math:`V = Q P` learned by :math:`dV = dW`.
+
+  After arXiv 2502.20580.
+
+  >>> state = low_rank(rank=2).init(jax.random.key(0), jnp.ones((3, 3, 4, 8)))
+  >>> jax.tree.map(jnp.shape, state)
+  {'P': (2, 8), 'Q': (36, 2)}
+
+  Attributes:
+    rank: number of rows of P.
+  """
+
+  rank: int = dataclasses.field(kw_only=True)
+  learning: ClassVar[Any] = staticmethod(_as_weight)
+
+  def __post_init__(self):
+    super().__post_init__()
+    _check_count('rank', self.rank)
+
+  def init(self, key, W):
+    """Draws P and Q; entries of Q P have standard deviation sigma."""
+    inputs, outputs = _matrix(W.shape)
+    keys = jax.random.split(key)
+    Q = _normal(keys[0], W, 1 / math.sqrt(self.rank), (inputs, self.rank))
+    return {'P': _normal(keys[1], W, self.sigma, (self.rank, outputs)), 'Q': Q}
+
+  def expand(self, W, state):
+    """R = Q P."""
+    return (state['Q'] @ state['P']).reshape(W.shape)
+
+
+def _check_count(name: str, value: Any) -> None:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise ValueError(f'{name} must be a positive integer, not {value!r}.')
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+  """A kernel as a matrix whose columns are its last axis."""
+  shape = (1,) * (2 - len(shape)) + tuple(shape)
+  return math.prod(shape[:-1]), shape[-1]
+
+
+class weight_mirror(rndf):
+  r"""Weight mirror: :math:`V = R`, learned from noise in a phase of its own.
+
+  Training steps leave R alone; ``mirror`` of what ``with_feedback`` returns
+  gives the gradient :math:`dR \sim -x^T (x W)` at inputs x ~ N(0, 1), without
+  labels. After Akrout et al. (2019).
+  """
+
+
+# Gradients of Kunin et al.'s primitives in V, by the losses of y = op(x, W);
+# means over the inputs are left to the factors.
+_LOCAL: dict[str, Callable[[Product, Any, jax.Array, jax.Array], jax.Array]] = {
+  'decay': lambda op, xs, W, V: V,
+  'self': lambda op, xs, W, V: -W,
+  'amplify': lambda op, xs, W, V: -op.weight_gradient(xs, V, op(xs, W)),
+  'sparse': lambda op, xs, W, V: op.weight_gradient(xs, V, op(xs, V)),
+  'null': lambda op, xs, W, V: op.weight_gradient(
+    (op.input_gradient(xs, V, op(xs, W)), *xs[1:]), V, op(xs, W)
+  ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _LocalGradient:
+  """The gradient of a weighted sum of local losses; hashable."""
+
+  factors: tuple[tuple[str, float], ...]
+
+  def __call__(self, op, xs, W, V, g, dW, extra):
+    terms = [
+      jnp.asarray(factor, W.dtype) * _LOCAL[name](op, xs, W, V)
+      for name, factor in self.factors
+    ]
+    return sum(terms[1:], terms[0]), None
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class local_loss(rndf):
+  r"""Feedback learned by local losses, after Kunin et al. (2020).
+
+  ========= ================================= =============================
+  factor    loss                              gradient in V
+  ========= ================================= =============================
+  decay     :math:`|V|^2 / 2`                 V
+  self      :math:`-\langle V, W \rangle`     -W
+  amplify   :math:`-\langle xV, xW \rangle`   :math:`-x^T x W`
+  sparse    :math:`|x V|^2 / 2`               :math:`x^T x V`
+  null      :math:`|V y|^2 / 2`, y = x W      :math:`(V y)^T y`
+  ========= ================================= =============================
+
+  >>> symmetric_alignment = local_loss(factors={'decay': 0.5, 'self': 0.5})
+
+  Attributes:
+    factors: one or more of those above, with their numbers.
+  """
+
+  factors: Any = dataclasses.field(kw_only=True)
+
+  def __post_init__(self):
+    super().__post_init__()
+    factors = dict(self.factors)
+    if not factors or not set(factors) <= set(_LOCAL):
+      raise ValueError(
+        f'factors must be one or more of {sorted(_LOCAL)} with their numbers, '
+        f'not {self.factors!r}.'
+      )
+    self._set('factors', tuple((k, float(v)) for k, v in factors.items()))
+
+  @property
+  def learning(self):
+    """The gradient of the losses."""
+    return _LocalGradient(self.factors)
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class rule(FeedbackRule):
+  """A rule of your own.
+
+  >>> def clipped(W):
+  ...   return jnp.clip(W, -1, 1)
+  >>> clip = rule(clipped)
+  >>> clip, clip.weights(jnp.array([0.5, -3.0]))
+  (clipped(), Array([ 0.5, -1. ], dtype=float32))
+
+  Attributes:
+    function: ``W -> V``, or ``(W, R) -> V`` if there is an ``initial``; V has
+      the shape of W.
+    initial: ``(key, W) -> R``, of the shape of W, called once.
+    learns: whether V has the gradient dW, which reaches R by the chain rule.
+  """
+
+  function: Callable[..., jax.Array] = dataclasses.field(repr=False)
+  initial: Callable[..., jax.Array] | None = dataclasses.field(
+    repr=False, default=None
+  )
+  learns: bool = dataclasses.field(repr=False, default=False, kw_only=True)
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not callable(self.function):
+      raise TypeError(f'function must be a function, not {self.function!r}.')
+    if not (self.initial is None or callable(self.initial)):
+      raise TypeError(
+        f'initial must be a function or None, not {self.initial!r}.'
+      )
+
+  @property
+  def name(self):
+    """The name of the function."""
+    return getattr(self.function, '__name__', 'rule')
+
+  @property
+  def keeps_state(self):
+    """Whether there is an initial R."""
+    return self.initial is not None
+
+  @property
+  def learning(self):
+    """dV = dW, if V learns."""
+    return _as_weight if self.learns else None
+
+  def init(self, key, W):
+    """R = initial(key, W)."""
+    return None if self.initial is None else self.initial(key, W)
+
+  def unscaled(self, W, R, fan):
+    """V = function(W) or function(W, R)."""
+    V = self.function(W) if R is None else self.function(W, R)
+    if jnp.shape(V) != W.shape:
+      raise ValueError(
+        f'rule {self.name!r} must return V of the shape of W, {W.shape}, not '
+        f'{jnp.shape(V)}.'
+      )
+    return jnp.asarray(V).astype(W.dtype)
 
 
 _NAMES = {

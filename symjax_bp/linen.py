@@ -1,54 +1,263 @@
-r"""Flax Linen: asymmetric layers, and unmodified models made asymmetric.
+r"""Flax Linen: models with feedback, and layers with a ``feedback`` field.
 
-Two ways in, which may be mixed:
+``with_feedback(model, rules)`` is ``symjax_bp.with_feedback`` for a Linen model:
+a module with the parameters, initial values, outputs and methods of the model.
+``Dense``, ``DenseGeneral`` and ``Conv`` are Flax's own layers with a rule each.
+The outermost ``with_feedback`` wins.
 
-* ``Dense``, ``DenseGeneral`` and ``Conv`` are Flax's own layers with one more
-  field, ``feedback``: a rule of ``symjax_bp.feedback``.
-* ``with_feedback(model, rule)`` turns a model written for plain Flax into one
-  whose every dense and convolution layer uses the rule.
+What a rule keeps is ``variables['feedback']``, never in ``params``: a tree of
+the model's modules, in which ``'kernel:rndf()'`` is what the rule ``rndf()``
+keeps for ``kernel``. Pass it to ``apply`` along with ``params``. For parameters
+that came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])``
+makes it. A rule that redraws (brSF) can also take its seed from
+``rngs={'feedback': key}`` alone. ``mutable=['feedback_weights']`` returns V.
 
-Parameters, initial values for a given key, outputs and options are Flax's.
-What a rule draws stays out of ``params``:
-
-* a draw that is kept (frSF, RndF) is ``variables['feedback']``, a tree
-  parallel to ``params``; pass it to ``apply``. For parameters that came
-  without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])``
-  makes it;
-* a draw that is made anew for every update (brSF) comes from the key
-  stream ``feedback``: ``apply(..., rngs={'feedback': key})``. The same key
-  gives the same V, however often a layer is called, so fold the number of the
-  update into the key and nothing else;
-* V as it was used is to be had by ``apply(..., mutable=['feedback_weights'])``.
-
-Inside ``nn.scan`` and ``nn.vmap`` map what the rule needs as you map
-``params``: ``variable_axes={'feedback': 0}`` for a draw that is kept,
-``split_rngs={'feedback': True}`` for one that is not. ``nn.WeightNorm`` and
-``nn.SpectralNorm`` rewrite everything that is called ``kernel``, feedback too:
-inside of them use rules that keep no draw.
+Inside ``nn.scan`` and ``nn.vmap`` an asymmetric module is mapped like any other:
+``variable_axes={'feedback': 0}``, ``split_rngs={'feedback': True}``. Around them
+nothing has to be said.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import traverse_util
+from flax.core import FrozenDict, lift, unfreeze
+from flax.core.scope import LazyRng
 
 from symjax_bp import metrics
-from symjax_bp.feedback import FeedbackRule, symmetric
-from symjax_bp.injection import injected, recording
-from symjax_bp.matching import (
-  Patterns,
+from symjax_bp.feedback import FeedbackRule
+from symjax_bp.transform import (
+  FeedbackFunction,
+  Row,
+  Rules,
   by_path,
-  check_rule,
-  has_arrays,
-  joined,
-  rule_table,
+  format_table,
+  recorded,
+  with_others,
 )
-from symjax_bp.wrapping import Detached, WithFeedback, refuse_shared
+
+__all__ = [
+  'Conv',
+  'Dense',
+  'DenseGeneral',
+  'feedback_table',
+  'feedback_weights',
+  'layer_alignment',
+  'layer_rules',
+  'plain_twin',
+  'with_feedback',
+]
+
+def _call(
+  bound: Any,
+  plain: nn.Module,
+  method: str,
+  rules: Rules | None,
+  row_convolution: bool,
+  args: Sequence[Any],
+  kwargs: Mapping[str, Any],
+) -> Any:
+  """Calls a method of a plain model in the place of a bound module.
+
+  Args:
+    bound: the module whose scope, parameters and keys the model takes.
+    plain: the model, unbound.
+    method: name of its method.
+    rules: its rules; None for plain backpropagation, also inside.
+    row_convolution: see ``symjax_bp.with_feedback``.
+    args: of the method.
+    kwargs: of the method.
+  """
+  scope = bound.scope.rewound()
+  above = scope.flags.get('feedback')
+  if rules is not None or above is None:
+    # A flag, because nn.jit keeps its traces by the flags of a scope.
+    _set_flag(scope, 'feedback', True)
+
+  def run(scope, *args, **kwargs):
+    return getattr(plain.copy(parent=scope), method)(*args, **kwargs)
+
+  if rules is None or above is not None:
+    return run(scope, *args, **kwargs)
+  initializing = bound.is_initializing()
+  before = _copied(scope.rng_counters)
+  # A plain call makes the parameters.
+  result = run(scope, *args, **kwargs) if initializing else None
+  after = _copied(scope.rng_counters)
+  path = '/'.join(bound.path)
+  prefix = f'{path}/' if path else ''
+
+  def interpret(scope_fn, repack, groups, rngs, *args, **kwargs):
+    ((variables,),) = groups
+    # Decoders take another input once the collection 'cache' is there.
+    hidden = (*_OURS, 'cache') if initializing else _OURS
+    rest = {k: v for k, v in variables.items() if k not in hidden}
+
+    def function(params, rest, rngs, args, kwargs):
+      # However often this is traced, its keys are those of one call.
+      _count_from(scope, before)
+      inner = scope_fn((({**rest, 'params': params},),), rngs)
+      y = run(inner, *args, **kwargs)
+      return y, repack(inner)
+
+    f = FeedbackFunction(function, rules, row_convolution, prefix)
+    params, call = variables.get('params', {}), (rest, rngs, args, kwargs)
+    if initializing:
+      states = f.init_states(_key(scope, 'params'), params, call)
+      return states, repack(scope_fn(groups, rngs))
+    stored = _flat(variables.get('feedback', {}))
+    stored |= _made_now(scope, f, params, stored, call)
+    states = f.check_states(stored)
+    if scope.is_mutable_collection('feedback_weights'):
+      fans = {row.path: row.fan for row in f.rows(params, *call) if row.rule}
+      V = f.weights_by_path(params, states, fans)
+      _put(scope, 'feedback_weights', V)
+    return f.evaluate(params, states, call, {})
+
+  result_or_states = lift.pack(
+    interpret, (True,), (True,), (True,), name='feedback', enable_kwargs=True
+  )(scope, *args, **kwargs)
+  if not initializing:
+    return result_or_states
+  _count_from(scope, after)
+  if result_or_states and not scope.is_mutable_collection('feedback'):
+    raise ValueError(
+      f'the feedback of {path or type(bound).__name__!r} has no place: '
+      "add variable_axes={'feedback': 0}, split_rngs={'feedback': True} to "
+      "nn.scan or nn.vmap, 'feedback' to the collections of another lift or "
+      'to mutable of init.'
+    )
+  _put(scope, 'feedback', _named(result_or_states))
+  return result
 
 
-class Dense(nn.Dense):
+def _set_flag(scope: Any, name: str, value: Any) -> None:
+  scope.flags = FrozenDict({**scope.flags, name: value})
+
+
+class _Unique:
+  """A flag with which nn.jit, which keeps traces by hash, keeps none."""
+
+  _hashes = itertools.count()
+
+  def __hash__(self) -> int:
+    return hash((_Unique, next(self._hashes)))
+
+
+def _retraced(method: Any = '__call__') -> Callable[..., Any]:
+  """A method for ``apply`` in which each layer is seen, also under nn.jit."""
+
+  def call(model: nn.Module, *args, **kwargs):
+    _set_flag(model.scope, 'retraced', _Unique())
+    if isinstance(method, str):
+      return getattr(model, method)(*args, **kwargs)
+    return method(model, *args, **kwargs)
+
+  return call
+
+
+_OURS = ('feedback', 'feedback_weights', 'params')
+
+
+def _count_from(scope: Any, counters: Mapping[Any, Any]) -> None:
+  # In place, because Flax shares the dictionary between scopes.
+  scope.rng_counters.clear()
+  scope.rng_counters.update(_copied(counters))
+
+
+def _copied(counters: Mapping[Any, Any]) -> dict[Any, Any]:
+  """Flax's counters of keys, which are nested."""
+  return {
+    name: _copied(count) if isinstance(count, dict) else count
+    for name, count in counters.items()
+  }
+
+
+def _key(scope: Any, otherwise: str = '') -> jax.Array | None:
+  """The key of the stream 'feedback', or one beside another stream."""
+  if 'feedback' in scope.rngs:
+    return LazyRng.create(scope.rngs['feedback']).as_jax_rng()
+  if otherwise in scope.rngs:
+    return LazyRng.create(scope.rngs[otherwise], 'feedback').as_jax_rng()
+  return None
+
+
+def _made_now(scope, f, params, stored, call) -> dict[str, Any]:
+  """States that ``apply`` was not given but can make from a key."""
+  key = _key(scope)
+  if key is None:
+    return {}
+  store = scope.is_mutable_collection('feedback')
+  states = f.init_states(key, params, call)
+  states = {
+    path: state
+    for path, state in states.items()
+    if path not in stored and (store or f.rules.find(path).redraws)
+  }
+  if store:
+    _put(scope, 'feedback', _named(states))
+  return states
+
+
+def _named(states: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """{'Dense_0/kernel:rndf()': state} from {path: {name of rule: state}}."""
+  return {
+    f'{path}:{rule}': value
+    for path, state in states.items()
+    for rule, value in state.items()
+  }
+
+
+def _put(scope: Any, collection: str, leaves: Mapping[str, Any]) -> None:
+  """Writes leaves, given by path, into a collection."""
+  tree = traverse_util.unflatten_dict(dict(leaves), sep='/')
+  for name, value in tree.items():
+    scope.put_variable(collection, name, value)
+
+
+def _flat(collection: Mapping[str, Any]) -> dict[str, Any]:
+  """{path: {name of rule: state}} from the collection ``feedback``."""
+  states: dict[str, Any] = {}
+  leaves = traverse_util.flatten_dict(
+    unfreeze(collection),
+    is_leaf=lambda keys, _: bool(keys) and ':' in keys[-1],
+    sep='/',
+  )
+  for name, value in leaves.items():
+    path, _, rule = name.partition(':')
+    states.setdefault(path, {})[rule] = value
+  return states
+
+
+class _Asymmetric(nn.Module):
+  """A layer of Flax with one more field, the rule of its kernel."""
+
+  feedback: FeedbackRule = dataclasses.field(kw_only=True)
+
+  def __post_init__(self):
+    Rules.create(self.feedback)
+    super().__post_init__()
+
+  @nn.nowrap
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Applies the layer as Flax does."""
+    kind: Any = type(self).__mro__[2]
+    fields = {
+      field.name: getattr(self, field.name)
+      for field in dataclasses.fields(kind)
+      if field.init and field.name not in ('parent', 'name')
+    }
+    plain = kind(**fields, parent=None)
+    rules = Rules.create(self.feedback)
+    return _call(self, plain, '__call__', rules, False, (inputs,), {})
+
+
+class Dense(_Asymmetric, nn.Dense):
   """``flax.linen.Dense`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
@@ -64,46 +273,22 @@ class Dense(nn.Dense):
     feedback: the rule; all other fields are those of ``flax.linen.Dense``.
   """
 
-  feedback: FeedbackRule = dataclasses.field(kw_only=True)
 
-  def __post_init__(self):
-    check_rule('feedback', self.feedback)
-    super().__post_init__()
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Applies the layer to ``(..., in_features)``."""
-    with injected(self, self.feedback):
-      return super().__call__(inputs)
-
-
-class DenseGeneral(nn.DenseGeneral):
+class DenseGeneral(_Asymmetric, nn.DenseGeneral):
   """``flax.linen.DenseGeneral`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer = DenseGeneral((4, 2), axis=(-2, -1), feedback=symjax_bp.rndf())
   >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 3, 5)))
-  >>> variables['feedback']['kernel'].shape
-  (3, 5, 4, 2)
+  >>> jax.tree.map(jnp.shape, variables['feedback'])
+  {'kernel:rndf()': (3, 5, 4, 2)}
 
   Attributes:
     feedback: the rule; all other fields are ``flax.linen.DenseGeneral``'s.
   """
 
-  feedback: FeedbackRule = dataclasses.field(kw_only=True)
 
-  def __post_init__(self):
-    check_rule('feedback', self.feedback)
-    super().__post_init__()
-
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Applies the layer, contracting ``axis`` of the inputs."""
-    with injected(self, self.feedback):
-      return super().__call__(inputs)
-
-
-class Conv(nn.Conv):
+class Conv(_Asymmetric, nn.Conv):
   """``flax.linen.Conv`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
@@ -123,29 +308,77 @@ class Conv(nn.Conv):
     feedback: the rule; all other fields are those of ``flax.linen.Conv``.
   """
 
-  feedback: FeedbackRule = dataclasses.field(kw_only=True)
 
-  def __post_init__(self):
-    check_rule('feedback', self.feedback)
-    super().__post_init__()
+@dataclasses.dataclass(frozen=True)
+class _Detached:
+  """Hides a model from Flax, which would make it a child with a name."""
 
-  @nn.compact
-  def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Applies the layer to ``(batch, *spatial, in_features)``."""
-    with injected(self, self.feedback):
-      return super().__call__(inputs)
+  model: nn.Module
+
+
+class WithFeedback(nn.Module):
+  """A Linen model whose weights use feedback; see ``with_feedback``.
+
+  Attributes:
+    detached: holds the model, as it was.
+    rules: rules by the paths of parameters; None for plain backpropagation.
+    row_convolution: see ``with_feedback``.
+  """
+
+  detached: _Detached
+  rules: Rules | None = None
+  row_convolution: bool = False
+
+  @nn.nowrap
+  def __call__(self, *args, **kwargs):
+    """Calls the model."""
+    return self._call('__call__', *args, **kwargs)
+
+  @nn.nowrap
+  def __getattr__(self, name: str):
+    """Other methods of the model, for ``apply(..., method='encode')``."""
+    # Not self.detached: a copy that is being unpickled has no fields yet.
+    detached = self.__dict__.get('detached')
+    method = getattr(type(detached.model), name, None) if detached else None
+    if name.startswith('__') or not isinstance(method, types.FunctionType):
+      return super().__getattr__(name)
+
+    def call(self, *args, **kwargs):
+      return self._call(name, *args, **kwargs)
+
+    return types.MethodType(call, self)
+
+  @nn.nowrap
+  def _call_wrapped_method(self, fun, args, kwargs):
+    """Flax's own way to methods, also those given as functions."""
+    # Private: Flax has no public way to see method=Model.encode.
+    name = getattr(fun, '__name__', '')
+    own, models = (
+      getattr(getattr(type(module), name, None), '__wrapped__', None) is fun
+      for module in (self, self.detached.model)
+    )
+    if models and not own:
+      return self._call(name, *args, **kwargs)
+    return super()._call_wrapped_method(fun, args, kwargs)
+
+  @nn.nowrap
+  def _call(self, method: str, *args, **kwargs):
+    options = (self.rules, self.row_convolution)
+    return _call(self, self.detached.model, method, *options, args, kwargs)
 
 
 def with_feedback(
   model: nn.Module,
-  rule: FeedbackRule | Mapping[str, FeedbackRule],
+  rules: FeedbackRule | Mapping[str, FeedbackRule],
   exclude: str | Sequence[str] = (),
+  *,
+  row_convolution: bool = False,
 ) -> WithFeedback:
-  """Makes an unmodified Linen model asymmetric.
+  """Makes the backward pass of a Linen model use feedback weights.
 
-  Every ``Dense``, ``DenseGeneral`` and ``Conv`` in it, however deep (attention,
-  recurrent cells, ``nn.remat``, shared modules), uses the rule. The ``params``
-  tree, its initial values and the outputs stay the model's own.
+  Every weight that meets data in a product uses its rule, however the model is
+  written. The ``params`` tree, its initial values and the outputs stay the
+  model's own.
 
   >>> import flax.linen as nn, jax, jax.numpy as jnp, symjax_bp
   >>> mlp = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
@@ -154,104 +387,149 @@ def with_feedback(
   ... )
   >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
   >>> jax.tree.map(jnp.shape, variables['feedback'])
-  {'layers_2': {'kernel': (3, 2)}}
+  {'layers_2': {'kernel:rndf()': (3, 2)}}
   >>> print(feedback_table(model, jnp.ones((1, 4))))
-  layer     shape   feedback
-  layers_0  (4, 3)  usf()
-  layers_2  (3, 2)  rndf()
+  weight           shape   feedback  use
+  layers_0/kernel  (4, 3)  usf()     product
+  layers_2/kernel  (3, 2)  rndf()    product
+  2 of 2 weights with feedback: 18 of 18 parameters
 
   Args:
     model: the model; it is not changed.
-    rule: a rule for all layers, or a mapping {regular expression: rule}. An
-      expression is searched for in a layer's path, such as ``'encoder/Conv_0'``
-      (``^`` and ``$`` anchor it); the first that is found wins.
-    exclude: one or more regular expressions for the paths of layers, and of
-      other parameters, to leave as they are.
+    rules: a rule for all weights, or {regular expression: rule}; see
+      ``symjax_bp.with_feedback``.
+    exclude: one or more regular expressions for the paths of parameters that
+      plain backpropagation trains.
+    row_convolution: see ``symjax_bp.primitives.conv_general_dilated``.
 
   Returns:
     A module with the methods of the model.
 
   Raises:
-    TypeError: if ``rule`` is no rule or mapping to rules.
+    TypeError: if ``model`` is no Linen module, or a rule is none.
     ValueError: if the model shares a submodule with the one around it; when
-      called, if a layer matches no expression, an expression matches no layer,
-      or the model has weights that can't be made asymmetric.
+      called, if an expression matches no parameter or a weight cannot be given
+      feedback.
   """
   if not isinstance(model, nn.Module):
     raise TypeError(
-      f'model must be a flax.linen.Module, not {type(model).__name__}; for an '
-      'nnx.Module use symjax_bp.nnx.with_feedback.'
+      f'model must be a flax.linen.Module, not {type(model).__name__}.'
     )
-  refuse_shared(model)
-  return WithFeedback(Detached(model), Patterns.create(rule, exclude))
+  _refuse_shared(model)
+  rules = Rules.create(rules, exclude)
+  return WithFeedback(_Detached(model), rules, row_convolution)
+
+
+def _refuse_shared(model: nn.Module) -> None:
+  """Raises if a model uses a module that is another one's too.
+
+  Inside of a wrapper it would be copied, with parameters of its own.
+  """
+  for name, part in _parts(model):
+    above: Any = part.parent
+    if not isinstance(above, nn.Module) or part.scope is None:
+      continue
+    kept = any(value is part for value in vars(above).values())
+    if kept or any(part.scope.variables().values()):
+      raise ValueError(
+        f'model.{name} is {part.name!r} of {type(above).__name__}, which '
+        f'{type(model).__name__} shares; with_feedback would copy it. Wrap '
+        f'{type(above).__name__} as a whole, with rules by path.'
+      )
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+  """Modules in the fields of a model, and theirs."""
+  for field in dataclasses.fields(model):
+    if field.name in ('parent', 'name'):
+      continue
+    values = jax.tree.leaves(
+      getattr(model, field.name), is_leaf=lambda x: isinstance(x, nn.Module)
+    )
+    for value in values:
+      if isinstance(value, nn.Module):
+        yield field.name, value
+        yield from ((f'{field.name}.{name}', x) for name, x in _parts(value))
 
 
 def plain_twin(model: nn.Module) -> nn.Module:
   """The same model trained by plain backpropagation, on the same variables.
 
-  Layers with a rule get ``symmetric()`` in its place, all others are as before.
   It needs neither the collection nor the key stream ``feedback``, so it is
-  also the model to evaluate.
+  also the model to evaluate, and to attack: adversarial examples computed
+  through V are weak by construction.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> model = Dense(2, feedback=symjax_bp.brsf())
   >>> x = jnp.ones((1, 3))
   >>> variables = model.init(jax.random.key(0), x)
-  >>> y = model.apply(variables, x, rngs={'feedback': jax.random.key(1)})
+  >>> y = model.apply(variables, x)
   >>> bool((plain_twin(model).apply(variables, x) == y).all())
   True
 
   Args:
     model: any Linen model, asymmetric in whole, in part or not at all.
   """
-  return WithFeedback(Detached(model), instead=symmetric())
+  return WithFeedback(_Detached(model))
 
 
-def layer_rules(
-  model: nn.Module, *args, **kwargs
-) -> dict[str, tuple[tuple[int, ...], FeedbackRule | None]]:
-  """Shape and rule of all weights, or None for plain backpropagation.
+def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
+  """How each weight of a model is used, in the order of use.
 
   Args:
     model: any Linen model.
-    *args: arguments to call it with; only shapes and dtypes matter.
+    *args: arguments to call it with; of arrays only shapes and dtypes matter.
     **kwargs: further arguments to call it with.
 
   Returns:
-    ``{path: (kernel shape, rule)}`` for every parameter of two or more axes.
-    The path is the module's, without the parameter's name, for a layer.
+    A row for each parameter that is no bias or scale.
   """
-  # A wrapper that leaves every layer as it is, so that nothing traced before
-  # is taken for what the model does.
-  probe = WithFeedback(Detached(model))
-  # What is no array, such as train=True, may decide what is called.
-  arrays = {at: arg for at, arg in enumerate(args) if has_arrays(arg)}
+  leaves, tree = jax.tree.flatten((args, kwargs))
+  arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, 'dtype')}
 
   def init(key, arrays):
-    traced = [arrays.get(at, arg) for at, arg in enumerate(args)]
-    return probe.init(key, *traced, **kwargs)
+    full = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
+    args, kwargs = jax.tree.unflatten(tree, full)
+    return model.init(key, *args, method=_retraced(), **kwargs)
 
-  with recording() as record:
+  with recorded() as rows:
     variables = jax.eval_shape(init, jax.random.key(0), arrays)
-  rows = {}
-  for (module, name), value in by_path(variables['params']).items():
-    rule = record.get(module)
-    if name == 'kernel':
-      rows[module] = (value.shape, rule)
-    elif value.ndim >= 2 and not (rule and name == 'bias'):
-      rows[joined(module, name)] = (value.shape, None)
-  return rows
+  return with_others(rows, by_path(variables.get('params', {})))
 
 
 def feedback_table(model: nn.Module, *args, **kwargs) -> str:
-  """Which layer uses which rule, as text: is it really not backpropagation?
+  """What uses which rule, as text: is it really not backpropagation?
 
   Args:
     model: any Linen model.
-    *args: arguments to call it with; only shapes and dtypes matter.
+    *args: arguments to call it with; of arrays only shapes and dtypes matter.
     **kwargs: further arguments to call it with.
   """
-  return rule_table(layer_rules(model, *args, **kwargs))
+  return format_table(layer_rules(model, *args, **kwargs))
+
+
+def feedback_weights(
+  model: nn.Module, variables: Mapping[str, Any], *args, **kwargs
+) -> dict[str, jax.Array]:
+  """V of each weight with feedback, by its path; see ``FeedbackFunction``.
+
+  >>> import jax, jax.numpy as jnp, symjax_bp
+  >>> layer, x = Dense(2, feedback=symjax_bp.usf()), jnp.ones((1, 1))
+  >>> variables = layer.init(jax.random.key(0), x)
+  >>> print(variables['params']['kernel'] > 0)
+  [[ True False]]
+  >>> print(feedback_weights(layer, variables, x)['kernel'])
+  [[ 1. -1.]]
+
+  Args:
+    model: an asymmetric model.
+    variables: its variables.
+    *args: arguments to call the model with.
+    **kwargs: further arguments of ``apply``, such as ``rngs``.
+  """
+  mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
+  _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
+  return by_path(changed.get('feedback_weights', {}))
 
 
 def layer_alignment(
@@ -259,24 +537,19 @@ def layer_alignment(
   variables: Mapping[str, Any],
   loss: Callable[[Any], jax.Array],
   *args,
-  rngs=None,
   mutable: Sequence[str] = (),
   **kwargs,
 ) -> dict[str, metrics.Alignment]:
-  """How well feedback and updates of each layer agree with backpropagation.
+  """How well each weight's feedback agrees with backpropagation.
 
-  Works under ``jax.jit``. Layers inside ``nn.scan`` or ``nn.vmap`` appear if
-  these map the collection ``feedback_weights``, those inside ``nn.WeightNorm``
-  do not.
+  Works under ``jax.jit``.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer = Dense(2, feedback=symjax_bp.usf())
   >>> x = jnp.array([[1.0, 2.0, 3.0]])
   >>> variables = layer.init(jax.random.key(0), x)
   >>> row = layer_alignment(layer, variables, lambda y: (y**2).sum(), x)
-  >>> print(row['']._asdict().keys())
-  dict_keys(['concordance', 'angle', 'norm_ratio', 'gradient_angle'])
-  >>> print(row[''].concordance, row[''].gradient_angle)
+  >>> print(row['kernel'].concordance, row['kernel'].update_angle)
   1.0 0.0
 
   Args:
@@ -284,29 +557,22 @@ def layer_alignment(
     variables: its variables.
     loss: the scalar loss as a function of the model's output.
     *args: arguments to call the model with.
-    rngs: key streams, as for ``apply``.
     mutable: collections that the call changes, such as ``batch_stats``.
-    **kwargs: further arguments to call the model with.
+    **kwargs: further arguments of ``apply``, such as ``rngs``.
 
   Returns:
-    {module path: ``metrics.Alignment``} of every layer that uses a rule, all
-    computed from the V that was used.
+    {path of the weight: ``metrics.Alignment``}.
+
+  Raises:
+    ValueError: if nothing in the model has feedback.
   """
-  state = {name: value for name, value in variables.items() if name != 'params'}
-  changing = ['feedback_weights', *mutable]
+  rest = {name: value for name, value in variables.items() if name != 'params'}
+  kwargs['method'] = _retraced(kwargs.get('method') or '__call__')
 
-  def evaluate(module, params):
-    output, changed = module.apply(
-      {**state, 'params': params}, *args, rngs=rngs, mutable=changing, **kwargs
+  def evaluate(params):
+    output, _ = model.apply(
+      {**rest, 'params': params}, *args, mutable=list(mutable), **kwargs
     )
-    return loss(output), changed.get('feedback_weights', {})
+    return loss(output)
 
-  params = variables['params']
-  gradient = jax.grad(evaluate, argnums=1, has_aux=True)
-  gradients, feedback = gradient(model, params)
-  true_gradients, _ = gradient(plain_twin(model), params)
-  W, dW, true_dW = map(by_path, (params, gradients, true_gradients))
-  return {
-    layer[0]: metrics.alignment(W[layer], V, dW[layer], true_dW[layer])
-    for layer, V in by_path(feedback).items()
-  }
+  return metrics.layer_alignment(evaluate, variables['params'])

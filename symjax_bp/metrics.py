@@ -1,31 +1,56 @@
-r"""How asymmetric is it? Signs, angles and norms of feedback and gradients.
+r"""How asymmetric is it? Signs, angles and norms of feedback and errors.
 
-``W`` is a forward kernel, ``V`` its feedback kernel. The functions of two
-arguments take arrays or whole trees of arrays and return scalars or trees of
-scalars, in float32 at least, and work under ``jax.jit``.
+``W`` is a forward kernel, ``V`` its feedback kernel; arguments come in this
+order. The functions of two arguments take arrays or whole trees of arrays and
+return scalars or trees of scalars, in float32 at least. All work under
+``jax.jit``.
 """
 
+import functools
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from symjax_bp.transform import by_path, observed
+
+__all__ = [
+  'Alignment',
+  'alignment_angle',
+  'effective_rank',
+  'layer_alignment',
+  'norm_ratio',
+  'sign_concordance',
+]
 
 
 class Alignment(NamedTuple):
-  """One layer's agreement with backpropagation; scalars.
+  """Agreement of one weight's feedback with backpropagation; scalars.
+
+  W and V are taken as the products use them, after masks and normalization, and
+  over all uses together. The error signal is the cotangent of a product's
+  output. Angles are in degrees, and NaN where one of two vectors is 0.
 
   Attributes:
     concordance: share of weights with sign(V) = sign(W), in [0, 1].
-    angle: between V and W, degrees.
+    angle: between W and V.
     norm_ratio: \\|V\\| / \\|W\\|.
-    gradient_angle: between the kernel's gradient and the one that plain
-      backpropagation gives for the same batch, degrees.
+    update_angle: between the weight's gradient and that of backpropagation for
+      the same batch.
+    error_angle: between the error signal and that of backpropagation.
+    effective_rank: of the error signal, see ``effective_rank``.
   """
 
   concordance: Any  # shape=(), dtype=float32
   angle: Any  # shape=(), dtype=float32
   norm_ratio: Any  # shape=(), dtype=float32
-  gradient_angle: Any  # shape=(), dtype=float32
+  update_angle: Any  # shape=(), dtype=float32
+  error_angle: Any  # shape=(), dtype=float32
+  effective_rank: Any  # shape=(), dtype=float32
 
 
 def _wide(array) -> jax.Array:
@@ -46,12 +71,16 @@ def _direction_and_norm(array) -> tuple[jax.Array, jax.Array]:
   return scaled / length, length * root * root
 
 
-def _check_shapes(a, b) -> None:
-  if jnp.shape(a) != jnp.shape(b):
-    raise ValueError(
-      'both arrays must have the same shape, not '
-      f'{jnp.shape(a)} and {jnp.shape(b)}.'
-    )
+def _over_trees(function, a, b):
+  def checked(a, b):
+    if jnp.shape(a) != jnp.shape(b):
+      raise ValueError(
+        'both arrays must have the same shape, not '
+        f'{jnp.shape(a)} and {jnp.shape(b)}.'
+      )
+    return function(a, b)
+
+  return jax.tree.map(checked, a, b)
 
 
 def sign_concordance(W, V):
@@ -59,11 +88,8 @@ def sign_concordance(W, V):
 
   .. math:: \mathrm{mean}[\mathrm{sign}(W) = \mathrm{sign}(V)]
 
-  >>> print(
-  ...   sign_concordance(
-  ...     jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 1.0, 1.0])
-  ...   )
-  ... )
+  >>> W, V = jnp.array([1.0, -2.0, 3.0]), jnp.array([1.0, 1.0, 1.0])
+  >>> print(sign_concordance(W, V))
   0.6666667
 
   Args:
@@ -73,15 +99,12 @@ def sign_concordance(W, V):
   Returns:
     Scalars in [0, 1]; 0 counts as a sign of its own.
   """
-
-  def concordance(W, V):
-    _check_shapes(W, V)
-    return jnp.mean(jnp.sign(_wide(W)) == jnp.sign(_wide(V)))
-
-  return jax.tree.map(concordance, W, V)
+  return _over_trees(
+    lambda W, V: jnp.mean(jnp.sign(_wide(W)) == jnp.sign(_wide(V))), W, V
+  )
 
 
-def alignment_angle(a, b):
+def alignment_angle(W, V):
   r"""Angle between two arrays taken as vectors, in degrees.
 
   .. math:: \angle(a, b) = 2 \arctan(|\hat a - \hat b| / |\hat a + \hat b|)
@@ -92,62 +115,194 @@ def alignment_angle(a, b):
   45.0
 
   Args:
-    a: array or tree of arrays.
-    b: the same of the same shapes.
+    W: array or tree of arrays.
+    V: the same of the same shapes.
 
   Returns:
     Scalars in [0, 180]; NaN where an array is 0 or not finite.
   """
 
   def angle(a, b):
-    _check_shapes(a, b)
-    (a, _), (b, _) = _direction_and_norm(a), _direction_and_norm(b)
-    difference, total = (
-      jnp.sqrt(jnp.sum(vector**2)) for vector in (a - b, a + b)
-    )
-    return jnp.degrees(2 * jnp.arctan2(difference, total))
+    (x, x_norm), (y, _) = _direction_and_norm(a), _direction_and_norm(b)
+    sides = (jnp.sqrt(jnp.sum(vector**2)) for vector in (x - y, x + y))
+    # Under jit, the directions of equal arrays may differ by rounding.
+    equal = jnp.all(_wide(a) == _wide(b)) & (x_norm > 0) & (x_norm < jnp.inf)
+    return jnp.where(equal, 0, jnp.degrees(2 * jnp.arctan2(*sides)))
 
-  return jax.tree.map(angle, a, b)
+  return _over_trees(angle, W, V)
 
 
-def norm_ratio(V, W):
+def norm_ratio(W, V):
   r"""Norm of the feedback over that of the forward weights, |V| / |W|.
 
-  >>> print(norm_ratio(jnp.array([3.0, 4.0]), jnp.array([1.0, 0.0])))
+  >>> print(norm_ratio(jnp.array([1.0, 0.0]), jnp.array([3.0, 4.0])))
   5.0
 
   Args:
-    V: array or tree of arrays.
-    W: the same of the same shapes.
+    W: array or tree of arrays.
+    V: the same of the same shapes.
 
   Returns:
     Scalars; infinite where W is 0, NaN where both are.
   """
-
-  def ratio(V, W):
-    _check_shapes(V, W)
-    return _direction_and_norm(V)[1] / _direction_and_norm(W)[1]
-
-  return jax.tree.map(ratio, V, W)
+  return _over_trees(
+    lambda W, V: _direction_and_norm(V)[1] / _direction_and_norm(W)[1], W, V
+  )
 
 
-def alignment(W, V, gradient, true_gradient) -> Alignment:
-  """All four measures of one layer.
+def effective_rank(x) -> jax.Array:
+  r"""Number of directions that the rows of x use, by their variance.
 
-  >>> W = jnp.array([1.0, -2.0])
-  >>> row = alignment(W, jnp.sign(W), gradient=W, true_gradient=-W)
-  >>> print(*(round(float(value), 2) for value in row))
-  1.0 18.43 0.63 180.0
+  .. math:: (\sum_i \lambda_i)^2 / \sum_i \lambda_i^2
+
+  with the eigenvalues :math:`\lambda_i` of :math:`x^T x` (the participation
+  ratio).
+
+  >>> print(effective_rank(jnp.eye(4)), effective_rank(jnp.ones((4, 4))))
+  4.0 1.0
 
   Args:
-    W: forward kernel.
-    V: feedback kernel, as it was used.
-    gradient: gradient of the kernel, as it was used.
-    true_gradient: gradient of the kernel by plain backpropagation.
+    x: activity or error signal, (..., features).
+
+  Returns:
+    A scalar in [1, features]; NaN where x is 0.
   """
-  return Alignment(
-    concordance=sign_concordance(W, V),
-    angle=alignment_angle(V, W),
-    norm_ratio=norm_ratio(V, W),
-    gradient_angle=alignment_angle(gradient, true_gradient),
-  )
+  x = _wide(x).reshape(-1, jnp.shape(x)[-1])
+  return _rank_of(x.T @ x)
+
+
+def _rank_of(gram: jax.Array) -> jax.Array:
+  return jnp.trace(gram) ** 2 / jnp.sum(gram**2)
+
+
+def _angle_of_sums(aa, bb, dd) -> jax.Array:
+  """Degrees between a and b from \\|a\\|^2, \\|b\\|^2 and \\|a - b\\|^2."""
+  a, b, c = jnp.sqrt(jnp.maximum(aa, bb)), jnp.sqrt(jnp.minimum(aa, bb)), dd
+  c = jnp.sqrt(c)
+  # Kahan's formula for a triangle with sides a >= b and c, exact for needles.
+  mu = jnp.where(b >= c, c - (a - b), b - (a - c))
+  ratio = ((a - b) + c) * mu / ((a + (b + c)) * ((a - c) + b))
+  angle = jnp.degrees(2 * jnp.arctan(jnp.sqrt(jnp.maximum(ratio, 0))))
+  return jnp.where(b > 0, angle, jnp.nan)
+
+
+_CALLS = itertools.count()
+
+
+def _squares(a, b) -> list[jax.Array]:
+  """What _angle_of_sums takes."""
+  return [jnp.sum(jnp.square(each)) for each in (a, b, a - b)]
+
+
+def _measure(axis, op, xs, W, V, g, dW, slot):
+  """Learning that learns nothing: the slot's gradient is what it measures."""
+  both = (_wide(lax.all_gather(array, axis)) for array in (V, g))
+  (V, W), (g, true_g) = ((a[0], a[1]) for a in both)
+  same, count = jnp.sum(jnp.sign(V) == jnp.sign(W)), jnp.asarray(W.size)
+  sums = [*_squares(W, V), *_squares(g, true_g), same, count]
+  gram = jnp.zeros_like(slot['gram'])
+  if gram.size:
+    axes = op.feature_axes(g.ndim, W.ndim)
+    rows = jnp.moveaxis(g, axes, range(g.ndim - len(axes), g.ndim))
+    rows = rows.reshape(-1, gram.shape[0])
+    gram = rows.T @ rows
+  sums = jnp.stack([each.astype(slot['sums'].dtype) for each in sums])
+  return None, {'sums': sums, 'gram': gram.astype(slot['gram'].dtype)}
+
+
+def layer_alignment(
+  loss: Callable[[Any], jax.Array], params: Any
+) -> dict[str, Alignment]:
+  """How well each weight's feedback agrees with backpropagation.
+
+  ``symjax_bp.linen`` and ``symjax_bp.nnx`` have the same for models.
+
+  >>> import symjax_bp
+  >>> f = symjax_bp.with_feedback(lambda W, x: x @ W[0] @ W[1], symjax_bp.usf())
+  >>> W, x = [jnp.ones((3, 4)), jnp.eye(4)], jnp.ones((2, 3))
+  >>> loss = lambda params: f(params, None, x).sum()
+  >>> for path, row in layer_alignment(loss, W).items():
+  ...   print(path, row.norm_ratio, row.update_angle, row.effective_rank)
+  0 1.0 0.0 1.0
+  1 1.0 0.0 1.0
+
+  Args:
+    loss: the scalar loss as a function of the parameters, computed by functions
+      or models of ``with_feedback``. It is differentiated twice: with V, and
+      with W in the place of V.
+    params: a tree of arrays.
+
+  Returns:
+    {path of the weight: ``Alignment``}, from V as it was used.
+
+  Raises:
+    ValueError: if nothing in the loss has feedback.
+  """
+  features: dict[str, int] = {}
+
+  def discover(path, op, W, V, eqn):
+    shape = eqn.outvars[0].aval.shape
+    axes = op.feature_axes(len(shape), W.ndim) or ()
+    size = math.prod(shape[axis] for axis in axes) if axes else 0
+    # A tied weight may have outputs of several sizes: no common rank.
+    features[path] = size if features.get(path, size) == size else 0
+    return V, None, None
+
+  # jit keeps its traces by the axes around it: new ones make it trace again.
+  axis = f'layer_alignment {next(_CALLS)}'
+  with observed(discover):
+    jax.eval_shape(
+      jax.vmap(lambda _: loss(params), axis_name=f'shapes of {axis}'),
+      jnp.zeros(1),
+    )
+  if not features:
+    raise ValueError(
+      'loss has no weight with feedback: compute it with what with_feedback '
+      'returned.'
+    )
+  slots = {
+    path: {'sums': jnp.zeros(8), 'gram': jnp.zeros((size, size))}
+    for path, size in features.items()
+  }
+
+  def gradients(plain):
+    def observer(path, op, W, V, eqn):
+      V = jnp.where(plain, lax.stop_gradient(W), V)
+      return V, functools.partial(_measure, axis), slots_in_use[path]
+
+    def observed_loss(params, slots):
+      nonlocal slots_in_use
+      slots_in_use = slots
+      with observed(observer):
+        return loss(params)
+
+    slots_in_use: Any = None
+    return jax.grad(observed_loss, argnums=(0, 1))(params, slots)
+
+  # Two backward passes: with V, and with W in its place.
+  dW, measured = jax.vmap(gradients, axis_name=axis)(jnp.array([False, True]))
+  updates = by_path(dW)
+
+  def row(path: str) -> Alignment:
+    sums, gram = (measured[path][name][0] for name in ('sums', 'gram'))
+    WW, VV, *_, same, count = sums
+    update = [
+      jnp.concatenate([updates[part][i].ravel() for part in parts[path]])
+      for i in (0, 1)
+    ]
+    return Alignment(
+      concordance=same / count,
+      angle=_angle_of_sums(*sums[:3]),
+      norm_ratio=jnp.sqrt(VV / WW),
+      update_angle=alignment_angle(*update),
+      error_angle=_angle_of_sums(*sums[3:6]),
+      effective_rank=_rank_of(gram) if gram.size else jnp.float32(jnp.nan),
+    )
+
+  parts = {path: _parts(path, updates) for path in features}
+  return {path: row(path) for path in features}
+
+
+def _parts(path: str, params: dict[str, Any]) -> list[str]:
+  """The parameters of a weight; several if it was put together of them."""
+  return [path] if path in params else path.split(' + ')

@@ -1,34 +1,52 @@
-"""Flax NNX: asymmetric layers, and existing models made asymmetric.
+"""Flax NNX: models with feedback, and layers with a ``feedback`` argument.
 
-``Linear``, ``LinearGeneral`` and ``Conv`` are Flax's own with one more
-argument, ``feedback``; ``with_feedback(model, rule)`` copies an existing model
-and gives every layer in the copy a rule. What rules draw is held in variables
-of type ``Feedback``, which are no ``nnx.Param``: ``nnx.grad``,
-``nnx.Optimizer(..., wrt=nnx.Param)`` and parameter counts leave them alone;
-``nnx.split``, ``nnx.state`` and checkpoints carry them.
+``with_feedback(model, rules)`` is ``symjax_bp.with_feedback`` for an NNX model:
+a copy with the class, attributes, parameters and outputs of the model. Every
+module in the copy is asymmetric, whether it is called from outside or by
+another. ``Linear``, ``LinearGeneral`` and ``Conv`` are Flax's own layers with a
+rule each; the outermost ``with_feedback`` wins.
 
-A draw that is made anew for every update (brSF) changes when the training step
-says so, and then once in all layers: call ``redraw(model, key)`` next to
-``optimizer.update``, with the number of the update folded into the key.
-Evaluation and gradient accumulation therefore do not change V.
+What rules keep is held in variables of type ``Feedback``, in the attribute
+``feedback`` of each module with weights. They are no ``nnx.Param``, and no
+filter for kernels matches their paths: ``nnx.grad`` and
+``nnx.Optimizer(..., nnx.Param)`` leave them alone; ``nnx.split``, ``nnx.state``
+and checkpoints carry them. To learn feedback (Kolen-Pollack) use
+``nnx.Any(nnx.Param, Feedback)``.
 
-Layers may be stacked along leading axes, as ``nnx.vmap`` does for ``nnx.scan``:
-each has a V of its own.
+Methods are traced, as by ``jax.jit``: the values of arrays are not known to
+Python in them. ``Net.method(model, ...)`` calls one as it is written.
+
+Weights are variables of type ``nnx.Param``; other variables are data. Arrays
+that are attributes, such as masks, are constants. Weights that are taken out of
+a model and used by hand (``x @ model.W[...]`` in your own function) are trained
+by plain backpropagation: write a method.
 """
 
-import zlib
+import copy
+import copyreg
+import dataclasses
+import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from symjax_bp import metrics, primitives
-from symjax_bp.feedback import FeedbackRule, symmetric
-from symjax_bp.matching import Patterns, check_rule, joined, rule_table
-from symjax_bp.nnx_layers import LAYERS, check_call, geometry, operation_of
-from symjax_bp.normalization import NNXBatchNorm as BatchNorm
+from symjax_bp import metrics, transform
+from symjax_bp.batch_norm import NNXBatchNorm as BatchNorm
+from symjax_bp.feedback import FeedbackRule
+from symjax_bp.transform import (
+  FeedbackFunction,
+  Row,
+  Rules,
+  fold_path,
+  format_table,
+  is_weight,
+  recorded,
+  with_others,
+)
 
 __all__ = [
   'BatchNorm',
@@ -47,119 +65,433 @@ __all__ = [
 
 Model = TypeVar('Model', bound=nnx.Module)
 
-# Their parameters have an axis more where layers are stacked.
-_ELEMENTWISE = (
-  nnx.BatchNorm, nnx.LayerNorm, nnx.RMSNorm, nnx.GroupNorm, nnx.InstanceNorm,
-  BatchNorm,
-)  # fmt: skip
-_NO_RNGS = (
-  '{rule!r} draws random feedback: pass rngs=nnx.Rngs(...), for instance '
-  'nnx.Rngs(feedback=0).'
+
+# Under a name, nnx.bridge can carry it to and from Linen.
+@nnx.register_variable_name('Feedback')
+class Feedback(nnx.Variable):
+  """What a rule keeps for a weight; not a parameter."""
+
+
+class _Store(nnx.Pytree):
+  """The rules of a module's weights, and what they keep.
+
+  Attributes:
+    rules: pairs of the name of a weight and its rule, None if it is excluded.
+
+  ``Feedback`` variables are called by position and rule, such as '0:rndf()'.
+  Weights that are tied share them.
+  """
+
+  def __init__(self, rules: Any, variables: Mapping[str, Feedback]):
+    self.rules = tuple(rules)
+    for name, variable in variables.items():
+      setattr(self, name, variable)
+
+
+# Static attributes of copies, so that JAX traces these and models separately:
+# set in a method, whose products the outermost call replaces; and a path in a
+# larger model, for tables.
+_INSIDE, _PREFIX = '_pytree__feedback_inside', '_pytree__feedback_prefix'
+
+
+# --- Asymmetric classes -----------------------------------------------------
+
+# Containers of Flax compute nothing: parameters in them are their owner's.
+_CONTAINERS = frozenset((*nnx.List.__mro__, *nnx.Dict.__mro__))
+_OPERATORS = ('__call__', '__getitem__', '__matmul__', '__rmatmul__')
+_NO_METHODS = (
+  type,
+  property,
+  classmethod,
+  staticmethod,
+  functools.cached_property,
 )
 
 
-class Feedback(nnx.Variable):
-  """A rule's random draw, or the key of the next one; not a parameter."""
+class _AsymmetricMeta(type(nnx.Module)):
+  """The class of classes that ``_asymmetric`` makes, which pickle by origin."""
 
 
-class _Operation(nnx.Module):
-  """Stands in a layer for ``jax.lax``'s operation and knows the layer's V."""
+def _is_made(cls: Any) -> bool:
+  return '_plain_class' in vars(cls)
 
-  def __init__(self, layer: Any, rule: FeedbackRule, key: Any):
-    kernel = layer.kernel[...]
-    self.name, _, _ = operation_of(layer)
-    self.rule = rule
-    self.rank, _ = geometry(layer)
-    # Flax hands W over in the dtype of the computation; draws don't follow it.
-    self.dtype = kernel.dtype
-    self.mask = nnx.data(getattr(layer, 'mask', None))
-    self.key: Any = nnx.data(None)
-    self.kernel: Any = nnx.data(None)
-    if rule.redraws:
-      self.key = Feedback(_split(key, kernel.shape[: kernel.ndim - self.rank]))
-    elif rule.draws:
-      self.kernel = Feedback(rule.draw(key, kernel))
 
-  def feedback_weights(self, W: jax.Array) -> jax.Array:
-    """V for the kernel of the layer, or for several that are stacked."""
-    stack = W.shape[: W.ndim - self.rank]
+def _reduce(cls: Any) -> Any:
+  if _is_made(cls):
+    return _asymmetric, (cls._plain_class,)
+  return cls.__qualname__
 
-    def stacked(array, shape):  # What is not is shared by the layers.
-      return None if array is None else jnp.broadcast_to(array[...], shape)
 
-    weights = self._weights
-    for _ in stack:
-      weights = jax.vmap(weights)
-    return weights(
-      W,
-      stacked(self.key, stack),
-      stacked(self.kernel, W.shape),
-      stacked(self.mask, W.shape),
+copyreg.pickle(_AsymmetricMeta, _reduce)
+
+
+@functools.cache
+def _asymmetric(plain: Any) -> Any:
+  """A subclass whose methods use feedback; itself if it has none to change."""
+  done = next((cls.__mro__ for cls in plain.__mro__ if _is_made(cls)), ())
+  methods = {}
+  for cls in reversed(plain.__mro__):
+    if cls in _CONTAINERS or cls in done:
+      continue
+    for name, value in vars(cls).items():
+      special = name.startswith('__') or name in dir(nnx.Module)
+      if special and name not in _OPERATORS:
+        continue
+      if hasattr(value, '__get__') and not isinstance(value, _NO_METHODS):
+        methods[name] = _interpreted(value)
+  if not methods:
+    return plain
+  names = {
+    '__module__': plain.__module__,
+    '__qualname__': plain.__qualname__,
+    '__doc__': plain.__doc__,
+    '_plain_class': plain,
+  }
+  # Private: what the class statement's argument of that name was.
+  options = {'pytree': plain._pytree__is_pytree}
+  return _AsymmetricMeta(plain.__name__, (plain,), methods | names, **options)
+
+
+def _interpreted(function: Any) -> Callable[..., Any]:
+  @functools.wraps(function)
+  def method(self, *args, **kwargs):
+    return _call(self, function, args, kwargs)
+
+  return method
+
+
+# --- Calls ------------------------------------------------------------------
+
+
+def _is_object(x: Any) -> bool:
+  return isinstance(x, (nnx.Pytree, nnx.Variable))
+
+
+def _objects(tree: Any) -> list[Any]:
+  return [node for _, node in nnx.iter_graph(tree) if _is_object(node)]
+
+
+def _asymmetric_modules(model: Any) -> list[tuple[str, Any]]:
+  return [
+    (_joined(*path), module)
+    for path, module in nnx.iter_modules(model)
+    if isinstance(type(module), _AsymmetricMeta)
+  ]
+
+
+def _feedback(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Rules of weights by path, None if excluded, and what they keep."""
+  rules, states = {}, {}
+  for path, node in nnx.iter_graph(model):
+    if isinstance(node, _Store):
+      named = [(_joined(*path[:-1], name), rule) for name, rule in node.rules]
+      rules.update(named)
+      for key, variable in vars(node).items():
+        if isinstance(variable, Feedback):
+          at, kept = key.split(':', 1)
+          where = named[int(at)][0], *kept.split('/')
+          states[where] = variable.get_value()
+  return rules, nnx.traversals.unflatten_mapping(states)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known(Rules):
+  """Rules that are known by path, None for what is excluded."""
+
+  by_path: Mapping[str, FeedbackRule | None] = dataclasses.field(kw_only=True)
+
+  def find(self, path: str) -> FeedbackRule | None:
+    return self.by_path.get(path)
+
+  def excludes(self, path: str) -> bool:
+    return path in self.by_path and self.by_path[path] is None
+
+  def check_used(self, paths: Any) -> None:
+    pass
+
+
+class _Opened:
+  """A model, and arguments of a call, as a function of their arrays.
+
+  Attributes:
+    nodes: the model, and the NNX objects among the arguments, by position.
+    params: {path: array} of the model's parameters and of its attributes that
+      are arrays.
+    constants: the paths of the latter.
+    others: the state of the nodes besides, and arrays among the arguments.
+  """
+
+  def __init__(self, model: Any, args: Any, kwargs: Any):
+    self._leaves, self._tree = jax.tree.flatten(
+      (model, args, kwargs), is_leaf=_is_object
     )
+    leaves = dict(enumerate(self._leaves))
+    self.nodes = {i: x for i, x in leaves.items() if _is_object(x)}
 
-  def _weights(self, W, key, draw, mask) -> jax.Array:
-    if key is not None:
-      draw = self.rule.draw(key, jax.ShapeDtypeStruct(W.shape, self.dtype))
-    V = self.rule.weights(W, draw)
-    return V if mask is None else V * mask.astype(V.dtype)
+    def is_parameter(path, x):
+      return path[0] == 0 and (
+        isinstance(x, nnx.Param) or not isinstance(x, nnx.Variable)
+      )
 
-  def __call__(self, x, W, *args, **kwargs) -> jax.Array:
-    primitive = getattr(primitives, self.name)
-    return primitive(x, W, self.feedback_weights(W), *args, **kwargs)
+    split = nnx.split(self.nodes, is_parameter, Feedback, ...)
+    self._graph, params, self._feedback, rest = split
+    found, self._params = jax.tree_util.tree_flatten_with_path(params)
+    value = jax.tree_util.GetAttrKey('value')  # What a variable holds.
+    keys = [[key for key in each[1:] if key != value] for each, _ in found]
+    self._paths = [transform.path_of(each) for each in keys]
+    self.params = dict(zip(self._paths, (x for _, x in found), strict=True))
+    self.constants = [
+      path
+      for path, (each, _) in zip(self._paths, found, strict=True)
+      if value not in each
+    ]
+    kinds = (jax.Array, np.ndarray)
+    arrays = {i: x for i, x in leaves.items() if isinstance(x, kinds)}
+    self.others = rest, arrays
+
+  def copy(self, params: Any, others: Any) -> tuple[Any, Any, Any, Any]:
+    """Copies of the nodes; then model, arguments and keywords with these."""
+    rest, arrays = others
+    values = [params[path] for path in self._paths]
+    state = jax.tree.unflatten(self._params, values)
+    nodes = nnx.merge(self._graph, state, self._feedback, rest, copy=True)
+    leaves = {**dict(enumerate(self._leaves)), **nodes, **arrays}
+    return nodes, *jax.tree.unflatten(self._tree, leaves.values())
 
 
-def _attach(layer: Any, rule: FeedbackRule, key, path: str = '') -> None:
-  """Replaces the operation of a layer."""
-  name, operation, default = operation_of(layer)
-  if not (
-    operation is None
-    or operation is default
-    or isinstance(operation, _Operation)
-  ):
-    raise ValueError(
-      f'layer {path!r} has an operation of its own ({name} or {name}_cls), '
-      f'which {rule!r} would replace: exclude the layer.'
-    )
-  setattr(layer, name, nnx.data(_Operation(layer, rule, key)))
+def _content(x: Any) -> tuple[list[Any], Any]:
+  """What a call may change in an object, as a flat tree."""
+  if isinstance(x, nnx.Variable):
+    inner = x.get_raw_value(), x.get_metadata()
+  else:
+    inner = {n: v for n, v in vars(x).items() if not n.startswith('_pytree__')}
+  return jax.tree.flatten(inner, is_leaf=_is_object)
 
 
-def _key(rule: FeedbackRule, rngs: nnx.Rngs | None) -> jax.Array | None:
+class _Changes:
+  """What a call does to copies of objects, to be done to the originals."""
+
+  def __init__(self, copies: Any, originals: Any):
+    objects = map(_objects, (copies, originals))
+    self._pairs = list(zip(*objects, strict=True))
+    self._before = {id(x): _content(x) for x, _ in self._pairs}
+
+  def find(self, model: Any, result: Any) -> dict[int, Any]:
+    """Finds changes after the call; returns new arrays by their ids."""
+    self._result = result
+    met = {id(x): x for x, _ in self._pairs}
+    met |= {id(x): x for x in _objects((model, result))}
+    after = {i: _content(x) for i, x in met.items()}
+    self._changed = {i for i in met if self._is_changed(i, after[i])}
+    leaves = jax.tree.leaves(result, is_leaf=_is_object)
+    leaves += [leaf for i in self._changed for leaf in after[i][0]]
+    self._kept = {id(leaf) for content, _ in after.values() for leaf in content}
+    return {id(x): x for x in leaves if isinstance(x, jax.Array)}
+
+  def _is_changed(self, i: int, after: tuple[list[Any], Any]) -> bool:
+    if i not in self._before or self._before[i][1] != after[1]:
+      return True
+    pairs = zip(self._before[i][0], after[0], strict=True)
+    return any(a is not b for a, b in pairs)
+
+  def check_kept(self, constants: Mapping[str, Any]) -> None:
+    """Raises if a constant is gone, which may have been a state."""
+    for path, x in constants.items():
+      if is_weight(path, x) and id(x) not in self._kept:
+        raise ValueError(
+          f'{path!r} counts as a constant, as arrays do that are attributes, '
+          'but the call changes it: hold it in an nnx.Variable.'
+        )
+
+  def carry_out(self, arrays: dict[int, Any]) -> Any:
+    """Changes the originals; returns the result of the call."""
+    self._outside = arrays | {id(x): original for x, original in self._pairs}
+    for x, original in self._pairs:
+      if id(x) not in self._changed:
+        continue
+      if isinstance(x, nnx.Variable):
+        value = self._take_out(x.get_raw_value())
+        original.update_from_state(x.copy(value))
+        continue
+      for name in set(vars(original)) - set(vars(x)):
+        delattr(original, name)
+      is_data = vars(x)['_pytree__nodes']
+      for name, value in vars(x).items():
+        if not name.startswith('_pytree__'):
+          value = self._take_out(value)
+          value = nnx.data(value) if is_data.get(name) else value
+          setattr(original, name, value)
+    return self._take_out(self._result)
+
+  def _take_out(self, tree: Any) -> Any:
+    return jax.tree.map(self._outside_of, tree, is_leaf=_is_object)
+
+  def _outside_of(self, x: Any) -> Any:
+    """What an object or array of the call is outside of it."""
+    outside = self._outside
+    if id(x) in outside or not _is_object(x):
+      return outside.get(id(x), x)
+    if isinstance(x, nnx.Variable):
+      outside[id(x)] = x.copy(self._take_out(x.get_raw_value()))
+    else:  # Made by the call; it may refer to itself.
+      outside[id(x)] = made = copy.copy(x)
+      attributes = {n: self._take_out(v) for n, v in vars(x).items()}
+      vars(made).update(attributes)
+      vars(made).pop(_INSIDE, None)
+    return outside[id(x)]
+
+
+def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
+  """Calls a method of an asymmetric model."""
+  rules, states = ({}, {}) if _INSIDE in vars(model) else _feedback(model)
+  if not rules:
+    return function.__get__(model, type(model))(*args, **kwargs)
+  opened = _Opened(model, args, kwargs)
+  rules |= dict.fromkeys(opened.constants)
+  calls = []
+
+  def traced(params, others):
+    nodes, model, args, kwargs = opened.copy(params, others)
+    for _, module in _asymmetric_modules(model):
+      object.__setattr__(module, _INSIDE, True)
+    changes = _Changes(nodes, opened.nodes)
+    y = function.__get__(model, type(model))(*args, **kwargs)
+    is_stream = isinstance(y, types.GeneratorType)
+    arrays = changes.find(nodes, list(y) if is_stream else y)
+    changes.check_kept({path: params[path] for path in opened.constants})
+    calls[:] = [changes, is_stream]
+    return arrays
+
+  prefix, _ = vars(model).get(_PREFIX, ('', None))
+  f = FeedbackFunction(traced, _Known((), by_path=rules), prefix=prefix)
+  states = f.check_states(states)
+  arrays = f.evaluate(opened.params, states, (opened.others,), {})
+  changes, is_stream = calls
+  y = changes.carry_out(arrays)
+  return iter(y) if is_stream else y
+
+
+# --- Attaching rules --------------------------------------------------------
+
+
+def _key(rngs: nnx.Rngs | None) -> jax.Array | None:
   """A key from the stream ``feedback``, or beside the others.
 
   Without a stream of that name the key is folded out of the default one
   without advancing it, so that what is drawn later stays as it was.
   """
-  if not rule.draws:
+  if rngs is None:
     return None
-  if rngs is not None and 'feedback' in rngs:
+  if 'feedback' in rngs:
     return rngs['feedback']()
   stream: Any = getattr(rngs, 'params', None)
   if stream is None:
-    raise ValueError(_NO_RNGS.format(rule=rule))
+    return None
   key = jax.random.fold_in(stream.key[...], stream.count[...])
-  return _fold(key, 'feedback')
+  return fold_path(key, 'feedback')
 
 
-def _fold(key: jax.Array, path: str) -> jax.Array:
-  return jax.random.fold_in(key, zlib.crc32(path.encode()))
+def _joined(*parts: Any) -> str:
+  return '/'.join(str(part) for part in parts if part != '')
 
 
-def _split(key: Any, stack: tuple[int, ...]) -> jax.Array:
-  """A key, or one for each of the layers that are stacked."""
-  return jax.random.split(key, stack) if stack else key
+def _leaves(path: Sequence[Any], param: nnx.Param) -> Iterator[tuple[str, Any]]:
+  """Paths and arrays of a parameter, which may be a tree of arrays."""
+  leaves = jax.tree_util.tree_leaves_with_path(param.get_value())
+  for keys, leaf in leaves:
+    yield _joined(*path, transform.path_of(keys)), leaf
 
 
-class _Asymmetric(nnx.Module):
-  """A layer of Flax with one more argument, ``feedback``."""
+def _parameters(model: nnx.Module) -> dict[str, Any]:
+  """{path: array} of all parameters, each once."""
+  return {
+    name: leaf
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, nnx.Param)
+    for name, leaf in _leaves(path, node)
+  }
+
+
+def _own_params(module: nnx.Module) -> Iterator[tuple[Any, nnx.Param]]:
+  """Paths and parameters of a module, in containers too, but no submodules."""
+  inner = [
+    path
+    for path, each in nnx.iter_modules(module)
+    if path and isinstance(_asymmetric(type(each)), _AsymmetricMeta)
+  ]
+  for path, node in nnx.iter_graph(module):
+    below = any(path[: len(each)] == each for each in inner)
+    if isinstance(node, nnx.Param) and not below:
+      yield path, node
+
+
+def _attach(model: Any, rules: Rules, key: jax.Array | None) -> None:
+  """Gives the weights of a model their rules, in place."""
+  first = {id(node): path for path, node in nnx.iter_graph(model)}
+  rules.check_used(_parameters(model))
+  made: dict[str, dict[str, Feedback]] = {}
+  module: Any
+  for _, module in list(nnx.iter_modules(model)):
+    _remove(module)
+    cls = _asymmetric(type(module))
+    if not isinstance(cls, _AsymmetricMeta):
+      continue
+    object.__setattr__(module, '__class__', cls)
+    found, variables = [], {}
+    for path, param in _own_params(module):
+      home = first[id(param)]
+      named = zip(_leaves(path, param), _leaves(home, param), strict=True)
+      for (name, W), (whole, _) in named:
+        rule = None if rules.excludes(whole) else rules.find(whole)
+        if not is_weight(name, W) or not (rule or rules.excludes(whole)):
+          continue
+        if whole not in made:
+          made[whole] = _variables(rule, key, whole, W)
+        at = len(found)
+        variables |= {f'{at}:{n}': kept for n, kept in made[whole].items()}
+        found.append((name, rule))
+    if found:
+      if hasattr(module, 'feedback'):
+        raise ValueError(
+          f'{type(module).__name__} has an attribute called feedback, which '
+          'is where its feedback goes: rename it.'
+        )
+      module.feedback = _Store(found, variables)
+
+
+def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
+  """What a rule keeps for a weight, by name."""
+  if rule is None or not rule.keeps_state:
+    return {}
+  if key is None:
+    raise ValueError(
+      f'rngs must be given for {rule!r}, which keeps something: pass '
+      'rngs=nnx.Rngs(...), for instance nnx.Rngs(feedback=0).'
+    )
+  state = {rule.state_name: rule.init(fold_path(key, path), W)}
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {transform.path_of(at): Feedback(x, ref=False) for at, x in leaves}
+
+
+def _remove(module: Any) -> None:
+  """Makes one module plain, in place."""
+  if isinstance(type(module), _AsymmetricMeta):
+    if isinstance(vars(module).get('feedback'), _Store):
+      del module.feedback
+    if _is_made(type(module)):
+      object.__setattr__(module, '__class__', type(module)._plain_class)
+
+
+class _Layer:
+  """A layer of Flax whose kernel has a rule."""
 
   def __init__(self, *args, feedback: FeedbackRule, rngs: nnx.Rngs, **kwargs):
-    check_rule('feedback', feedback)
-    init: Any = super().__init__
-    init(*args, rngs=rngs, **kwargs)
-    _attach(self, feedback, _key(feedback, rngs))
+    parent: Any = super()
+    parent.__init__(*args, rngs=rngs, **kwargs)
+    _attach(self, Rules.create(feedback), _key(rngs))
 
 
-class Linear(_Asymmetric, nnx.Linear):
+class Linear(_Layer, _asymmetric(nnx.Linear)):
   """``flax.nnx.Linear`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
@@ -171,15 +503,14 @@ class Linear(_Asymmetric, nnx.Linear):
   [ 0. -2.  0.]
 
   Args:
-    in_features: number of input features.
-    out_features: number of output features.
+    *args: as for ``flax.nnx.Linear``.
     feedback: the rule.
     rngs: key streams; a draw comes from ``feedback`` where that is named.
     **kwargs: as for ``flax.nnx.Linear``.
   """
 
 
-class LinearGeneral(_Asymmetric, nnx.LinearGeneral):
+class LinearGeneral(_Layer, _asymmetric(nnx.LinearGeneral)):
   """``flax.nnx.LinearGeneral`` with feedback weights.
 
   >>> import symjax_bp
@@ -190,19 +521,14 @@ class LinearGeneral(_Asymmetric, nnx.LinearGeneral):
   ...   feedback=symjax_bp.rndf(),
   ...   rngs=nnx.Rngs(0),
   ... )
-  >>> layer.dot_general.kernel.shape
+  >>> feedback_weights(layer)['kernel'].shape
   (3, 4, 5, 2)
 
-  Args:
-    in_features: number of input features, one or several.
-    out_features: number of output features, one or several.
-    feedback: the rule.
-    rngs: key streams; a draw comes from ``feedback`` where that is named.
-    **kwargs: as for ``flax.nnx.LinearGeneral``.
+  The arguments are those of ``flax.nnx.LinearGeneral``, and ``feedback``.
   """
 
 
-class Conv(_Asymmetric, nnx.Conv):
+class Conv(_Layer, _asymmetric(nnx.Conv)):
   """``flax.nnx.Conv`` with feedback weights.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
@@ -214,81 +540,24 @@ class Conv(_Asymmetric, nnx.Conv):
   >>> print(jax.grad(lambda x: layer(x).sum())(jnp.ones((1, 4, 1))).ravel())
   [ 1.  0.  0. -1.]
 
-  Args:
-    in_features: number of input features.
-    out_features: number of output features.
-    kernel_size: one number or one for each spatial axis.
-    feedback: the rule.
-    rngs: key streams; a draw comes from ``feedback`` where that is named.
-    **kwargs: as for ``flax.nnx.Conv``.
+  The arguments are those of ``flax.nnx.Conv``, and ``feedback``.
   """
-
-
-def _layers(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-  """All layers that can be asymmetric, with their paths."""
-  for path, module in list(nnx.iter_modules(model)):
-    if isinstance(module, LAYERS):
-      yield '/'.join(map(str, path)), module
-
-
-def _operations(model: nnx.Module) -> Iterator[tuple[str, Any, _Operation]]:
-  """All layers that have a rule: path, layer, operation."""
-  for path, layer in _layers(model):
-    operation = operation_of(layer)[1]
-    if isinstance(operation, _Operation):
-      yield path, layer, operation
-
-
-def _weights(model: nnx.Module) -> Iterator[tuple[str, tuple[int, ...], Any]]:
-  """Path and shape of all weights: of layers, with these, and of the others.
-
-  The others are all parameters of two or more axes, wherever they are, but for
-  those of normalisations, and Linen modules that have none yet.
-  """
-  known = {
-    id(getattr(module, name, None))
-    for kinds, names in (
-      (LAYERS, ('kernel', 'bias')),
-      (_ELEMENTWISE, ('scale', 'bias')),
-    )
-    for _, module in nnx.iter_modules(model)
-    if isinstance(module, kinds)
-    for name in names
-  }
-  for parts, node in list(nnx.iter_graph(model)):
-    path = '/'.join(map(str, parts))
-    if isinstance(node, LAYERS):
-      yield path, node.kernel.shape, node
-    elif isinstance(node, nnx.Param) and id(node) not in known:
-      for key, leaf in jax.tree.leaves_with_path(node.get_value()):
-        name = jax.tree_util.keystr(key, simple=True, separator='/')
-        shape = getattr(leaf, 'shape', ())
-        if len(shape) >= 2:
-          yield joined(path, name), shape, None
-    elif isinstance(node, nnx.bridge.ToNNX) and not jax.tree.leaves(
-      nnx.state(node, nnx.Not(nnx.RngState))
-    ):
-      yield path, (), None
 
 
 def with_feedback(
   model: Model,
-  rule: FeedbackRule | Mapping[str, FeedbackRule],
+  rules: FeedbackRule | Mapping[str, FeedbackRule],
+  exclude: str | Sequence[str] = (),
   *,
   rngs: nnx.Rngs | None = None,
-  exclude: str | Sequence[str] = (),
 ) -> Model:
   """Returns an asymmetric copy of an NNX model.
 
-  Every ``Linear``, ``LinearGeneral`` and ``Conv`` in the copy, however deep,
-  uses the rule; a layer that has a rule already gets the new one. A subclass
-  with a ``__call__`` of its own is tried on one array: its kernel may reach the
-  output by ``super().__call__`` alone.
-
-  What a layer draws follows from its path and shape and from one key for all:
-  the next one of the stream ``feedback``. If ``rngs`` has no such stream, from
-  the key and the count of ``params``, which does not advance: two calls then
-  draw alike.
+  Every weight that meets data in a product uses its rule, however the model is
+  written. What a weight's rule keeps follows from its path and from one key for
+  all: the next one of the stream ``feedback``. If ``rngs`` has no such stream,
+  from the key and the count of ``params``, which does not advance: two calls
+  then draw alike.
 
   >>> import symjax_bp
   >>> mlp = nnx.Sequential(
@@ -301,65 +570,41 @@ def with_feedback(
   ...   {'layers/0': symjax_bp.usf(), 'layers/2': symjax_bp.rndf()},
   ...   rngs=nnx.Rngs(feedback=2),
   ... )
-  >>> print(feedback_table(model))
-  layer     shape   feedback
-  layers/0  (4, 3)  usf()
-  layers/2  (3, 2)  rndf()
-  >>> print(feedback_table(mlp))
-  layer     shape   feedback
-  layers/0  (4, 3)  plain backpropagation
-  layers/2  (3, 2)  plain backpropagation
+  >>> print(feedback_table(model, jax.numpy.ones((1, 4))))
+  weight           shape   feedback  use
+  layers/0/kernel  (4, 3)  usf()     product
+  layers/2/kernel  (3, 2)  rndf()    product
+  2 of 2 weights with feedback: 18 of 18 parameters
 
   Args:
     model: the model; it is not changed.
-    rule: a rule for all layers, or a mapping {regular expression: rule}. An
-      expression is searched for in a layer's path, such as ``'layers/0'``
+    rules: a rule for all weights, or {regular expression: rule}. An expression
+      is searched for in a parameter's path, such as ``'layers/0/kernel'``
       (``^`` and ``$`` anchor it); the first that is found wins.
+    exclude: one or more regular expressions for the paths of parameters that
+      plain backpropagation trains.
     rngs: key streams such as ``nnx.Rngs(feedback=0)``; needed by rules that
-      draw.
-    exclude: one or more regular expressions for the paths of layers, and of
-      other parameters, to leave as they are.
+      keep something.
 
   Raises:
-    TypeError: if ``rule`` is no rule or mapping to rules, or ``rngs`` no
+    TypeError: if ``model`` is no NNX module, a rule is none, or ``rngs`` no
       ``nnx.Rngs``.
-    ValueError: if a rule draws and there is no ``rngs``, a layer matches no
-      expression, an expression matches no layer, or the model has weights that
-      can't be made asymmetric.
+    ValueError: if a rule keeps something and there is no ``rngs``, or an
+      expression matches no parameter; when called, if a weight cannot be given
+      feedback.
   """
   if not isinstance(model, nnx.Module):
-    raise TypeError(
-      f'model must be an nnx.Module, not {type(model).__name__}; for a '
-      'flax.linen.Module use symjax_bp.linen.with_feedback.'
-    )
+    raise TypeError(f'model must be an nnx.Module, not {type(model).__name__}.')
   if not (rngs is None or isinstance(rngs, nnx.Rngs)):
     raise TypeError(
       'rngs must be an nnx.Rngs, for instance nnx.Rngs(feedback=0), or None, '
       f'not {rngs!r}.'
     )
-  patterns = Patterns.create(rule, exclude)
-  copy = nnx.clone(model)
-  base = None
-  seen = []
-  for path, shape, layer in list(_weights(copy)):
-    seen.append(path)
-    if patterns.excluded(path):
-      continue
-    if layer is None:
-      what = f'of shape {shape}' if shape else '(its lazy_init comes first)'
-      raise ValueError(
-        'the model has weights that can not be made asymmetric: '
-        f'{path!r} {what}. Only Linear, LinearGeneral and Conv (and what is '
-        'built of them) can. To train it by plain backpropagation, '
-        f'exclude={path!r}.'
-      )
-    each = patterns.rule(path)
-    check_call(layer, path)
-    if each.draws and base is None:
-      base = _key(each, rngs)
-    _attach(layer, each, None if base is None else _fold(base, path), path)
-  patterns.check_used(seen)
-  return copy
+  checked = Rules.create(rules, exclude)
+  keeps = any(rule.keeps_state for _, rule in checked.pairs)
+  twin = nnx.clone(model)
+  _attach(twin, checked, _key(rngs) if keeps else None)
+  return twin
 
 
 def plain_twin(model: Model) -> Model:
@@ -368,97 +613,137 @@ def plain_twin(model: Model) -> Model:
   >>> import symjax_bp
   >>> layer = Linear(3, 2, feedback=symjax_bp.rndf(), rngs=nnx.Rngs(0))
   >>> print(feedback_table(plain_twin(layer)))
-  layer  shape   feedback
-         (3, 2)  symmetric()
+  weight  shape   feedback               use
+  kernel  (3, 2)  plain backpropagation  not followed
+  0 of 1 weights with feedback: 0 of 6 parameters
 
   Args:
     model: any NNX model, asymmetric in whole, in part or not at all.
   """
-  copy = nnx.clone(model)
-  for path, layer, _ in _operations(copy):
-    _attach(layer, symmetric(), None, path)
-  return copy
+  twin = nnx.clone(model)
+  for _, module in list(nnx.iter_modules(twin)):
+    _remove(module)
+  return twin
 
 
 def redraw(model: nnx.Module, key: jax.Array) -> None:
-  """Draws M and S_p anew in all layers that redraw; call it once an update.
-
-  The same key gives the same V: fold the number of the update into it. Works
-  inside ``nnx.jit``; not inside the function that ``nnx.grad`` differentiates.
+  """Chooses the draws of rules that redraw by a key; see ``symjax_bp.redraw``.
 
   >>> import jax, symjax_bp
   >>> layer = Linear(1, 3, feedback=symjax_bp.brsf(), rngs=nnx.Rngs(0))
   >>> for step in range(2):
-  ...   redraw(layer, jax.random.fold_in(jax.random.key(0), step))
-  ...   V = feedback_weights(layer)['']
-  ...   print((10 * abs(V)).round())
-  [[7. 2. 6.]]
-  [[4. 8. 9.]]
+  ...   redraw(layer, jax.random.key(step))
+  ...   print((10 * abs(feedback_weights(layer)['kernel'])).round())
+  [[ 4.  1. 10.]]
+  [[8. 5. 8.]]
 
   Args:
-    model: the model; its layers' keys are replaced in place.
-    key: a PRNG key; each layer folds its path into it.
-
-  Raises:
-    TypeError: if ``key`` is no key.
+    model: the model; its feedback is replaced in place.
+    key: a PRNG key, such as one with the number of the step folded in.
   """
-  dtype = getattr(key, 'dtype', object)
-  if dtype == jnp.uint32:
-    key = jax.random.wrap_key_data(key)
-  elif not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    raise TypeError(f'key must be a jax.random.key(...), not {key!r}.')
-  for path, _, operation in _operations(model):
-    if operation.rule.redraws:
-      stack = operation.key[...].shape
-      operation.key[...] = _split(_fold(key, path), stack)
+  nodes = {
+    _joined(*path): node
+    for path, node in nnx.iter_graph(model)
+    if isinstance(node, Feedback)
+  }
+  old = {path: node.get_value() for path, node in nodes.items()}
+  for path, value in transform.redraw(old, key).items():
+    nodes[path].set_value(value)
 
 
-def feedback_weights(model: nnx.Module) -> dict[str, jax.Array]:
-  """V of every layer that uses a rule, as the next backward pass sees it.
+def feedback_weights(
+  model: nnx.Module, *args, **kwargs
+) -> dict[str, jax.Array]:
+  """V of each weight with feedback; see ``FeedbackFunction.weights``.
 
   >>> import symjax_bp
   >>> layer = Linear(1, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
-  >>> print(layer.kernel[...] > 0, feedback_weights(layer)[''])
+  >>> print(layer.kernel[...] > 0, feedback_weights(layer)['kernel'])
   [[ True False]] [[ 1. -1.]]
 
-  Returns:
-    {path of the layer: V}, in the dtype of the layer's parameters.
-  """
-  return {
-    path: operation.feedback_weights(layer.kernel[...])
-    for path, layer, operation in _operations(model)
-  }
-
-
-def layer_rules(
-  model: nnx.Module,
-) -> dict[str, tuple[tuple[int, ...], FeedbackRule | None]]:
-  """Shape and rule of all weights, or None for plain backpropagation.
+  Args:
+    model: an asymmetric model.
+    *args: optional arguments to call the model with: they make V exact for
+      rules that depend on the product (NuSF).
+    **kwargs: further arguments.
 
   Returns:
-    ``{path: (kernel shape, rule)}`` for the layers and for every other
-    parameter of two or more axes.
+    {path of the weight: V}, in the dtype of the parameters.
   """
-  rules = {path: operation.rule for path, _, operation in _operations(model)}
-  return {path: (shape, rules.get(path)) for path, shape, _ in _weights(model)}
+  fans = None
+  if args or kwargs:
+    rows = layer_rules(model, *args, **kwargs)
+    fans = {row.path: row.fan for row in rows if row.rule}
+  rules, states = _feedback(model)
+  f = FeedbackFunction(lambda params: None, _Known((), by_path=rules))
+  return f.weights_by_path(_parameters(model), f.check_states(states), fans)
 
 
-def feedback_table(model: nnx.Module) -> str:
-  """Which layer uses which rule, as text: is it really not backpropagation?"""
-  return rule_table(layer_rules(model))
+def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:
+  """Copies of a model and arguments; its modules know their paths."""
+  _, model, args, kwargs = opened.copy(params, others)
+  for path, module in _asymmetric_modules(model):
+    # Unlike all others, for what JAX traced before is not seen again.
+    prefix = f'{path}/' if path else '', object()
+    object.__setattr__(module, _PREFIX, prefix)
+  return model, args, kwargs
+
+
+def layer_rules(model: nnx.Module, *args, **kwargs) -> list[Row]:
+  """How each weight of a model is used.
+
+  Args:
+    model: any NNX model.
+    *args: optional arguments to call it with: rows then come in the order of
+      use, and say what the use is.
+    **kwargs: further arguments to call it with.
+
+  Returns:
+    A row for each parameter that is no bias or scale.
+  """
+  parameters = _parameters(model)
+  if not (args or kwargs):
+    rules, _ = _feedback(model)
+    rows = [
+      Row(path, parameters[path].shape, rule, '')
+      for path, rule in rules.items()
+      if rule is not None and path in parameters
+    ]
+    return with_others(rows, parameters)
+  opened = _Opened(model, args, kwargs)
+
+  def call(*state):
+    model, args, kwargs = _copy_with_paths(opened, *state)
+    model(*args, **kwargs)
+
+  with recorded() as rows:
+    jax.eval_shape(call, opened.params, opened.others)
+  rows = [row for row in rows if row.rule or row.path in parameters]
+  return with_others(rows, parameters)
+
+
+def feedback_table(model: nnx.Module, *args, **kwargs) -> str:
+  """What uses which rule, as text: is it really not backpropagation?
+
+  Args:
+    model: any NNX model.
+    *args: optional arguments to call it with, see ``layer_rules``.
+    **kwargs: further arguments to call it with.
+  """
+  return format_table(layer_rules(model, *args, **kwargs))
 
 
 def layer_alignment(
   model: nnx.Module, loss: Callable[[Any], jax.Array], *args, **kwargs
 ) -> dict[str, metrics.Alignment]:
-  """How well feedback and updates of each layer agree with backpropagation.
+  """How well each weight's feedback agrees with backpropagation.
 
   Works under ``nnx.jit``; the model is not changed.
 
   >>> import jax.numpy as jnp, symjax_bp
   >>> layer = Linear(3, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
-  >>> row = layer_alignment(layer, jnp.sum, jnp.ones((1, 3)))['']
-  >>> print(row.concordance, row.gradient_angle)
+  >>> row = layer_alignment(layer, jnp.sum, jnp.ones((1, 3)))['kernel']
+  >>> print(row.concordance, row.update_angle)
   1.0 0.0
 
   Args:
@@ -468,25 +753,17 @@ def layer_alignment(
     **kwargs: further arguments to call the model with.
 
   Returns:
-    {path: ``metrics.Alignment``} of every layer that uses a rule, all computed
-    from the V that was used.
+    {path of the weight: ``metrics.Alignment``}.
+
+  Raises:
+    ValueError: if nothing in the model has feedback.
   """
+  opened = _Opened(model, args, kwargs)
 
-  def gradients(model: nnx.Module) -> dict[str, jax.Array]:
-    def evaluate(model):
-      return loss(model(*args, **kwargs))
+  def evaluate(weights):
+    params = opened.params | weights
+    model, args, kwargs = _copy_with_paths(opened, params, opened.others)
+    return loss(model(*args, **kwargs))
 
-    # A copy, whose batch statistics and keys the call may change.
-    gradient = nnx.grad(evaluate)(nnx.clone(model))
-    graph, _, rest = nnx.split(model, nnx.Param, ...)
-    gradient = nnx.merge(graph, gradient, rest)
-    return {path: layer.kernel[...] for path, layer in _layers(gradient)}
-
-  dW, true_dW = gradients(model), gradients(plain_twin(model))
-  layers = dict(_layers(model))
-  return {
-    path: metrics.alignment(
-      layers[path].kernel[...], V, dW[path], true_dW[path]
-    )
-    for path, V in feedback_weights(model).items()
-  }
+  weights = {p: W for p, W in opened.params.items() if is_weight(p, W)}
+  return metrics.layer_alignment(evaluate, weights)

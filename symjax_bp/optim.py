@@ -5,35 +5,37 @@ here emit :math:`-\tau`, which optax then scales by :math:`-\eta`, so that they
 compose with every other optax transformation.
 """
 
-import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+__all__ = ['batch_manhattan', 'scale_by_batch_manhattan', 'sgd', 'signed_trace']
 
 
 def signed_trace(
   decay: jax.typing.ArrayLike,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   r"""Computes a trace of past updates that keeps only its sign.
 
   .. math::
     t_k = \text{sign}(g_k + \text{decay} \cdot t_{k-1})
 
-  Not :func:`optax.trace` followed by :func:`optax.scale_by_sign`, which
-  remembers magnitudes: here the whole past weighs at most ``decay``, so it
-  decides only where the present update is smaller than that.
+  :func:`optax.trace` followed by :func:`optax.scale_by_sign` remembers
+  magnitudes. Here the past weighs at most ``decay``, so it decides only where
+  the present update is smaller than that.
 
   Args:
-    decay: Decay rate of the trace, a scalar.
+    decay: Decay rate of the trace, a scalar in [0, 1); other values are errors.
 
   Returns:
     A transformation whose state is an :class:`optax.TraceState`, with arrays
     of the shapes and dtypes of the parameters.
 
   Examples:
-    >>> import jax.numpy as jnp
     >>> from symjax_bp import optim
     >>> transform = optim.signed_trace(decay=0.9)
     >>> state = transform.init(jnp.zeros(2))
@@ -44,31 +46,31 @@ def signed_trace(
     [ 1. -1.]
     [ 1. -1.]
   """
-  inner = optax.trace(decay)
+  inner = optax.trace(_scalar('decay', decay, below=1.0, schedule=False))
 
   def update_fn(updates, state, params=None):
     updates, _ = inner.update(updates, state, params)
     updates = jax.tree.map(jnp.sign, updates)
     return updates, optax.TraceState(trace=updates)
 
-  return optax.GradientTransformation(inner.init, update_fn)
+  return _keep_dtypes(optax.GradientTransformation(inner.init, update_fn))
 
 
-# What follows the weight decay term, by the paper's number of the setting.
+# The transformations after weight decay, by the paper's number of the setting.
 _TAILS: dict[int, Callable[..., optax.GradientTransformation]] = {
   0: optax.trace,
   1: optax.trace,
   2: signed_trace,
-  3: lambda momentum: optax.chain(optax.trace(momentum), optax.scale_by_sign()),
+  3: lambda decay: optax.chain(optax.trace(decay), optax.scale_by_sign()),
 }
 
 
 def scale_by_batch_manhattan(
   setting: int = 1,
-  momentum: jax.typing.ArrayLike = 0.9,
+  momentum: optax.ScalarOrSchedule = 0.9,
   weight_decay: optax.ScalarOrSchedule = 0.0,
   weight_decay_mask: optax.MaskOrFn = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   r"""Replaces gradients by the paper's :math:`-\tau(t)`.
 
   With the gradient :math:`G = \sum_b \partial E / \partial w` of the
@@ -83,18 +85,17 @@ def scale_by_batch_manhattan(
       \kappa(t) = -\text{sign}(G) + m\,\kappa(t-1) - d\,w(t)
 
   with sign(0) = 0. In settings 1, 2 and 3 the scale of the gradients does not
-  matter, so their sum and their mean over the mini-batch are the same thing.
+  matter: their sum and their mean over the mini-batch give the same updates.
 
-  The sign is taken once, of the whole mini-batch's gradient: gradients must be
-  summed or averaged across devices (``jax.lax.psum``) *before* this
-  transformation, and over micro-batches by :class:`optax.MultiSteps` around it.
+  The sign is taken once, of the whole mini-batch's gradient: sum or average
+  gradients across devices (``jax.lax.psum``) *before* this transformation, and
+  over micro-batches with :class:`optax.MultiSteps` around it.
 
   Args:
-    setting: The paper's setting, 0, 1, 2 or 3. It chooses the program, not a
-      number in it, so under :func:`optax.inject_hyperparams` it has to be
-      named in ``static_args``, as has a ``weight_decay_mask`` that is a
-      function.
-    momentum: :math:`m` in [0, 1).
+    setting: The paper's setting, 0, 1, 2 or 3. It selects the program, so
+      :func:`optax.inject_hyperparams` needs it in ``static_args``, like a
+      ``weight_decay_mask`` that is a function.
+    momentum: :math:`m` in [0, 1), or a schedule.
     weight_decay: :math:`d >= 0`, or a schedule.
     weight_decay_mask: A tree of booleans with the structure of the parameters
       (or a prefix of it), or a function from parameters to such a tree; only
@@ -102,22 +103,21 @@ def scale_by_batch_manhattan(
 
   Returns:
     A transformation whose ``update`` needs the parameters. Updates and state
-    have the shapes and dtypes of the parameters.
+    have the shapes and dtypes of the parameters. Numbers of Python and NumPy
+    take the dtype of each parameter; with gradients, JAX arrays or schedules of
+    a wider dtype JAX computes in that dtype, and results are rounded.
 
   Raises:
-    TypeError: ``setting`` is an array, or a number is expected and not given.
-    ValueError: A setting or a number out of its range.
+    TypeError: An argument of another type.
+    ValueError: A setting or a number out of range. The values of JAX arrays and
+      schedules are not checked.
 
   Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax
     >>> from symjax_bp import optim
     >>> weights = jnp.array([1.0, -2.0, 0.5])
     >>> gradients = jnp.array([0.25, 0.0, -40.0])
     >>> for setting in range(4):
-    ...   transform = optim.scale_by_batch_manhattan(
-    ...     setting, momentum=0.75, weight_decay=0.125
-    ...   )
+    ...   transform = optim.scale_by_batch_manhattan(setting, 0.75, 0.125)
     ...   state = transform.init(weights)
     ...   for g in (gradients, gradients, -gradients):
     ...     updates, state = transform.update(g, state, weights)
@@ -131,73 +131,57 @@ def scale_by_batch_manhattan(
     Liao, Leibo and Poggio, `How Important is Weight Symmetry in
     Backpropagation? <https://arxiv.org/abs/1510.05067>`_, 2016, section 3
   """
-  _check_setting(setting)
-  _check_range('momentum', momentum, below=1.0)
-  if not callable(weight_decay):
-    _check_range('weight_decay', weight_decay)
+  setting = _setting(setting)
+  momentum = _scalar('momentum', momentum, below=1.0)
+  weight_decay = _scalar('weight_decay', weight_decay)
+  tail = _TAILS[setting]
+  if callable(momentum):
+    tail = optax.inject_hyperparams(tail, (), jnp.result_type(float))
+  decay = optax.add_decayed_weights(weight_decay, _mask(weight_decay_mask))
   rounding = () if setting == 0 else (optax.scale_by_sign(),)
-  return optax.chain(
-    *rounding,
-    optax.add_decayed_weights(weight_decay, weight_decay_mask),
-    _TAILS[setting](momentum),
-  )
+  return _keep_dtypes(optax.chain(*rounding, decay, tail(momentum)))
 
 
 def batch_manhattan(
   learning_rate: optax.ScalarOrSchedule,
-  momentum: jax.typing.ArrayLike = 0.9,
+  momentum: optax.ScalarOrSchedule = 0.9,
   weight_decay: optax.ScalarOrSchedule = 0.0,
   setting: int = 1,
   weight_decay_mask: optax.MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""The Batch Manhattan optimizer, :math:`w(t+1) = w(t) + \eta\,\tau(t)`.
 
+  :func:`scale_by_batch_manhattan` has the equations of :math:`\tau`, the other
+  arguments, the dtypes, the errors and the source.
+
   Args:
-    learning_rate: :math:`\eta`, or a schedule. Every weight moves by about
-      this much at once, so useful rates lie far below those of SGD.
-    momentum: See :func:`scale_by_batch_manhattan`, which has the equations.
-    weight_decay: See :func:`scale_by_batch_manhattan`.
-    setting: See :func:`scale_by_batch_manhattan`.
-    weight_decay_mask: See :func:`scale_by_batch_manhattan`.
-
-  Returns:
-    An optimizer whose ``update`` needs the parameters.
-
-  Raises:
-    TypeError: As :func:`scale_by_batch_manhattan`.
-    ValueError: As :func:`scale_by_batch_manhattan`.
+    learning_rate: :math:`\eta >= 0`, or a schedule. Every weight moves by about
+      this much at each step, so useful rates lie far below those of SGD.
+    momentum, weight_decay, setting, weight_decay_mask: As there.
 
   Examples:
-    >>> import jax.numpy as jnp
-    >>> import optax
     >>> from symjax_bp import optim
     >>> optimizer = optim.batch_manhattan(learning_rate=0.125, momentum=0.5)
     >>> weights = jnp.array([1.0, -2.0, 0.5])
     >>> state = optimizer.init(weights)
     >>> for _ in range(3):
-    ...   gradients = 1e6 * weights
-    ...   updates, state = optimizer.update(gradients, state, weights)
+    ...   updates, state = optimizer.update(1e6 * weights, state, weights)
     ...   weights = optax.apply_updates(weights, updates)
     ...   print(weights)
     [ 0.875 -1.875  0.375]
     [ 0.6875 -1.6875  0.1875]
     [ 0.46875 -1.46875 -0.03125]
-
-  References:
-    Liao, Leibo and Poggio, `How Important is Weight Symmetry in
-    Backpropagation? <https://arxiv.org/abs/1510.05067>`_, 2016, section 3
   """
-  return optax.chain(
-    scale_by_batch_manhattan(
-      setting, momentum, weight_decay, weight_decay_mask
-    ),
-    optax.scale_by_learning_rate(learning_rate),
+  minus_tau = scale_by_batch_manhattan(
+    setting, momentum, weight_decay, weight_decay_mask
   )
+  rate = optax.scale_by_learning_rate(_scalar('learning_rate', learning_rate))
+  return _keep_dtypes(optax.chain(minus_tau, rate))
 
 
 def sgd(
   learning_rate: optax.ScalarOrSchedule,
-  momentum: jax.typing.ArrayLike = 0.9,
+  momentum: optax.ScalarOrSchedule = 0.9,
   weight_decay: optax.ScalarOrSchedule = 0.0,
   weight_decay_mask: optax.MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -206,69 +190,85 @@ def sgd(
   .. math::
     \tau(t) = -G + m\,\tau(t-1) - d\,w(t)
 
-  :func:`optax.sgd` with the weight decay added to the gradient, before the
-  momentum.
-
-  Args:
-    learning_rate: :math:`\eta`, or a schedule.
-    momentum: See :func:`scale_by_batch_manhattan`.
-    weight_decay: See :func:`scale_by_batch_manhattan`.
-    weight_decay_mask: See :func:`scale_by_batch_manhattan`.
-
-  Returns:
-    An optimizer whose ``update`` needs the parameters.
-
-  Raises:
-    TypeError: As :func:`scale_by_batch_manhattan`.
-    ValueError: As :func:`scale_by_batch_manhattan`.
+  This is :func:`optax.sgd` after :func:`optax.add_decayed_weights`. Arguments,
+  dtypes, errors and source are those of :func:`batch_manhattan`.
 
   Examples:
-    >>> import jax.numpy as jnp
     >>> from symjax_bp import optim
     >>> optimizer = optim.sgd(learning_rate=0.5, weight_decay=0.25)
     >>> weights = jnp.array([1.0, -2.0])
-    >>> updates, _ = optimizer.update(
-    ...   jnp.array([3.0, 0.0]), optimizer.init(weights), weights
-    ... )
-    >>> print(updates)
+    >>> g, state = jnp.array([3.0, 0.0]), optimizer.init(weights)
+    >>> print(optimizer.update(g, state, weights)[0])
     [-1.625  0.25 ]
-
-  References:
-    Liao, Leibo and Poggio, `How Important is Weight Symmetry in
-    Backpropagation? <https://arxiv.org/abs/1510.05067>`_, 2016, section 3
   """
   return batch_manhattan(
     learning_rate, momentum, weight_decay, 0, weight_decay_mask
   )
 
 
-def _check_setting(setting: object) -> None:
-  """Raises unless `setting` is one of the paper's numbers."""
-  if isinstance(setting, jax.Array):
-    raise TypeError(
-      'setting has to be a Python int, 0, 1, 2 or 3, but is an array: '
-      "optax.inject_hyperparams makes one of it unless static_args='setting' "
-      'is passed to it'
-    )
+def _keep_dtypes(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Casts updates to the dtypes of the parameters, and state to its own."""
+  inner = optax.with_extra_args_support(inner)
+
+  def cast(x, like):
+    return None if x is None else jnp.asarray(x, jnp.result_type(like))
+
+  def init_fn(params):
+    # Strict promotion would refuse a scalar of another dtype.
+    with jax.numpy_dtype_promotion('standard'):
+      return inner.init(params)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    like = (updates if params is None else params), state
+    with jax.numpy_dtype_promotion('standard'):
+      results = inner.update(updates, state, params, **extra_args)
+    return jax.tree.map(cast, results, like, is_leaf=lambda x: x is None)
+
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _scalar(name: str, value: Any, below=jnp.inf, schedule=True) -> Any:
+  """Checks a number or schedule; makes known numbers weakly typed floats."""
+  if schedule and callable(value):
+    return value
+  dtype = getattr(value, 'dtype', type(value))
+  is_scalar = any(jnp.issubdtype(dtype, k) for k in (np.integer, np.floating))
+  is_scalar = is_scalar and np.ndim(value) == 0
+  # Reading an array would wait for the device, and a tracer has no value.
+  if is_scalar and isinstance(value, jax.Array):
+    return value
+  if is_scalar and 0.0 <= float(value) < below:
+    return float(value)
+  raise (ValueError if is_scalar else TypeError)(
+    f'{name} is {value!r}, but must be a number in [0, {below}), a scalar array'
+    f'{" or a schedule" * schedule}; 0 switches it off'
+  )
+
+
+def _setting(setting: Any) -> int:
   # True and 1.0 equal 1, so looking in the table is not enough.
-  if type(setting) is not int or setting not in _TAILS:
-    raise ValueError(
-      f'setting is {setting!r}, but must be one of the integers 0 (SGD), 1, 2 '
-      'or 3 (Batch Manhattan)'
-    )
+  is_integer = isinstance(setting, int | np.integer)
+  if is_integer and not isinstance(setting, bool) and setting in _TAILS:
+    return int(setting)
+  raise (TypeError if isinstance(setting, jax.Array) else ValueError)(
+    f'setting is {setting!r}, but must be one of the integers 0 (SGD), 1, 2 or '
+    "3 (Batch Manhattan); optax.inject_hyperparams needs static_args='setting'"
+  )
 
 
-def _check_range(name: str, value: object, below: float = float('inf')) -> None:
-  """Raises unless `value` is an array or a number in [0, below)."""
-  # Under inject_hyperparams or jit the value is known on the device only.
-  if isinstance(value, jax.Array):
-    return
-  if not isinstance(value, numbers.Real):
+def _mask(mask: Any, is_result: bool = False) -> Any:
+  """Checks that a mask holds booleans; optax takes any object for one."""
+  leaves = jax.tree.leaves(mask)
+  is_leaf = any(leaf is mask for leaf in leaves)
+  if is_leaf and callable(mask):
+    return lambda params: _mask(mask(params), is_result=True)
+  kinds = {(np.ndim(x), getattr(x, 'dtype', type(x))) for x in leaves}
+  if kinds - {(0, bool), (0, np.dtype(bool))} or (is_leaf and not is_result):
     raise TypeError(
-      f'{name} is {value!r}, but must be a number; for a schedule wrap the '
-      'optimizer in optax.inject_hyperparams'
+      f'weight_decay_mask is {mask!r}, but must be a tree with True (decay) or '
+      'False for each parameter, or a function that returns one, which '
+      'optax.inject_hyperparams needs in static_args; None decays all'
     )
-  if not 0.0 <= float(value) < below:
-    raise ValueError(
-      f'{name} is {value}, but must be in [0, {below}); 0 switches it off'
-    )
+  return mask

@@ -1,28 +1,19 @@
-r"""Bilinear operations whose backward pass uses feedback weights.
+r"""Products whose backward pass uses feedback weights V.
 
-In this file, as in all of the library,
-
-* ``x`` is the input, ``W`` the forward kernel, ``V`` the feedback kernel (of
-  the shape of W), ``g`` the cotangent of the output,
-* ``op`` is the bilinear operation, ``jax.lax.dot_general`` or
-  ``jax.lax.conv_general_dilated`` with all its options.
-
-The four equations:
+``x`` is the input, ``W`` the forward kernel, ``V`` the feedback kernel of the
+same shape and ``g`` the cotangent of y. ``op`` is linear in each operand:
 
 .. code-block:: text
 
   forward           y  = op(x, W)
   input gradient    dx = transpose of x -> op(x, V), at g    <- only use of V
   kernel gradient   dW = transpose of W -> op(x, W), at g    <- never sees V
-  feedback          dV = 0
+  feedback          dV = 0, unless the feedback is learned
 
-Both transposes are JAX's own (``jax.linear_transpose``), so with ``V = W`` the
-gradients are those of ``jax.grad`` bit for bit, and every option of the
-operations, every batching and every sharding works. One thing differs, on a CPU
-alone: dx of a large convolution that shrinks the image is the transpose of the
-same convolution in another formulation, ``symjax_bp.row_convolution``, which is
-several times quicker there and rounds differently. Nothing here knows where V
-comes from; see ``symjax_bp.feedback`` for the rules of the paper.
+Both transposes are JAX's own (``jax.linear_transpose``). With ``V = W`` the
+gradients are those of ``jax.grad`` bit for bit, and every option, batching and
+sharding of the operations works. Nothing here knows where V comes from; see
+``symjax_bp.feedback``.
 
 Reverse mode over reverse mode works, and every reverse pass uses V. Forward
 mode (``jax.jvp``, ``jax.linearize``, ``jax.hessian``) does not: JAX says
@@ -33,84 +24,216 @@ to agree with; use ``jax.jacrev(jax.jacrev(f))`` for second derivatives.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.sharding import NamedSharding
 
-from symjax_bp.row_convolution import pays, row_convolution
+__all__ = [
+  'Fan',
+  'Product',
+  'asymmetric',
+  'conv',
+  'conv_general_dilated',
+  'dense',
+  'dot_general',
+]
 
 Padding = str | Sequence[tuple[int, int]]
 
 
-def _asymmetric(op, x, W, V):
-  # Outside custom_vjp, where the policies of jax.checkpoint see the product.
-  y = op(*lax.stop_gradient((x, W)))
-  return _attach(op, y, x, W, V)
+class Fan(NamedTuple):
+  """Sizes of a product, as initializers count them.
+
+  Attributes:
+    inputs: how many inputs an output sums over: the contracted axes.
+    outputs: how many outputs an input reaches at one position of the kernel,
+      times the positions.
+  """
+
+  inputs: int
+  outputs: int
+
+  @classmethod
+  def of_kernel(cls, shape: Sequence[int]) -> 'Fan':
+    """Fans of a kernel in Flax's layout: the last axis is the outputs."""
+    shape = (1,) * (2 - len(shape)) + tuple(shape)
+    return cls(math.prod(shape[:-1]), math.prod(shape[:-2]) * shape[-1])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attach(op, y, x, W, V):
-  """Returns y, a constant, as the function of x, W and V that it is."""
-  del op, x, W, V
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A function of JAX that is linear in two of its operands.
+
+  Attributes:
+    function: takes the operands, then the options by name.
+    options: pairs of name and value.
+    at: where W stands among the operands; the input is the other of the first
+      two.
+    rows: whether dx of a large convolution may come from ``_row_convolution``
+      on a CPU.
+  """
+
+  function: Callable[..., Any]
+  options: tuple[tuple[str, Any], ...] = ()
+  at: int = 1
+  rows: bool = False
+
+  @classmethod
+  def create(cls, function: Callable[..., Any], options, **kwargs):
+    """Makes the options hashable, as static arguments have to be."""
+    pairs = ((name, _hashable(value)) for name, value in options.items())
+    return cls(function, tuple(pairs), **kwargs)
+
+  def __call__(self, xs: Sequence[Any], W: jax.Array) -> jax.Array:
+    """Applies the function; ``xs`` are all operands but W."""
+    operands = (*xs[: self.at], W, *xs[self.at :])
+    return self.function(*operands, **dict(self.options))
+
+  def input_gradient(self, xs, V: jax.Array, g: jax.Array, i: int = 0):
+    """The transpose of ``op(x, V)`` in x, at g."""
+
+    def transpose(op, V, g):
+      def function(x):
+        return op((*xs[:i], x, *xs[i + 1 :]), V)
+
+      return jax.linear_transpose(function, xs[i])(g)[0]
+
+    default = functools.partial(transpose, self)
+    if not (self.rows and _rows_are_faster(xs[0], V, dict(self.options))):
+      return default(V, g)
+    rows = dataclasses.replace(self, function=_row_convolution)
+    return lax.platform_dependent(
+      V, g, cpu=functools.partial(transpose, rows), default=default
+    )
+
+  def weight_gradient(self, xs, W: jax.Array, g: jax.Array) -> jax.Array:
+    """The transpose of ``op(x, W)`` in W, at g."""
+    return jax.linear_transpose(lambda W: self(xs, W), W)(g)[0]
+
+  def fan(self, W_shape: Sequence[int]) -> Fan | None:
+    """Fans by the axes that the product contracts; None if it has none."""
+    axes = self._axes(len(W_shape))
+    if axes is None:
+      return None
+    sizes = (math.prod(W_shape[axis] for axis in each) for each in axes)
+    inputs, outputs, window = sizes
+    return Fan(inputs * window, outputs * window)
+
+  def feature_axes(self, y_ndim: int, W_ndim: int) -> tuple[int, ...] | None:
+    """The axes of y that come from W: its features."""
+    axes = self._axes(W_ndim)
+    if axes is None:
+      return None
+    numbers: Any = dict(self.options)['dimension_numbers']
+    if self._is_conv:
+      return (numbers.out_spec[1 if self.at else 0],)
+    count = len(axes[1])
+    if self.at == 1:
+      return tuple(range(y_ndim - count, y_ndim))
+    batch = len(numbers[1][0])
+    return tuple(range(batch, batch + count))
+
+  @property
+  def _is_conv(self) -> bool:
+    numbers = dict(self.options).get('dimension_numbers')
+    return isinstance(numbers, lax.ConvDimensionNumbers)
+
+  def _axes(self, W_ndim: int) -> tuple[Sequence[int], ...] | None:
+    """Axes of W: contracted, features of y, and window of a convolution."""
+    options = dict(self.options)
+    numbers: Any = options.get('dimension_numbers')
+    groups = ()
+    if self._is_conv:
+      if self.at == 0:  # A kernel in the place of the image.
+        batch, features, *window = numbers.lhs_spec
+        return (features,), (batch,), window
+      features, inputs, *window = numbers.rhs_spec
+      return (inputs,), (features,), window
+    ragged = options.get('ragged_dot_dimension_numbers')
+    if ragged is not None:
+      numbers = ragged.dot_dimension_numbers
+      groups = tuple(ragged.rhs_group_dimensions)
+    if numbers is None:
+      return None
+    contracted, batch = numbers[0][self.at], numbers[1][self.at]
+    others = {*contracted, *batch, *groups}
+    return contracted, sorted(set(range(W_ndim)) - others), ()
+
+
+def _hashable(value):
+  """Nested lists as tuples."""
+  if isinstance(value, (list, tuple)) and not hasattr(value, '_fields'):
+    return tuple(map(_hashable, value))
+  return value
+
+
+# How V learns: (product, xs, W, V, g, dW, extra) -> (dV, gradient of extra).
+Learning = Callable[..., tuple[Any, Any]]
+
+
+def asymmetric(
+  op: Product,
+  xs: Sequence[jax.Array],
+  W: jax.Array,
+  V: jax.Array,
+  learning: Learning | None = None,
+  extra: Any = None,
+) -> jax.Array:
+  """``op(xs, W)`` whose input gradients are those of ``op(xs, V)``.
+
+  Args:
+    op: the product.
+    xs: all of its operands but W.
+    W: forward kernel; real floating point.
+    V: feedback kernel of the shape of W; takes its dtype and sharding.
+    learning: gives V a gradient; see ``Learning``. By default V has none.
+    extra: further operands of ``learning``, which have gradients too.
+  """
+  xs = tuple(xs)
+  V = _sharded_like(W, V.astype(W.dtype))
+  # Outside of custom_vjp, so that policies of jax.checkpoint see the product.
+  y = op(lax.stop_gradient(xs), lax.stop_gradient(W))
+  return _attach(op, learning, y, xs, W, V, extra)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attach(op, learning, y, xs, W, V, extra):
+  """The identity on y, with the derivative of ``op(xs, W)`` but V in dx."""
+  del op, learning, xs, W, V, extra
   return y
 
 
-def _forward(op, y, x, W, V):
-  # Not y: a second reverse pass goes through here and must see V too.
-  return _attach(op, y, x, W, V), (x, W, V)
+def _forward(op, learning, y, xs, W, V, extra):
+  # _attach, not y: a second reverse pass goes through here and must see V too.
+  return _attach(op, learning, y, xs, W, V, extra), (xs, W, V, extra)
 
 
-def _backward(op, operands, g):
-  x, W, V = operands
+def _backward(op, learning, operands, g):
+  xs, W, V, extra = operands
   # Integers have no gradient, and no transpose either.
-  inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-  dx = _input_gradient(op, x, V, g) if inexact else None
-  (dW,) = jax.linear_transpose(lambda W: op(x, W), W)(g)
-  return None, dx, dW, None
-
-
-def _input_gradient(op, x, V, g):
-  """The transpose of ``op(x, V)`` in x, on a CPU in the quicker formulation."""
-
-  def transpose(function, V, g):
-    formulation = dataclasses.replace(op, function=function)
-    return jax.linear_transpose(lambda x: formulation(x, V), x)(g)[0]
-
-  if op.function_on_cpu is None:
-    return transpose(op.function, V, g)
-  return lax.platform_dependent(
-    V,
-    g,
-    cpu=functools.partial(transpose, op.function_on_cpu),
-    default=functools.partial(transpose, op.function),
+  dxs = tuple(
+    op.input_gradient(xs, V, g, i)
+    if jnp.issubdtype(x.dtype, jnp.inexact)
+    else None
+    for i, x in enumerate(xs)
   )
+  dW = op.weight_gradient(xs, W, g)
+  dV = dextra = None
+  if learning is not None:
+    dV, dextra = learning(op, xs, W, V, g, dW, extra)
+  return None, dxs, dW, dV, dextra
 
 
 _attach.defvjp(_forward, _backward)
 
 
-def _apply(op, x, W, V):
-  """Checks V against W and applies the operation."""
-  x, W, V = jnp.asarray(x), jnp.asarray(W), jnp.asarray(V)
-  if V.shape != W.shape:
-    raise ValueError(
-      f'V must have the shape of W, {W.shape}, not {V.shape}: one feedback '
-      'weight for each forward weight.'
-    )
-  if not (_is_real(W) and _is_real(V)):
-    raise TypeError(
-      'W and V must have real floating dtypes (float32, bfloat16, ...), not '
-      f'{W.dtype} and {V.dtype}.'
-    )
-  return _asymmetric(op, x, W, _spread_as(W, V.astype(W.dtype)))
-
-
-def _spread_as(W, V):
-  """Gives V the sharding in the type of W, which is what g is made for."""
+def _sharded_like(W, V):
+  """Reshards V like W, because the cotangent g is sharded like op(x, W)."""
   expected, actual = jax.typeof(W), jax.typeof(V)
   sharding = expected.sharding
   if actual.sharding.spec != sharding.spec:
@@ -120,39 +243,20 @@ def _spread_as(W, V):
   return lax.pcast(V, tuple(varying), to='varying')
 
 
-def _is_real(array) -> bool:
-  return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _hashable(value):
-  """Nested lists as tuples: operations are static, hence hashable."""
-  if isinstance(value, (list, tuple)) and not hasattr(value, '_fields'):
-    return tuple(_hashable(item) for item in value)
-  return value
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Operation:
-  """A function of ``jax.lax`` with all options set: ``op(x, W)``.
-
-  Attributes:
-    function: of x, W and the options.
-    options: names and values.
-    function_on_cpu: the same function, if there is one whose transpose is
-      quicker on a CPU.
-  """
-
-  function: Any
-  options: tuple[tuple[str, Any], ...]
-  function_on_cpu: Any = None
-
-  def __call__(self, x, W):
-    return self.function(x, W, **dict(self.options))
-
-
-def _operation(function, **options) -> _Operation:
-  hashable = {name: _hashable(value) for name, value in options.items()}
-  return _Operation(function=function, options=tuple(hashable.items()))
+def _apply(op: Product, x, W, V) -> jax.Array:
+  """Checks V against W and applies the product."""
+  x, W, V = jnp.asarray(x), jnp.asarray(W), jnp.asarray(V)
+  if V.shape != W.shape:
+    raise ValueError(
+      f'V must have the shape of W, {W.shape}, not {V.shape}: one feedback '
+      'weight for each forward weight.'
+    )
+  if not all(jnp.issubdtype(a.dtype, jnp.floating) for a in (W, V)):
+    raise TypeError(
+      'W and V must have real floating dtypes (float32, bfloat16, ...), not '
+      f'{W.dtype} and {V.dtype}.'
+    )
+  return asymmetric(op, (x,), W, V)
 
 
 def dot_general(
@@ -182,8 +286,7 @@ def dot_general(
     x: input of any shape.
     W: forward kernel; real floating point.
     V: feedback kernel of the shape of W; takes its dtype and sharding.
-    dimension_numbers: ``((x_contracting, W_contracting), (x_batch, W_batch))``
-      as in ``jax.lax.dot_general``.
+    dimension_numbers: ``((x_contracting, W_contracting), (x_batch, W_batch))``.
     precision: as in ``jax.lax.dot_general``; also of both transposes.
     preferred_element_type: as in ``jax.lax.dot_general``.
     out_sharding: as in ``jax.lax.dot_general``.
@@ -195,14 +298,13 @@ def dot_general(
     ValueError: if V does not have the shape of W.
     TypeError: if W or V is not real floating point.
   """
-  operation = _operation(
-    lax.dot_general,
-    dimension_numbers=dimension_numbers,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-    out_sharding=out_sharding,
-  )
-  return _apply(operation, x, W, V)
+  options = {
+    'dimension_numbers': dimension_numbers,
+    'precision': precision,
+    'preferred_element_type': preferred_element_type,
+    'out_sharding': out_sharding,
+  }
+  return _apply(Product.create(lax.dot_general, options), x, W, V)
 
 
 def conv_general_dilated(
@@ -220,6 +322,7 @@ def conv_general_dilated(
   preferred_element_type=None,
   *,
   out_sharding=None,
+  row_convolution: bool = False,
 ) -> jax.Array:
   """``jax.lax.conv_general_dilated`` with feedback weights.
 
@@ -247,6 +350,9 @@ def conv_general_dilated(
     precision: as in JAX; also of both transposes.
     preferred_element_type: as in JAX.
     out_sharding: as in JAX.
+    row_convolution: on a CPU, computes dx of a large convolution that shrinks
+      the image from rows that are stacked as features. This is several times
+      faster there and sums in another order.
 
   Returns:
     y, exactly as ``jax.lax.conv_general_dilated(x, W, ...)`` returns it.
@@ -255,22 +361,20 @@ def conv_general_dilated(
     ValueError: if V does not have the shape of W.
     TypeError: if W or V is not real floating point.
   """
-  operation = _operation(
-    lax.conv_general_dilated,
-    window_strides=window_strides,
-    padding=padding,
-    lhs_dilation=lhs_dilation,
-    rhs_dilation=rhs_dilation,
-    dimension_numbers=dimension_numbers,
-    feature_group_count=feature_group_count,
-    batch_group_count=batch_group_count,
-    precision=precision,
-    preferred_element_type=preferred_element_type,
-    out_sharding=out_sharding,
-  )
-  if pays(jnp.shape(x), jnp.shape(W), dict(operation.options)):
-    operation = dataclasses.replace(operation, function_on_cpu=row_convolution)
-  return _apply(operation, x, W, V)
+  options = {
+    'window_strides': window_strides,
+    'padding': padding,
+    'lhs_dilation': lhs_dilation,
+    'rhs_dilation': rhs_dilation,
+    'dimension_numbers': dimension_numbers,
+    'feature_group_count': feature_group_count,
+    'batch_group_count': batch_group_count,
+    'precision': precision,
+    'preferred_element_type': preferred_element_type,
+    'out_sharding': out_sharding,
+  }
+  op = Product.create(lax.conv_general_dilated, options, rows=row_convolution)
+  return _apply(op, x, W, V)
 
 
 def dense(
@@ -311,6 +415,8 @@ def conv(
   rhs_dilation: int | Sequence[int] = 1,
   feature_group_count: int = 1,
   precision=None,
+  *,
+  row_convolution: bool = False,
 ) -> jax.Array:
   """Convolution with any number n of spatial axes, features last.
 
@@ -330,6 +436,7 @@ def conv(
     rhs_dilation: one number or n; dilation of W.
     feature_group_count: groups of input features.
     precision: as in ``jax.lax.conv_general_dilated``.
+    row_convolution: as in ``conv_general_dilated``.
 
   Returns:
     y: ``(batch, *spatial, features)``.
@@ -364,4 +471,85 @@ def conv(
     lax.ConvDimensionNumbers(features_last, kernel_last, features_last),
     feature_group_count,
     precision=precision,
+    row_convolution=row_convolution,
+  )
+
+
+# Rows of x for a row of y, and pixels of x times size of W, above which a CPU
+# transposes _row_convolution faster (measured).
+_MIN_ROW_RATIO = 1.15
+_MIN_PRODUCTS = 2**22
+
+
+def _rows_are_faster(x, W, options) -> bool:
+  """Whether a CPU transposes ``_row_convolution`` noticeably faster.
+
+  The transpose of a convolution that shrinks the image convolves a padded
+  cotangent, and XLA's CPU code multiplies the padding too.
+  """
+  if 'window_strides' not in options:
+    return False
+  ones = (1,) * (x.ndim - 2)
+  if (
+    any(map(export.is_symbolic_dim, (*x.shape, *W.shape)))
+    or x.ndim < 4
+    or options['window_strides'][0] != 1
+    or options['lhs_dilation'] not in (None, ones)
+    or options['rhs_dilation'] not in (None, ones)
+    or (options['feature_group_count'], options['batch_group_count']) != (1, 1)
+    or options.get('out_sharding') is not None
+  ):
+    return False
+  lhs, rhs, _ = _layout(x, W, options)
+  low, high = _padding(x, W, options)[0]
+  rows = x.shape[lhs[2]]
+  rows_of_y = rows + low + high - W.shape[rhs[2]] + 1
+  products = x.size // x.shape[lhs[1]] * W.size
+  ratio = _MIN_ROW_RATIO * rows_of_y
+  return 0 < ratio <= rows and products >= _MIN_PRODUCTS
+
+
+def _row_convolution(x: jax.Array, W: jax.Array, **options: Any) -> jax.Array:
+  r"""A convolution whose rows are stacked as features.
+
+  .. math::
+    y_{hw} = \sum_{ij} x_{h+i,\,w+j} W_{ij}
+           = \sum_j [x_{h,\,w+j} \dots x_{h+k,\,w+j}] [W_{0j} \dots W_{kj}]
+  """
+  lhs, rhs, _ = layout = _layout(x, W, options)
+  (low, high), *padding = _padding(x, W, options)
+  edges = [(0, 0, 0)] * x.ndim
+  edges[lhs[2]] = (low, high, 0)
+  size = W.shape[rhs[2]]
+
+  def stacked(array, features, rows):
+    count = array.shape[rows] - size + 1
+    parts = [
+      lax.slice_in_dim(array, row, row + count, axis=rows)
+      for row in range(size)
+    ]
+    return lax.concatenate(parts, features)
+
+  return lax.conv_general_dilated(
+    stacked(lax.pad(x, jnp.zeros((), x.dtype), edges), *lhs[1:3]),
+    stacked(W, *rhs[1:3]),
+    **{**options, 'padding': ((0, 0), *padding), 'dimension_numbers': layout},
+  )
+
+
+def _layout(x, W, options) -> lax.ConvDimensionNumbers:
+  numbers = options['dimension_numbers']
+  return lax.conv_dimension_numbers(x.shape, W.shape, numbers)
+
+
+def _padding(x, W, options) -> Sequence[tuple[int, int]]:
+  """Low and high padding of each spatial axis."""
+  if not isinstance(options['padding'], str):
+    return options['padding']
+  lhs, rhs, _ = _layout(x, W, options)
+  return lax.padtype_to_pads(
+    [x.shape[axis] for axis in lhs[2:]],
+    [W.shape[axis] for axis in rhs[2:]],
+    options['window_strides'],
+    options['padding'],
   )

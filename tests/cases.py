@@ -1,6 +1,7 @@
 """The tables that the tests of the library run over: rules and operations."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 
 from symjax_bp import feedback, primitives
 
-RULES = {
+PAPER_RULES = {
   repr(rule): rule
   for rule in (
     feedback.symmetric(),
@@ -26,6 +27,19 @@ RULES = {
     feedback.rndf(0.5, scale=2.0),
   )
 }
+RULES = PAPER_RULES | {
+  repr(rule): rule
+  for rule in (
+    feedback.frozen_sign(),
+    feedback.frozen_noise(),
+    feedback.tied_norm(),
+    feedback.kolen_pollack(),
+    feedback.product_feedback(width=8),
+    feedback.low_rank(rank=2),
+    feedback.weight_mirror(),
+    feedback.local_loss(factors={'decay': 0.5, 'self': 0.5}),
+  )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +50,45 @@ class Operation:
   plain: Callable  # (x, W) -> y
   x: tuple[int, ...]
   W: tuple[int, ...]
+  product: primitives.Product
 
 
-def _pair(asymmetric, plain, x, W, *args, **kwargs) -> Operation:
-  return Operation(
-    asymmetric=lambda x, W, V: asymmetric(x, W, V, *args, **kwargs),
-    plain=lambda x, W: plain(x, W, *args, **kwargs),
-    x=x,
-    W=W,
-  )
+def _dot(x, W, dimension_numbers, at=1) -> Operation:
+  options = {'dimension_numbers': dimension_numbers}
+  product = primitives.Product.create(lax.dot_general, options, at=at)
+  public = functools.partial(primitives.dot_general, **options)
+  return _operation(product, x, W, public if at == 1 else None)
 
 
-def _dot(x, W, dimension_numbers) -> Operation:
-  return _pair(primitives.dot_general, lax.dot_general, x, W, dimension_numbers)
+def _ragged(x, W, sizes) -> Operation:
+  """Rows of x times the matrix of their group; the sizes are integers."""
+  numbers = lax.RaggedDotDimensionNumbers((((1,), (1,)), ((), ())), [0], [0])
+  options = {'ragged_dot_dimension_numbers': numbers}
+  product = primitives.Product(lax.ragged_dot_general, tuple(options.items()))
+  return _operation(product, x, W, None, jnp.array(sizes))
 
 
-def _conv(x, W, strides=1, padding='SAME', batch_groups=1, **options):
+def _conv(x, W, strides=1, padding='SAME', layout=None, **options):
   rank = len(x) - 2
-  layout = (0, rank + 1, *range(1, rank + 1))
-  kernel_layout = (rank + 1, rank, *range(rank))
-  return _pair(
-    primitives.conv_general_dilated,
-    lax.conv_general_dilated,
-    x,
-    W,
-    window_strides=(strides,) * rank,
-    padding=padding,
-    batch_group_count=batch_groups,
-    dimension_numbers=lax.ConvDimensionNumbers(layout, kernel_layout, layout),
-    **options,
-  )
+  last = (0, rank + 1, *range(1, rank + 1))
+  kernel = (rank + 1, rank, *range(rank))
+  layout = layout or lax.ConvDimensionNumbers(last, kernel, last)
+  options |= {
+    'window_strides': (strides,) * rank,
+    'padding': padding,
+    'dimension_numbers': lax.conv_dimension_numbers(x, W, layout),
+  }
+  product = primitives.Product.create(lax.conv_general_dilated, options)
+  public = functools.partial(primitives.conv_general_dilated, **options)
+  return _operation(product, x, W, public)
+
+
+def _operation(product, x, W, public, *others) -> Operation:
+  def asymmetric(x, W, V):
+    return primitives.asymmetric(product, (x, *others), W, V)
+
+  plain = lambda x, W: product((x, *others), W)
+  return Operation(public or asymmetric, plain, x, W, product)
 
 
 OPERATIONS = {
@@ -76,6 +99,11 @@ OPERATIONS = {
     (5, 4, 3), (4, 3, 2), (((1, 2), (0, 1)), ((), ()))
   ),
   'dense, batch axis': _dot((6, 5, 4), (6, 4, 3), (((2,), (1,)), ((0,), (0,)))),
+  'dense, W first': _dot((5, 4, 3), (3, 2, 4), (((2, 0), (1, 2)), ((), ())), 0),
+  'dense, W first, batch axes': _dot(
+    (7, 2, 4, 3), (3, 4, 5, 6, 2), (((1,), (2,)), ((0, 4), (3, 1))), 0
+  ),
+  'dense, ragged': _ragged((7, 4), (3, 4, 5), (2, 0, 5)),
   'conv 1d': _conv((2, 9, 3), (3, 3, 4)),
   'conv 1d, stride 2': _conv((2, 9, 3), (3, 3, 4), 2, 'VALID'),
   'conv 2d': _conv((2, 8, 7, 3), (3, 3, 3, 4)),
@@ -87,6 +115,9 @@ OPERATIONS = {
   'conv 2d, explicit padding': _conv(
     (2, 8, 7, 3), (3, 3, 3, 4), 2, ((2, 0), (1, 3))
   ),
+  'conv 2d, odd layout': _conv(
+    (7, 2, 8, 4), (4, 3, 5, 2), layout=('HNWC', 'IHOW', 'WNCH')
+  ),
   'conv 2d, kernel dilation': _conv(
     (2, 9, 9, 3), (3, 3, 3, 4), rhs_dilation=(2, 3)
   ),
@@ -97,7 +128,9 @@ OPERATIONS = {
   'conv 2d, depthwise': _conv(
     (2, 8, 7, 4), (3, 3, 1, 8), 2, feature_group_count=4
   ),
-  'conv 2d, batch groups': _conv((4, 6, 6, 3), (3, 3, 3, 4), batch_groups=2),
+  'conv 2d, batch groups': _conv(
+    (4, 6, 6, 3), (3, 3, 3, 4), batch_group_count=2
+  ),
   'conv 3d': _conv((2, 5, 4, 6, 2), (2, 3, 3, 2, 3), 2),
 }
 
@@ -121,6 +154,18 @@ def operands(operation: Operation, dtype=jnp.float32, lead=(0, 0, 0)):
     jax.ShapeDtypeStruct(operation.W, dtype),
   )
   return x, W, V, normal(9, y.shape, y.dtype)
+
+
+def expected_cotangents(operation, x, W, V, g):
+  """dx at V and dW at W, each by JAX's own gradient of the plain operation."""
+  dx = jax.vjp(lambda x: operation.plain(x, V), x)[1](g)[0]
+  dW = jax.vjp(lambda W: operation.plain(x, W), W)[1](g)[0]
+  return dx, dW, jnp.zeros_like(V)
+
+
+def cotangents(operation, x, W, V, g):
+  """dx, dW and dV of the operation with feedback."""
+  return jax.vjp(operation.asymmetric, x, W, V)[1](g)
 
 
 def assert_same_bits(actual, expected) -> None:

@@ -1,5 +1,6 @@
-"""Rules: values, draws, statistics, identity and errors."""
+"""Rules: equations, draws, statistics, identity and errors."""
 
+import dataclasses
 import math
 import pickle
 
@@ -7,211 +8,363 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+import symjax_bp
 from symjax_bp import feedback
+from symjax_bp.primitives import Fan
 from tests.cases import RULES, assert_same_bits, normal
 
-KERNELS = {
-  'dense': (60, 50),
-  'conv': (5, 5, 8, 16),
-  'heads': (32, 4, 8),
-}
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 every_rule = pytest.mark.parametrize('rule', RULES.values(), ids=str)
-drawing = [rule for rule in RULES.values() if rule.draws]
+W = normal(0, (400, 504))
+DEVIATIONS = 4  # Statistics at fixed keys lie within 4 standard errors.
 
 
-def draw_and_weights(rule, key, kernel):
-  draw = rule.draw(key, kernel)
-  return draw, rule.weights(kernel, draw)
+def state_and_weights(rule, W=W, seed=0):
+  state = rule.init(jax.random.key(seed), W)
+  return state, rule.weights(W, rule.expand(W, state))
 
 
-@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize('shape', KERNELS.values(), ids=KERNELS)
+def weights(rule, W=W, seed=0):
+  return state_and_weights(rule, W, seed)[1]
+
+
+def assert_is_normal(values, sigma):
+  values = np.asarray(values, np.float64) / sigma
+  error = DEVIATIONS / math.sqrt(values.size)
+  assert abs(values.mean()) < error
+  assert abs((values**2).mean() - 1) < error * math.sqrt(2)
+
+
+def assert_is_independent(a, b):
+  correlation = np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]
+  assert abs(correlation) < DEVIATIONS / math.sqrt(np.size(a))
+
+
+# --- Equations --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
 @every_rule
-def test_V_has_the_shape_and_dtype_of_W(rule, shape, dtype):
-  draw, V = jax.eval_shape(
-    lambda W: draw_and_weights(rule, jax.random.key(1), W),
-    jax.ShapeDtypeStruct(shape, dtype),
-  )
+def test_V_has_the_shape_and_dtype_of_W(rule, dtype):
+  shape = (32,) if dtype == jnp.float16 else (5, 5, 8, 16)
+  with jax.enable_x64(dtype == jnp.float64):
+    kernel = jax.ShapeDtypeStruct(shape, dtype)
+    state, V = jax.eval_shape(lambda W: state_and_weights(rule, W), kernel)
   assert V.shape == shape and V.dtype == dtype
-  assert (draw is None) == (not rule.draws)
-  if draw is not None:
-    assert draw.shape == shape and draw.dtype == dtype
+  assert (state is not None) == rule.keeps_state
+  kept = jnp.uint32 if rule.redraws else dtype
+  assert all(leaf.dtype == kept for leaf in jax.tree.leaves(state))
 
 
-@pytest.mark.parametrize('shape', KERNELS.values(), ids=KERNELS)
-def test_deterministic_rules_are_the_equations(shape):
-  W = normal(0, shape).at[0].set(0.0)
-  sign = np.sign(np.asarray(W))
-  fan_in = math.prod(shape[:-1])
-  fan_out = math.prod(shape[:-2]) * shape[-1]
+# Fans of kernels in Flax's layout, and of a product in another one.
+FANS = {
+  'dense': ((60, 50), None, (60, 50)),
+  'conv': ((5, 5, 8, 16), None, (200, 400)),
+  'vector': ((32,), None, (1, 32)),
+  'given': ((16, 5, 8), Fan(40, 80), (40, 80)),
+}
+
+
+@pytest.mark.parametrize('shape, fan, fans', FANS.values(), ids=FANS)
+def test_rules_without_a_state_are_their_equations(shape, fan, fans):
+  inputs, outputs = fans
+  kernel = normal(0, shape).at[0].set(0.0)
+  sign = np.sign(np.asarray(kernel, np.float64))
+  assert not sign[0].any()
   for rule, expected in (
-    (feedback.symmetric(), np.asarray(W)),
+    (feedback.symmetric(), kernel),
+    (feedback.symmetric(scale='xiao'), kernel * math.sqrt(2 / outputs)),
     (feedback.usf(), sign),
-    (feedback.usf(scale=0.25), 0.25 * sign),
-    (feedback.nusf(), sign / fan_in),
-    (feedback.usf(scale='fan_in'), sign / fan_in),
-    (feedback.usf(scale='he'), sign * math.sqrt(2 / fan_in)),
-    (feedback.usf(scale='xavier'), sign * math.sqrt(2 / (fan_in + fan_out))),
+    (feedback.usf(scale=0.25), sign / 4),
+    (feedback.usf(scale='fan_in'), sign / inputs),
+    (feedback.usf(scale='he'), sign * math.sqrt(2 / inputs)),
+    (feedback.usf(scale='xavier'), sign * math.sqrt(2 / (inputs + outputs))),
+    (feedback.usf(scale='biotorch'), sign * math.sqrt(2 / (inputs + outputs))),
+    (feedback.usf(scale='xiao'), sign * math.sqrt(2 / outputs)),
+    (feedback.nusf(), sign / inputs),
+    (feedback.nusf(scale=3), 3 * sign / inputs),
   ):
-    np.testing.assert_allclose(rule.weights(W), expected, rtol=1e-6)
-  assert not np.asarray(feedback.usf().weights(W))[0].any(), 'sign(0) = 0'
+    # Two roundings of float32: of the scale and of the product.
+    found = rule.weights(kernel, None, fan)
+    np.testing.assert_allclose(found, expected, rtol=2**-22, err_msg=rule)
+
+
+def test_scales_of_other_libraries_in_numbers():
+  """BioTorch: sqrt(2 / (k k (in + out))); Xiao: sqrt(2 / (k k out))."""
+  conv = jnp.ones((3, 3, 4, 8))
+  for scale, number in (('biotorch', 1 / math.sqrt(54)), ('xiao', 1 / 6)):
+    V = feedback.usf(scale=scale).weights(conv)
+    np.testing.assert_allclose(V, jnp.full_like(V, number), rtol=2**-22)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize('in_features', [7, 8192])
-def test_nusf_is_the_quotient_in_float32(in_features, dtype):
+def test_nusf_is_the_quotient_in_float32(dtype):
   """A fan_in above 65504 is infinite in float16; its inverse is not 0."""
-  W = normal(0, (3, 3, in_features, 1), dtype)
-  quotient = np.sign(np.asarray(W, np.float32)) / np.float32(9 * in_features)
-  V = feedback.nusf().weights(W)
+  kernel = normal(0, (3, 3, 8192, 1), dtype)
+  quotient = np.sign(np.asarray(kernel, np.float32)) / np.float32(9 * 8192)
+  V = feedback.nusf().weights(kernel)
   assert_same_bits(V, jnp.asarray(quotient, dtype))
   assert np.all(V)
+
+
+def test_rules_with_something_of_the_start():
+  later, length = -3 * W, lambda a: np.linalg.norm(np.asarray(a, np.float64))
+  signs, noisy, random = (
+    rule.init(jax.random.key(0), W)
+    for rule in (
+      feedback.frozen_sign(), feedback.frozen_noise(0.1), feedback.tied_norm()
+    )
+  )  # fmt: skip
+  assert_same_bits(feedback.frozen_sign().weights(later, signs), jnp.sign(W))
+  assert_is_normal(noisy - W, 0.1)
+  assert_same_bits(feedback.frozen_noise(0.1).weights(later, noisy), noisy)
+  assert_is_normal(random, 1.0)
+  tied = feedback.tied_norm().weights(later, random)
+  # Sums of squares in float32, whose terms are positive.
+  expected = random * (length(later) / length(random))
+  np.testing.assert_allclose(tied, expected, rtol=2 * W.size * 2**-24)
+
+
+@pytest.mark.parametrize(
+  'rule', [feedback.product_feedback(0.1), feedback.low_rank(0.1, rank=5)]
+)
+def test_factored_feedback_is_the_product_of_its_factors(rule):
+  state, V = state_and_weights(rule, normal(1, (5, 5, 2, 60)))
+  first, second, rank = ('B', 'A', 50) if 'A' in state else ('Q', 'P', 5)
+  assert state[first].shape == (50, rank)
+  V = np.asarray(V, np.float64).reshape(50, 60)
+  first, second = (np.asarray(state[k], np.float64) for k in (first, second))
+  # Sums of up to 50 products in float32.
+  assert np.all(
+    abs(V - first @ second) <= 51 * 2**-24 * (abs(first) @ abs(second))
+  )
+  assert np.linalg.matrix_rank(V, tol=1e-4) == rank
+  # Not the entries of V are independent, but 250 and more of the factors.
+  assert abs(V.std() / 0.1 - 1) < DEVIATIONS * math.sqrt(1 / 250)
+
+
+# --- Draws ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('make', [feedback.brsf, feedback.frsf])
 @pytest.mark.parametrize('p_flip', [0.0, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])
 def test_magnitudes_and_flips_have_the_stated_distribution(make, p_flip):
-  """All within 4 standard errors at a fixed key."""
-  W = normal(0, (400, 500))
-  count = W.size
-  rule = make(p_flip)
-  _, V = draw_and_weights(rule, jax.random.key(2), W)
-  V, W = np.asarray(V, np.float64), np.asarray(W)
-  M = np.abs(V)
-  concordant = np.sign(V) == np.sign(W)
-  p_error = 4 * math.sqrt(p_flip * (1 - p_flip) / count)
-  assert abs(concordant.mean() - (1 - p_flip)) <= p_error
+  V = np.asarray(weights(make(p_flip)), np.float64)
+  M, kept = np.abs(V), np.sign(V) == np.sign(W)
+  error = DEVIATIONS * math.sqrt(p_flip * (1 - p_flip) / W.size)
+  assert abs(kept.mean() - (1 - p_flip)) <= error
   assert M.min() > 0 and M.max() <= 1
-  # Moments of U(0, 1): mean 1/2 and variance 1/12; of its square 1/3, 4/45.
-  assert abs(M.mean() - 1 / 2) < 4 * math.sqrt(1 / 12 / count)
-  assert abs((M**2).mean() - 1 / 3) < 4 * math.sqrt(4 / 45 / count)
-  for kept in (concordant, ~concordant):  # M does not depend on S_p
-    if kept.sum() > 100:
-      error = 4 * math.sqrt(1 / 12 / kept.sum())
-      assert abs(M[kept].mean() - 1 / 2) < error
+  for part in (M.ravel(), M[kept], M[~kept]):  # M does not depend on S_p.
+    if part.size > 100:
+      ranks = np.arange(part.size) / part.size
+      # Kolmogorov and Smirnov: exceeded once in 3,000 draws of U(0, 1).
+      assert abs(np.sort(part) - ranks).max() < 2.1 / math.sqrt(part.size)
 
 
-def test_flips_of_different_weights_are_independent():
-  W = jnp.ones((400, 500))
-  _, V = draw_and_weights(feedback.brsf(0.3), jax.random.key(0), W)
-  S = np.sign(np.asarray(V, np.float64))
-  neighbours = (S[:, 1:] * S[:, :-1]).mean()
-  assert abs(neighbours - 0.4**2) < 4 / math.sqrt(W.size)
+def test_successive_draws_seeds_and_neighbors_are_independent():
+  nudged = W.at[7, 7].set(jnp.nextafter(W[7, 7], jnp.float32(9)))
+  swapped = W.at[0, :2].set(W[0, 1::-1])
+  kernels = [(W, 0), (nudged, 0), (swapped, 0), (-W, 0), (jnp.ones_like(W), 0)]
+  draws = [
+    weights(feedback.brsf(0.3), kernel, seed) / jnp.sign(kernel)
+    for kernel, seed in (*kernels, (W, 1))
+  ]
+  for i, draw in enumerate(draws):
+    assert_is_independent(draw[:, 1:], draw[:, :-1])
+    assert_is_independent(draw[1:], draw[:-1])
+    for other in draws[:i]:
+      assert_is_independent(draw, other)
 
 
-def test_random_feedback_is_normal_and_independent_of_W():
-  W = normal(0, (400, 500))
-  rule = feedback.rndf(sigma=0.05)
-  draw, V = draw_and_weights(rule, jax.random.key(3), W)
-  values = np.asarray(V, np.float64) / 0.05
-  error = 4 / math.sqrt(W.size)
-  assert abs(values.mean()) < error
-  assert abs((values**2).mean() - 1) < error * math.sqrt(2)
-  assert abs((values * np.asarray(W)).mean()) < error
-  assert_same_bits(rule.weights(-7 * W, draw), V)
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_brsf_is_drawn_anew_for_every_bit_of_W(dtype):
+  with jax.enable_x64(dtype == jnp.float64):
+    rule, kernel = feedback.brsf(), normal(0, (4, 8), dtype)
+    bits = kernel.dtype.itemsize * 8
+    words = np.asarray(kernel).view(f'uint{bits}').ravel()
+    # Of entry i bit i is flipped; of the last two kernels none.
+    flips = np.zeros((34, 32), words.dtype)
+    np.fill_diagonal(flips, [1 << i % bits for i in range(32)])
+    several = (words ^ flips).view(kernel.dtype).reshape(34, 4, 8)
+    state = rule.init(jax.random.key(0), kernel)
+    draw = jax.jit(jax.vmap(lambda W: rule.expand(W, state)))
+    R = np.asarray(draw(jnp.asarray(several)), np.float64)
+  assert len(np.unique(R, axis=0)) == 33
+  assert (R[-1] == R[-2]).all()
 
 
-@pytest.mark.parametrize('rule', drawing, ids=str)
-def test_same_key_same_V_and_other_key_other_V(rule):
-  W = normal(0, (60, 50))
-  first, again, other = (
-    draw_and_weights(rule, jax.random.key(seed), W)[1] for seed in (0, 0, 1)
+@pytest.mark.parametrize(
+  'implementation', ['threefry2x32', 'rbg', 'unsafe_rbg']
+)
+def test_brsf_is_the_same_in_every_program(implementation):
+  """Eager, compiled, batched and sharded, whatever PRNG a program uses."""
+  rule, kernels = feedback.brsf(0.3), jnp.stack([W, -W])
+  state = rule.init(jax.random.key(0), W)
+  draw = lambda W: rule.expand(W, state)
+  expected = jnp.stack([draw(W), draw(-W)])
+  mesh = jax.make_mesh((4, 2), ('x', 'y'))
+  with jax.default_prng_impl(implementation):
+    assert_same_bits(jax.jit(draw)(W), expected[0])
+    assert_same_bits(jax.jit(jax.vmap(draw))(kernels), expected)
+    # The sharding is a part of the type of an array on this mesh.
+    sharded = jax.device_put(W, NamedSharding(mesh, PartitionSpec('x', 'y')))
+    np.testing.assert_array_equal(jax.jit(draw)(sharded), expected[0])
+    assert rule.init(jax.random.key(1), W).dtype == jnp.uint32
+
+
+@pytest.mark.parametrize(
+  'make, name, numbers',
+  [
+    # 1 - p is exact in float32, so that all agree on what is flipped.
+    (feedback.brsf, 'p_flip', [0.0, 0.25, 0.5, 0.75, 1.0]),
+    (feedback.frsf, 'p_flip', [0.0, 0.25, 0.5, 0.75, 1.0]),
+    (feedback.rndf, 'sigma', [0.25, 1.0, 3.0]),
+    (feedback.usf, 'scale', [0.25, 1.0, 3.0]),
+  ],
+)
+def test_vmap_over_a_number_is_a_loop(make, name, numbers):
+  of = lambda number: weights(make(**{name: number}))
+  found = jax.jit(jax.vmap(of))(jnp.array(numbers))
+  assert_same_bits(
+    found, jnp.stack([of(number) for number in jnp.array(numbers)])
   )
+  # A quotient by a constant may be a product: two roundings each.
+  constant = jnp.stack([of(number) for number in numbers])
+  np.testing.assert_allclose(found, constant, rtol=2**-22)
+  assert repr(make(**{name: jnp.float32(1)})) == f'{make.__name__}({name}=...)'
+
+
+@pytest.mark.parametrize(
+  'rule', [rule for rule in RULES.values() if rule.keeps_state], ids=str
+)
+def test_the_same_key_draws_the_same_and_another_key_something_else(rule):
+  first, again, other = (weights(rule, W, seed) for seed in (0, 0, 1))
   assert_same_bits(first, again)
-  assert (np.asarray(first) != np.asarray(other)).mean() > 0.99
+  if rule.name != 'frozen_sign':
+    assert (np.asarray(first) != np.asarray(other)).mean() > 0.99
 
 
-@pytest.mark.parametrize('p_flip', [0.0, 0.3])
-def test_a_stored_draw_follows_the_sign_of_W(p_flip):
-  rule = feedback.frsf(p_flip)
-  W = normal(0, (60, 50))
-  draw, V = draw_and_weights(rule, jax.random.key(0), W)
-  assert_same_bits(rule.weights(-W, draw), -V)
-  assert_same_bits(rule.weights(100 * W, draw), V)
+def test_what_stays_and_what_follows_W():
+  state, V = state_and_weights(feedback.rndf())
+  assert_is_normal(V, 0.05)
+  assert_is_independent(V, W)
+  assert_same_bits(feedback.rndf().weights(-7 * W, state), V)
+  rule = feedback.frsf(0.3)
+  state, V = state_and_weights(rule)
+  assert_same_bits(rule.weights(-100 * W, state), -V)
+  low = rule.init(jax.random.key(0), W.astype(jnp.bfloat16))
+  assert_same_bits(low, state.astype(jnp.bfloat16))
 
 
-def test_a_draw_is_the_same_in_every_dtype_up_to_rounding():
-  shape = (60, 50)
-  rule = feedback.brsf(0.3)
-  full = rule.draw(jax.random.key(0), jnp.zeros(shape))
-  low = rule.draw(jax.random.key(0), jnp.zeros(shape, jnp.bfloat16))
-  assert_same_bits(full.astype(jnp.bfloat16), low)
+# --- Rules of the user ------------------------------------------------------
 
 
-def test_which_rules_draw_and_redraw():
-  assert [r.draws for r in map(feedback.from_name, _NAMES)] == [
-    False, False, False, True, True, True, True, True,
-  ]  # fmt: skip
-  assert [r.redraws for r in map(feedback.from_name, _NAMES)] == [
-    False, False, False, True, True, False, False, False,
-  ]  # fmt: skip
+def clipped(W):
+  return jnp.clip(W, -1, 1)
 
 
-_NAMES = {
-  'BP': feedback.symmetric(),
-  'uSF': feedback.usf(),
-  'NuSF': feedback.nusf(),
-  'brSF': feedback.brsf(),
-  'brSF-75%': feedback.brsf(0.75),
-  'frSF': feedback.frsf(),
-  'frSF-2.5%': feedback.frsf(0.025),
-  'RndF': feedback.rndf(),
-}
+def initial(key, W):
+  return 0.5 * jax.random.normal(key, W.shape, W.dtype)
 
 
-@pytest.mark.parametrize('name', _NAMES)
-def test_the_names_of_the_paper(name):
-  assert feedback.from_name(name) == _NAMES[name]
-  assert feedback.from_name(name.upper()) == _NAMES[name]
+def mixed(W, R):
+  return W + R
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Blend(feedback.FeedbackRule):
+  """Between backpropagation and feedback alignment."""
+
+  share: float = 0.5
+  keeps_state = True
+
+  def init(self, key, W):
+    return initial(key, W)
+
+  def unscaled(self, W, R, fan):
+    return self.share * W + (1 - self.share) * R
+
+
+def test_rules_of_the_user():
+  kernel = W[:6, :5]
+  R = initial(jax.random.key(3), kernel)
+  for rule, V, text in (
+    (feedback.rule(clipped), clipped(kernel), 'clipped()'),
+    (
+      feedback.rule(clipped, scale=2),
+      2 * clipped(kernel),
+      'clipped(scale=2.0)',
+    ),
+    (feedback.rule(mixed, initial), kernel + R, 'mixed()'),
+    (Blend(0.25), 0.25 * kernel + 0.75 * R, 'Blend(share=0.25)'),
+    (Blend(scale=2), kernel + R, 'Blend(scale=2.0)'),
+  ):
+    assert_same_bits(weights(rule, kernel, 3), V)
+    assert pickle.loads(pickle.dumps(rule)) == rule and repr(rule) == text
+  assert feedback.rule(mixed, initial) != feedback.rule(
+    mixed, initial, learns=True
+  )
+
+
+# --- Identity, names and errors ---------------------------------------------
 
 
 @every_rule
 def test_rules_are_values(rule):
   copy = pickle.loads(pickle.dumps(rule))
   assert copy == rule and hash(copy) == hash(rule)
-  assert eval(repr(rule), vars(feedback)) == rule
+  assert eval(repr(rule), vars(feedback)) == rule  # noqa: S307
+  assert 'scale' not in rule.state_name
   others = [other for other in RULES.values() if other is not rule]
   assert all(other != rule and repr(other) != repr(rule) for other in others)
-  with pytest.raises(AttributeError):
+  with pytest.raises(dataclasses.FrozenInstanceError):
     rule.scale = 2.0
 
 
-def test_the_repr_states_the_scale_when_it_is_not_one():
-  assert repr(feedback.usf()) == 'usf()'
-  assert repr(feedback.usf(scale='he')) == "usf(scale='he')"
-  assert repr(feedback.brsf(0.25, scale=2)) == 'brsf(p_flip=0.25, scale=2.0)'
+def test_the_names_of_the_paper():
+  names = {
+    'BP': feedback.symmetric(), 'SGD': feedback.symmetric(),
+    'uSF': feedback.usf(), 'NuSF': feedback.nusf(), 'RndF': feedback.rndf(),
+    'brSF': feedback.brsf(), 'brSF-25%': feedback.brsf(0.25),
+    'brSF-100%': feedback.brsf(1.0), 'frSF': feedback.frsf(),
+    'frSF-2.5%': feedback.frsf(0.025),
+  }  # fmt: skip
+  for name, rule in names.items():
+    assert (
+      symjax_bp.from_name(name) == rule == symjax_bp.from_name(name.lower())
+    )
+  drawn = [name for name, rule in names.items() if rule.redraws]
+  assert drawn == ['brSF', 'brSF-25%', 'brSF-100%']
 
 
 @pytest.mark.parametrize(
   'make, message',
   [
     (lambda: feedback.brsf(1.5), r'p_flip must be .* \[0, 1\], not 1.5'),
-    (lambda: feedback.frsf(-0.1), 'p_flip must be .* not -0.1'),
-    (lambda: feedback.frsf(float('nan')), 'p_flip must be .* not nan'),
+    (lambda: feedback.frsf(math.nan), 'p_flip must be .* not nan'),
     (lambda: feedback.brsf('25%'), "p_flip must be .* not '25%'"),
-    (lambda: feedback.brsf(None), 'p_flip must be .* not None'),
-    (lambda: feedback.rndf(0.0), 'sigma must be positive'),
-    (lambda: feedback.rndf(-1.0), 'sigma must be .* not -1.0'),
+    (lambda: feedback.brsf(True), 'p_flip must be .* not True'),
+    (lambda: feedback.rndf(0.0), 'sigma must be a positive.* not 0.0'),
+    (lambda: feedback.kolen_pollack(math.inf), 'sigma must be .* not inf'),
     (lambda: feedback.usf(scale='lecun'), "scale must be .* not 'lecun'"),
-    (lambda: feedback.usf(scale=0.0), 'scale must be positive'),
     (lambda: feedback.usf(scale=-2.0), 'scale must be .* not -2.0'),
+    (lambda: feedback.low_rank(rank=0), 'rank must be .* not 0'),
+    (lambda: feedback.product_feedback(width=2.5), 'width must be .* not 2.5'),
+    (lambda: feedback.local_loss(factors={}), "of .*'amplify'.* not {}"),
+    (lambda: feedback.local_loss(factors={'hebb': 1}), "not {'hebb': 1}"),
     (lambda: feedback.from_name('xSF'), "one of BP, uSF.* not 'xSF'"),
     (lambda: feedback.from_name('uSF-25%'), "not 'uSF-25%'"),
     (lambda: feedback.from_name('brSF-250%'), 'p_flip must be .* not 2.5'),
-    (lambda: feedback.from_name(''), "not ''"),
+    (lambda: weights(feedback.rule(jnp.sum)), r"'sum' .* 504\), not \(\)"),
+    (lambda: feedback.frsf().weights(W), r'R must be given for frsf\(\)'),
+    (lambda: feedback.frsf().weights(W, W.T), r'R .* \(400, 504\), not \(504,'),
+    (lambda: weights(feedback.usf(), W > 0), 'real floating dtype .* not bool'),
+    (lambda: feedback.rule(3), 'function must be a function, not 3'),
+    (lambda: feedback.rule(mixed, 3), 'initial must be a function .* not 3'),
   ],
-)
+)  # fmt: skip
 def test_bad_arguments_are_named(make, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises((ValueError, TypeError), match=message):
     make()
-
-
-def test_a_missing_or_misshapen_draw_is_refused():
-  W = jnp.ones((4, 3))
-  with pytest.raises(ValueError, match=r'frsf\(\) needs its random draw'):
-    feedback.frsf().weights(W)
-  with pytest.raises(ValueError, match=r'shape of the kernel, \(4, 3\)'):
-    feedback.frsf().weights(W, jnp.ones((3, 4)))
-  with pytest.raises(TypeError, match='real floating dtype, not int32'):
-    feedback.usf().weights(jnp.ones((4, 3), jnp.int32))

@@ -1,168 +1,243 @@
-"""Linen layers: Flax's parameters, values and outputs, and dx from V."""
+"""Asymmetric Linen layers and models: state, paths, tables, errors."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint
 import pytest
+from flax import serialization
 
 import symjax_bp as sbp
-from symjax_bp import linen, primitives
-from tests.cases import assert_same_bits, normal
+from symjax_bp import linen
+from tests.cases import RULES, assert_same_bits, normal
 from tests.linen_models import (
   CNN,
+  IMAGES,
   KEY,
   RNGS,
-  every_rule,
-  weights_used,
+  Autoencoder,
+  X,
+  differ,
+  fast_jit,
+  gradient,
+  without_feedback,
 )
 
+BP = sbp.symmetric()
+MASK = jnp.ones((3, 3, 4)).at[0].set(0.0)
 LAYERS = {
-  'Dense': (linen.Dense, nn.Dense, (5,), {}, (3, 4)),
-  'Dense, bfloat16': (
-    linen.Dense, nn.Dense, (5,), {'dtype': jnp.bfloat16}, (3, 4)
-  ),
-  'DenseGeneral': (
-    linen.DenseGeneral, nn.DenseGeneral, ((3, 2),), {'axis': (1, 2)}, (2, 4, 5)
-  ),
-  'DenseGeneral, batch': (
-    linen.DenseGeneral, nn.DenseGeneral, (3,), {'batch_dims': (0,)}, (2, 4, 5)
-  ),
-  'Conv': (linen.Conv, nn.Conv, (4, (3, 3)), {'strides': 2}, (2, 6, 7, 3)),
-  'Conv, circular, 1d': (
-    linen.Conv, nn.Conv, (4, (3,)), {'padding': 'CIRCULAR'}, (2, 6, 3)
-  ),
+  'Dense': ((5,), {'dtype': jnp.bfloat16}, (3, 4)),
+  'DenseGeneral': (((3, 2),), {'axis': (1, 2)}, (2, 4, 5)),
+  'DenseGeneral, batch': ((3,), {'batch_dims': (0,)}, (2, 4, 5)),
   'Conv, groups': (
-    linen.Conv, nn.Conv, (4, (3, 3)), {'feature_group_count': 2}, (2, 6, 7, 4)
+    (4, (3, 3)), {'feature_group_count': 2, 'strides': 2}, (2, 6, 7, 4)
   ),
+  'Conv, mask': ((4, (3,)), {'padding': 'CIRCULAR', 'mask': MASK}, (2, 6, 3)),
 }  # fmt: skip
 
 
-every_layer = pytest.mark.parametrize('layer', LAYERS.values(), ids=LAYERS)
+def pull_back(apply, params, x):
+  """dx, and what a layer has in common with Flax's: y and dparams."""
+  y, pullback = jax.vjp(lambda p, x: apply({'params': p}, x), params, x)
+  dparams, dx = pullback(normal(1, y.shape, y.dtype))
+  return dx, (y, dparams)
 
 
-def build(layer, rule):
-  asymmetric, plain, args, kwargs, shape = layer
-  return (
-    asymmetric(*args, feedback=rule, **kwargs),
-    plain(*args, **kwargs),
-    shape,
+@pytest.mark.parametrize('name', LAYERS)
+def test_layers_are_those_of_flax_but_for_dx(name):
+  (args, kwargs, shape), kind = LAYERS[name], name.split(',')[0]
+  plain, x = getattr(nn, kind)(*args, **kwargs), normal(0, shape)
+  params = plain.init(KEY, x)['params']
+  layer = getattr(linen, kind)(*args, feedback=BP, **kwargs)
+  rules = (BP, sbp.nusf(), sbp.brsf(0.3), sbp.rndf())
+  variables = [layer.clone(feedback=rule).init(KEY, x) for rule in rules]
+
+  @fast_jit
+  def run():
+    results = [pull_back(plain.apply, params, x)]
+    for rule, given in zip(rules, variables, strict=True):
+      model = layer.clone(feedback=rule)
+      apply = lambda p, x, m=model, given=given: m.apply({**given, **p}, x)
+      V = linen.feedback_weights(model, given, x)['kernel']
+      at_V, _ = pull_back(plain.apply, {**params, 'kernel': V}, x)
+      results.append((*pull_back(apply, params, x), at_V))
+    return results
+
+  (true_dx, expected), *results = run()
+  for rule, given, result in zip(rules, variables, results, strict=True):
+    dx, others, dx_at_V = result
+    assert_same_bits(without_feedback(given), {'params': params})
+    assert ('feedback' in given) == rule.keeps_state
+    assert_same_bits(others, expected)
+    assert_same_bits(dx, dx_at_V)
+    assert np.array_equal(dx, true_dx) == (rule == BP)
+  R = variables[-1]['feedback']['kernel:rndf()']
+  assert R.dtype == params['kernel'].dtype
+
+
+@pytest.mark.parametrize('rule', RULES.values(), ids=str)
+def test_variables_of_every_rule_survive_a_checkpoint(rule, tmp_path):
+  variables = linen.with_feedback(Autoencoder(), rule).init(KEY, X)
+  assert ('feedback' in variables) == rule.keeps_state
+  empty = jax.tree.map(jnp.zeros_like, variables)
+  data = serialization.to_bytes(variables)
+  assert_same_bits(serialization.from_bytes(empty, data), variables)
+  assert_same_bits(serialization.msgpack_restore(data), variables)
+  if rule in (sbp.rndf(), sbp.product_feedback(width=8)):
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+      checkpointer.save(tmp_path / 'variables', variables)
+      checkpointer.wait_until_finished()
+      for target in ((), (empty,)):
+        restored = checkpointer.restore(tmp_path / 'variables', *target)
+        assert_same_bits(restored, variables)
+
+
+def test_feedback_can_be_made_after_the_parameters():
+  model, params = (
+    linen.with_feedback(CNN(), sbp.rndf()),
+    CNN().init(KEY, IMAGES),
   )
+  make = lambda given, rngs: model.apply(
+    given, IMAGES, rngs=rngs, mutable=['feedback']
+  )
+  y, made = make(params, RNGS)
+  assert_same_bits(y, CNN().apply(params, IMAGES))
+  for key in (0, 1):  # The draws do not depend on the key of the parameters.
+    keys = {'params': jax.random.key(key), **RNGS}
+    assert_same_bits(model.init(keys, IMAGES)['feedback'], made['feedback'])
+  other = {'feedback': jax.random.key(8)}
+  assert differ(make(params, other)[1], made)
+  assert_same_bits(make({**params, **made}, other)[1], made)
+  half = {'feedback': {'Conv_0': made['feedback']['Conv_0']}}
+  assert_same_bits(make({**params, **half}, RNGS)[1], made)
 
 
-@every_rule
-@every_layer
-def test_layers_are_those_of_flax_but_for_dx(layer, rule):
-  model, plain, shape = build(layer, rule)
-  x = normal(0, shape)
-  variables = model.init(KEY, x)
-  expected = plain.init(KEY, x)
-  assert_same_bits(variables['params'], expected['params'])
-  assert ('feedback' in variables) == (rule.draws and not rule.redraws)
-
-  def output(params, x):
-    return model.apply(
-      {**variables, 'params': params}, x, rngs=RNGS, mutable='feedback_weights'
+def test_a_redrawing_rule_follows_its_seed_and_the_weights():
+  model = linen.with_feedback(Autoencoder(), sbp.brsf())
+  params = Autoencoder().init(KEY, X)
+  by_key = gradient(model, params, X, rngs=RNGS)
+  _, seeds = model.apply(params, X, rngs=RNGS, mutable=['feedback'])
+  other = {'feedback': jax.random.key(8)}
+  stored, again = {**params, **seeds}, {**params, **sbp.redraw(seeds, KEY)}
+  for rngs in ({}, other):  # A stored seed counts, not the key.
+    assert_same_bits(gradient(model, stored, X, rngs=rngs), by_key)
+  assert differ(gradient(model, params, X, rngs=other), by_key)
+  changed = jax.tree.map(lambda leaf: leaf * 2, params)
+  V = [
+    linen.feedback_weights(model, given, X, rngs=rngs)['enc/kernel']
+    for given, rngs in (
+      (stored, {}), (again, {}), (params, other), ({**changed, **seeds}, {})
     )
-
-  (y, sown) = output(variables['params'], x)
-  assert_same_bits(y, plain.apply(expected, x))
-  V = sown['feedback_weights']['kernel']
-  g = normal(1, y.shape, y.dtype)
-  _, pullback, _ = jax.vjp(output, variables['params'], x, has_aux=True)
-  dparams, dx = pullback(g)
-  _, plain_pullback = jax.vjp(plain.apply, expected, x)
-  assert_same_bits(dparams, plain_pullback(g)[0]['params'])
-  at_V = {'params': {**expected['params'], 'kernel': V.astype(jnp.float32)}}
-  assert_same_bits(dx, jax.vjp(lambda x: plain.apply(at_V, x), x)[1](g)[0])
-  if rule == sbp.symmetric():
-    assert_same_bits(dx, plain_pullback(g)[1])
-  else:
-    assert not np.array_equal(dx, plain_pullback(g)[1])
+  ]  # fmt: skip
+  for i, U in enumerate(V):
+    assert_same_bits(jnp.sign(U), jnp.sign(params['params']['enc']['kernel']))
+    assert all((U != other).all() for other in V[:i])
 
 
-def test_masked_weights_have_no_feedback():
-  mask = jnp.ones((3, 3, 2, 4)).at[0].set(0.0)
-  layer = linen.Conv(4, (3, 3), mask=mask, feedback=sbp.rndf())
-  x = normal(0, (2, 5, 5, 2))
-  V = weights_used(layer, layer.init(KEY, x), x, None)['kernel']
-  assert_same_bits((V == 0).astype(jnp.float32), 1 - mask)
+def test_feedback_that_does_not_fit_is_refused():
+  model = linen.with_feedback(Autoencoder(), sbp.rndf())
+  variables = model.init(KEY, X)
+  params, made = variables['params'], variables['feedback']
+
+  def apply(rule, feedback):
+    model = linen.with_feedback(Autoencoder(), rule)
+    return model.apply({'params': params, 'feedback': feedback}, X)
+
+  for rule in (sbp.rndf(scale=2.0), sbp.usf()):  # Of this state, or of none.
+    assert_same_bits(apply(rule, made), model.apply(variables, X))
+  narrow = jax.tree.map(lambda state: state[..., :1], made)
+  for rule, feedback, message in (
+    (sbp.frsf(), made, r"'dec/kernel' was made by rndf\(\), .* frsf\(\)"),
+    (sbp.rndf(0.1), made, r"'dec/kernel' was made by rndf\(\)"),
+    (sbp.rndf(), narrow, r"'dec/.*\(5, 1\), but the weight has \(5, 5\)"),
+    (sbp.rndf(), {}, "'enc/kernel', 'dec/kernel' is missing"),
+    (sbp.rndf(), {'enc': made['enc']}, "of 'dec/kernel' is missing"),
+  ):
+    with pytest.raises(sbp.FeedbackError, match=message):
+      apply(rule, feedback)
 
 
-def test_feedback_is_stored_in_the_dtype_of_the_parameters():
-  layer = linen.Dense(4, dtype=jnp.bfloat16, feedback=sbp.frsf())
-  x = normal(0, (2, 3))
-  variables = layer.init(KEY, x)
-  assert variables['feedback']['kernel'].dtype == jnp.float32
-  assert layer.apply(variables, x).dtype == jnp.bfloat16
-
-
-def test_clone_and_copy_change_the_rule():
-  layer = linen.Dense(4, feedback=sbp.usf())
-  x = normal(0, (2, 3))
-  variables = layer.init(KEY, x)
-  changed = layer.clone(feedback=sbp.symmetric())
-  V = weights_used(changed, variables, x, None)['kernel']
-  assert_same_bits(V, variables['params']['kernel'])
+def test_rules_by_path_and_the_table():
+  rules = {'Conv': sbp.rndf(), '^Dense_1/': sbp.usf()}
+  model = linen.with_feedback(CNN(), rules, exclude='Dense_0')
+  for x in (IMAGES, jax.ShapeDtypeStruct(IMAGES.shape, IMAGES.dtype)):
+    assert linen.feedback_table(model, x).splitlines() == [
+      'weight          shape         feedback               use',
+      'Conv_0/kernel   (3, 3, 2, 4)  rndf()                 product',
+      'Dense_1/kernel  (36, 8)       usf()                  product',
+      'Dense_0/kernel  (8, 3)        plain backpropagation  excluded',
+      '2 of 3 weights with feedback: 360 of 384 parameters',
+    ]
+  variables = model.init(KEY, IMAGES)
+  V = linen.feedback_weights(model, variables, IMAGES)
+  W = variables['params']['Dense_1']['kernel']
+  R = variables['feedback'].pop('Conv_0')['kernel:rndf()']
+  assert_same_bits(V, {'Conv_0/kernel': R, 'Dense_1/kernel': jnp.sign(W)})
+  assert not variables['feedback']
+  model, tokens = nn.Sequential([nn.Embed(5, 4), nn.Dense(2)]), jnp.array([1])
+  model = linen.with_feedback(model, sbp.rndf())
+  assert list(model.init(KEY, tokens)['feedback']) == ['layers_1']
+  assert linen.layer_rules(model, tokens)[0][2:4] == (None, 'looked up')
 
 
 def test_layer_alignment_measures_the_V_that_was_used():
-  x = normal(0, (4, 6, 6, 2))
-  model = linen.with_feedback(
-    CNN(), {'Conv': sbp.brsf(0.25), 'Dense_0': sbp.rndf(), '': sbp.symmetric()}
-  )
-  variables = model.init(KEY, x)
-  loss = lambda y: (y**2).sum()
-  rows = jax.jit(lambda v: linen.layer_alignment(model, v, loss, x, rngs=RNGS))(
-    variables
-  )
-  V = weights_used(model, variables, x, RNGS)
-  assert set(rows) == {'Conv_0', 'Dense_0', 'Dense_1'}
-  for name, row in rows.items():
-    W = np.asarray(variables['params'][name]['kernel'], np.float64)
-    used = np.asarray(V[name]['kernel'], np.float64)
-    cosine = (W * used).sum() / np.linalg.norm(W) / np.linalg.norm(used)
-    angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-    np.testing.assert_allclose(row.angle, angle, atol=1e-2)
-    ratio = np.linalg.norm(used) / np.linalg.norm(W)
-    np.testing.assert_allclose(row.norm_ratio, ratio, rtol=1e-5)
-    concordance = (np.sign(W) == np.sign(used)).mean()
-    np.testing.assert_allclose(row.concordance, concordance, rtol=1e-6)
-  assert rows['Dense_1'].gradient_angle == 0  # nothing asymmetric above it
-  assert rows['Dense_0'].gradient_angle == 0  # its own V does not matter
-  assert rows['Conv_0'].gradient_angle > 1
+  rules = {'Conv': sbp.brsf(0.25), 'Dense_1': sbp.rndf(), '': BP}
+  model = linen.with_feedback(CNN(), rules)
+  variables, loss = model.init(KEY, IMAGES), lambda y: (y**2).sum()
+  align = lambda v: linen.layer_alignment(model, v, loss, IMAGES)
+  rows = fast_jit(align)(variables)
+  V = linen.feedback_weights(model, variables, IMAGES)
+  assert rows.keys() == V.keys() and len(V) == 3
+  for path, row in rows.items():
+    W = variables['params'][path.partition('/')[0]]['kernel']
+    W, U = (np.asarray(array, np.float64) for array in (W, V[path]))
+    norms = np.linalg.norm(W), np.linalg.norm(U)
+    cosine = min((W * U).sum() / norms[0] / norms[1], 1)
+    # Each is a sum of some 300 squares in float32: at most 2e-5 off.
+    angle = np.degrees(np.arccos(cosine))
+    np.testing.assert_allclose(row.angle, angle, atol=np.degrees(2e-5))
+    np.testing.assert_allclose(row.norm_ratio, norms[1] / norms[0], rtol=2e-5)
+    same = np.mean(np.sign(W) == np.sign(U))
+    np.testing.assert_allclose(row.concordance, same, rtol=1e-6)
+  # V changes the updates of the layers before it, never its own.
+  updates = [
+    rows[f'{name}/kernel'].update_angle for name in variables['params']
+  ]
+  assert updates[1:] == [0, 0] and updates[0] > 1
 
 
-@pytest.mark.parametrize(
-  'make, error, message',
-  [
-    (lambda: linen.Dense(3, feedback='uSF'), TypeError, "not 'uSF'"),
-    (lambda: linen.Conv(3, (1,), feedback=None), TypeError, 'not None'),
-    (lambda: linen.DenseGeneral(3), TypeError, 'feedback'),
-    (lambda: linen.with_feedback(CNN(), 'uSF'), TypeError, "not 'uSF'"),
-    (lambda: linen.with_feedback(CNN(), {'a': 1}), TypeError, r"rule\['a'\]"),
-    (lambda: linen.with_feedback(CNN(), {}), ValueError, 'empty'),
-    (lambda: linen.with_feedback(CNN(), {'(': sbp.usf()}), ValueError,
-     r"'\(' is not a regular expression"),
-    (lambda: linen.with_feedback(lambda x: x, sbp.usf()), TypeError, 'nnx'),
-  ],
-)  # fmt: skip
-def test_bad_arguments_are_named(make, error, message):
-  with pytest.raises(error, match=message):
-    make()
+def summed(x, W, *args, **kwargs):
+  return x @ jnp.cumsum(W, 0)
 
 
-def test_an_operation_may_be_used_by_hand_in_a_module():
-  """The primitive is all that a custom layer needs."""
+wrap = linen.with_feedback
+ERRORS = {
+  'must be a flax.linen.Module': lambda: wrap(jnp.tanh, BP),
+  "rules must .*not 'uSF'": lambda: wrap(CNN(), 'uSF'),
+  "not 'BP'": lambda: linen.Dense(3, feedback='BP'),
+  "argument: 'feedback'": lambda: linen.DenseGeneral(3),
+  "'Conv_9' matches no parameter.*'Conv_0/kernel', 'Dense_0/bias'": (
+    lambda: wrap(CNN(), {'Conv_9': BP, '': BP}).init(KEY, IMAGES)
+  ),
+  "'Conv_7' matches no parameter": (
+    lambda: wrap(CNN(), BP, 'Conv_7').apply(CNN().init(KEY, IMAGES), IMAGES)
+  ),
+  "'Dense_1/kernel' .* matches none of the rules.*'Dense_0/kernel'": (
+    lambda: wrap(CNN(), {'Conv_0': BP}).init(KEY, IMAGES)
+  ),
+  "'kernel' meets data in a product, but is no longer.*exclude=PATH": (
+    lambda: wrap(nn.Dense(3, dot_general=summed), BP).init(KEY, X)
+  ),
+  'no weight with feedback': (
+    lambda: linen.layer_alignment(
+      CNN(), CNN().init(KEY, IMAGES), jnp.sum, IMAGES
+    )
+  ),
+}
 
-  class Mine(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      W = self.param('W', nn.initializers.normal(), (3, 4))
-      return primitives.dense(x, W, sbp.usf().weights(W))
 
-  x = normal(0, (2, 3))
-  variables = Mine().init(KEY, x)
-  dx = jax.grad(lambda x: Mine().apply(variables, x).sum())(x)
-  expected = jnp.ones((2, 4)) @ jnp.sign(variables['params']['W']).T
-  assert_same_bits(dx, expected)
+@pytest.mark.parametrize('message', ERRORS)
+def test_errors_name_what_is_wrong(message):
+  with pytest.raises((TypeError, ValueError), match=f'(?s){message}'):
+    ERRORS[message]()

@@ -1,213 +1,478 @@
-"""Unmodified models: parameters, outputs and learning; twins and wrappers."""
+"""Unmodified Linen models: what stays Flax's, and what uses V."""
 
+import copy
+import functools
+import pickle
+
+import cloudpickle
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.training.train_state import TrainState
 
 import symjax_bp as sbp
 from symjax_bp import linen
 from tests.cases import assert_same_bits, normal
 from tests.linen_models import (
-  CNN,
   KEY,
   MODELS,
   RNGS,
-  Custom,
-  every_model,
+  Autoencoder,
+  Outer,
+  X,
+  differ,
+  fast_jit,
   gradient,
+  without_feedback,
 )
 
 
-@every_model
-def test_an_unmodified_model_keeps_its_parameters_and_outputs(model, shape):
-  x = normal(0, shape)
-  expected = model.init(KEY, x)
-  for rule in (sbp.usf(), sbp.brsf(), sbp.frsf(0.5), sbp.rndf()):
-    asymmetric = linen.with_feedback(model, rule)
-    variables = asymmetric.init(KEY, x)
-    assert_same_bits(variables['params'], expected['params'])
-    y = asymmetric.apply(variables, x, rngs=RNGS)
-    np.testing.assert_allclose(y, model.apply(expected, x), rtol=1e-6)
-    actual = gradient(asymmetric, variables, x)
-    plain = gradient(model, expected, x)
-    differs = jax.tree.map(lambda a, b: not np.allclose(a, b), actual, plain)
-    assert any(jax.tree.leaves(differs))
+@pytest.mark.parametrize('name', MODELS)
+def test_all_but_the_backward_pass_is_plain_flax(name):
+  model, x = MODELS[name]
+  random = sbp.with_feedback(model, sbp.rndf())
+  symmetric = sbp.with_feedback(model, sbp.symmetric())
 
+  @fast_jit
+  def run():
+    results = []
+    for each in (model, linen.plain_twin(random), symmetric, random):
+      variables = each.init(KEY, x)
+      y = each.apply(variables, x)
+      results.append((variables, y, gradient(each, variables, x)))
+    return results
 
-@every_model
-def test_a_symmetric_model_learns_exactly_as_plain_flax(model, shape):
-  """Step by step: an unmodified model and its twin stay bit-identical."""
-  x, labels = normal(0, shape), jnp.array([0, 1, 2, 1])
-  optimizer = optax.sgd(0.05, momentum=0.9)
-
-  def train(model):
-    params = model.init(KEY, x)['params']
-
-    @jax.jit
-    def step(params, state):
-      def loss(params):
-        logits = model.apply({'params': params}, x)
-        return optax.softmax_cross_entropy_with_integer_labels(
-          logits, labels
-        ).mean()
-
-      value, grads = jax.value_and_grad(loss)(params)
-      updates, state = optimizer.update(grads, state, params)
-      return optax.apply_updates(params, updates), state, value
-
-    state = optimizer.init(params)
-    history = []
-    for _ in range(5):
-      params, state, value = step(params, state)
-      history.append((value, params))
-    return history
-
-  symmetric = train(linen.with_feedback(model, sbp.symmetric()))
-  plain = train(model)
+  plain, twin, symmetric, asymmetric = run()
+  assert_same_bits(twin, plain)
   assert_same_bits(symmetric, plain)
-  assert plain[-1][0] < plain[0][0]
+  assert_same_bits(without_feedback(asymmetric[0]), plain[0])
+  assert_same_bits(asymmetric[1], plain[1])
+  assert differ(asymmetric[2], plain[2])
+  rows = linen.layer_rules(random, x)
+  assert all(row.rule and 'product' in row.use for row in rows)
+  states = jax.tree.leaves(asymmetric[0]['feedback'])
+  assert sorted(row.shape for row in rows) == sorted(R.shape for R in states)
+  values = [np.ravel(R)[:4] for R in states]
+  assert len(np.unique(values, axis=0)) == len(rows), 'draws of their own'
 
 
-def test_every_layer_of_attention_uses_V():
-  model, shape = MODELS['attention']
-  x = normal(0, shape)
-  model = linen.with_feedback(model, sbp.rndf())
-  variables = model.init(KEY, x)
-  kernels = {
-    path: leaf
-    for path, leaf in jax.tree.leaves_with_path(variables['params'])
-    if path[-1].key == 'kernel'
-  }
-  feedback = dict(jax.tree.leaves_with_path(variables['feedback']))
-  assert feedback.keys() == kernels.keys() and len(kernels) == 6
-  assert all(feedback[path].shape == kernels[path].shape for path in kernels)
-  values = [np.asarray(leaf).ravel()[:8] for leaf in feedback.values()]
-  assert len(np.unique(values, axis=0)) == len(values), 'draws differ by layer'
-
-
-@every_model
-def test_the_plain_twin_is_plain_backpropagation(model, shape):
-  x = normal(0, shape)
-  asymmetric = linen.with_feedback(model, sbp.rndf())
-  variables = asymmetric.init(KEY, x)
-  twin = linen.plain_twin(asymmetric)
-  plain = {'params': variables['params']}
-  assert_same_bits(
-    gradient(twin, plain, x, None), gradient(model, plain, x, None)
+def train(model, variables, x):
+  """Each step's variables, all of which the optimizer gets, and loss."""
+  optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, 0.9))
+  state = TrainState.create(
+    apply_fn=model.apply, params=variables, tx=optimizer
   )
 
-
-def test_the_plain_twin_of_layers_and_of_models_with_other_weights():
-  class Mixed(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      return linen.Dense(2, feedback=sbp.rndf())(Custom()(x))
-
-  x = normal(0, (2, 3))
-  variables = Mixed().init(KEY, x)
-  twin = linen.plain_twin(Mixed())
-  assert set(linen.layer_rules(twin, x)) == {'Custom_0/W', 'Dense_0'}
-  assert linen.layer_rules(twin, x)['Dense_0'][1] == sbp.symmetric()
-  gradient(twin, {'params': variables['params']}, x, None)
-
-
-def test_the_plain_twin_leaves_plain_layers_as_they_are():
-  """An operation of their own, and the formulation of large convolutions."""
-
-  class Own(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-      x = nn.tanh(nn.Conv(50, (5, 5), padding='VALID', name='plain')(x))
-      x = nn.Dense(4)(x.reshape(len(x), -1))
-      return nn.Dense(3, dot_general=jax.lax.dot_general, name='head')(x)
-
-  x = normal(0, (8, 12, 12, 20))
-  model = linen.with_feedback(Own(), sbp.usf(), exclude=['plain', 'head'])
-  variables = model.init(KEY, x)
-  plain = gradient(Own(), variables, x)
-  for twin in (linen.plain_twin(model), linen.plain_twin(Own())):
-    assert_same_bits(gradient(twin, variables, x), plain)
-  rules = linen.layer_rules(linen.plain_twin(model), x)
-  assert [rule for _, rule in rules.values()] == [sbp.symmetric(), None, None]
-  rows = linen.layer_alignment(model, variables, jnp.sum, x)
-  assert list(rows) == ['Dense_0']
-  # Whatever is around a twin still wins.
-  around = linen.with_feedback(linen.plain_twin(model), sbp.rndf(),
-                               exclude=['plain', 'head'])  # fmt: skip
-  assert linen.layer_rules(around, x)['Dense_0'][1] == sbp.rndf()
-
-
-def test_the_outermost_wrapper_wins():
-  x = normal(0, (4, 6, 6, 2))
-  inner = linen.with_feedback(CNN(), sbp.rndf())
-  outer = linen.with_feedback(inner, {'Conv': sbp.usf(), '': sbp.nusf()})
-  rules = [rule for _, rule in linen.layer_rules(outer, x).values()]
-  assert rules == [sbp.usf(), sbp.nusf(), sbp.nusf()]
-
-
-def test_a_wrapped_model_inside_another_module():
-  class Outer(nn.Module):
-    encoder: nn.Module
-
-    @nn.compact
-    def __call__(self, x):
-      return nn.Dense(3)(self.encoder(x) + self.encoder(-x))
-
-  x = normal(0, (4, 5))
-  encoder = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(4)])
-  wrapped = Outer(linen.with_feedback(encoder, {'^layers_': sbp.rndf()}))
-  variables = wrapped.init(KEY, x)
-  assert_same_bits(variables['params'], Outer(encoder).init(KEY, x)['params'])
-  rules = {p: rule for p, (_, rule) in linen.layer_rules(wrapped, x).items()}
-  assert rules == {
-    'Dense_0': None,
-    'encoder/layers_0': sbp.rndf(),
-    'encoder/layers_2': sbp.rndf(),
-  }
-
-
-def test_a_step_that_is_already_jitted_uses_V():
-  x = normal(0, (4, 6, 6, 2))
-  variables = CNN().init(KEY, x)
-
   @jax.jit
-  def forward(params, x):
-    return CNN().apply(params, x)
+  def step(state):
+    def loss(variables):
+      logits, labels = state.apply_fn(variables, x), jnp.array([0, 1, 2, 1])
+      return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), labels])
 
-  forward(variables, x)
-  plain = gradient(CNN(), variables, x)
-  actual = gradient(linen.with_feedback(CNN(), sbp.usf()), variables, x)
-  again = gradient(CNN(), variables, x)
-  assert_same_bits(plain, again)
-  assert not np.allclose(actual['Conv_0']['kernel'], plain['Conv_0']['kernel'])
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    return state.apply_gradients(grads=gradients), value
+
+  history = []
+  for _ in range(4):
+    state, value = step(state)
+    history.append((state.params, value))
+  return history
 
 
-JitDense = nn.jit(nn.Dense)
+@functools.cache
+def trained_by_flax(name):
+  model, x = MODELS[name]
+  return train(model, model.init(KEY, x), x)
+
+
+@pytest.mark.parametrize('name', ['CNN', 'attention'])
+def test_a_symmetric_model_trains_as_plain_flax_step_by_step(name):
+  model, x = MODELS[name]
+  symmetric = linen.with_feedback(model, sbp.symmetric())
+  states = train(symmetric, symmetric.init(KEY, x), x)
+  assert_same_bits(states, trained_by_flax(name))
+  assert states[-1][1] < states[0][1]
+
+
+def test_learned_feedback_that_begins_as_W_remains_W():
+  """Kolen-Pollack: the gradient, momentum and decay of V are those of W."""
+  model, x = MODELS['CNN']
+  variables = model.init(KEY, x)
+  as_feedback = lambda params: {
+    name: {'kernel:kolen_pollack()': layer['kernel']}
+    for name, layer in params.items()
+  }
+  variables['feedback'] = as_feedback(variables['params'])
+  learning = linen.with_feedback(model, sbp.kolen_pollack())
+  states = train(learning, variables, x)
+  for (state, _), (plain, _) in zip(
+    states, trained_by_flax('CNN'), strict=True
+  ):
+    assert_same_bits(without_feedback(state), plain)
+    assert_same_bits(state['feedback'], as_feedback(state['params']))
+
+
+class Noisy(nn.Module):
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    x = nn.SpectralNorm(nn.Dense(4))(x, update_stats=train)
+    x = nn.BatchNorm(not train, axis_name=self.axis_name)(x)
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    self.sow('intermediates', 'hidden', x)
+    noise = jax.random.normal(self.make_rng('noise'), x.shape)
+    return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(x + noise))
+
+
+def test_statistics_keys_and_what_is_sown_are_those_of_flax():
+  """Also where feedback or V is made on the way: the masks stay the same."""
+  rngs = {'dropout': jax.random.key(1), 'noise': jax.random.key(2)}
+  model = Outer(linen.with_feedback(Noisy(), sbp.brsf()))
+  plain, keys = Outer(Noisy()), {'params': KEY, **rngs}
+
+  @fast_jit
+  def run():
+    y, variables = model.init_with_output(keys, X)
+    y_plain, given = plain.init_with_output(keys, X)
+    pairs = [((y, without_feedback(variables)), (y_plain, given))]
+    for more in ((), 'intermediates', 'feedback_weights', 'feedback', True):
+      mutable = more if more is True else ['batch_stats', more]
+      expected = plain.apply(given, X, rngs=rngs, mutable=mutable)
+      for start, key in ((variables, {}), (given, RNGS)):
+        y, changed = model.apply(start, X, rngs=rngs | key, mutable=mutable)
+        pairs.append(((y, without_feedback(changed)), expected))
+    return pairs
+
+  for actual, expected in run():
+    assert_same_bits(actual, expected)
+
+
+def test_init_works_where_it_works_in_flax():
+  decoder = nn.MultiHeadDotProductAttention(num_heads=1, decode=True)
+  model, x = linen.with_feedback(decoder, sbp.usf()), normal(0, (1, 5, 4))
+  variables = decoder.init(KEY, x)
+  assert_same_bits(model.init(KEY, x), variables)
+  step = lambda model: model.apply(variables, x[:, :1], mutable='cache')
+  assert_same_bits(*fast_jit(lambda: (step(model), step(decoder)))())
+  keys = {'params': KEY, 'dropout': KEY, 'noise': KEY}
+  model = linen.with_feedback(Noisy('devices'), sbp.usf())
+  jax.eval_shape(model.init, keys, X)  # There is no such axis.
+  # An argument that is no array steers the call.
+  model, shape = (
+    linen.with_feedback(Noisy(), sbp.usf()),
+    jax.eval_shape(lambda: X),
+  )
+  rows = linen.layer_rules(model, shape, train=False)
+  assert [row.use for row in rows] == ['product', 'product']
+
+
+MODEL = linen.with_feedback(Autoencoder(), sbp.rndf())
+
+
+def test_methods_and_bind():
+  variables = MODEL.init(KEY, X)
+  plain = Autoencoder().bind(without_feedback(variables))
+  bound = MODEL.bind(variables)
+  for name in ('encode', 'score'):
+    y = getattr(plain, name)(X)
+    assert_same_bits(getattr(bound, name)(X), y)
+    for method in (name, getattr(Autoencoder, name)):
+      assert_same_bits(MODEL.apply(variables, X, method=method), y)
+  assert_same_bits(MODEL.init(KEY, X, method=Autoencoder.score), variables)
+  assert_same_bits(nn.init(Autoencoder.score, MODEL)(KEY, X), variables)
+  assert list(MODEL.init(KEY, X, method='encode')['feedback']) == ['enc']
+  expected = gradient(MODEL, variables, X)
+  assert differ(expected, gradient(Autoencoder(), variables, X))
+  for method in (Autoencoder.__call__, lambda model, x: model(x)):
+    assert_same_bits(gradient(MODEL, variables, X, method=method), expected)
+  assert_same_bits(gradient(MODEL, freeze(variables), X), freeze(expected))
+  for call in (
+    lambda variables: MODEL.bind(variables)(X),
+    lambda variables: nn.apply(lambda model: model(X), MODEL)(variables),
+  ):
+    loss = lambda p, call=call: (call({**variables, 'params': p}) ** 2).sum()
+    assert_same_bits(jax.grad(loss)(variables['params']), expected)
+
+
+def test_summaries_and_intermediates():
+  variables, wide = MODEL.init(KEY, X), {'width': 200}
+  summary = MODEL.tabulate(KEY, X, console_kwargs=wide)
+  assert nn.tabulate(MODEL, KEY, console_kwargs=wide)(X) == summary
+  assert 'enc' in summary and 'kernel:rndf(): ' in summary
+  for capture in (True, lambda module, name: name == 'encode'):
+    options = {'capture_intermediates': capture, 'mutable': 'intermediates'}
+    captured = MODEL.apply(variables, X, **options)
+    plain = Autoencoder().apply(without_feedback(variables), X, **options)
+    assert_same_bits(captured, plain)  # Case F19: each call once.
+
+
+def test_copies_are_equal_and_one_static_argument_of_jit():
+  traced = []
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def apply(model, variables):
+    traced.append(model)
+    return model.apply(variables, X)
+
+  variables, twin = MODEL.init(KEY, X), linen.plain_twin(MODEL)
+  for model in (MODEL, twin):
+    for again in (
+      model,
+      model.clone(),
+      copy.copy(model),
+      copy.deepcopy(model),
+      pickle.loads(pickle.dumps(model)),
+      cloudpickle.loads(cloudpickle.dumps(model)),
+    ):
+      assert again == model and hash(again) == hash(model)
+      apply(again, variables)
+  assert traced == [MODEL, twin]
+  assert MODEL != linen.with_feedback(Autoencoder(), sbp.usf())
+
+
+class ByHand(nn.Module):
+  """A layer that is called, applied by hand (F1) and transposed (F2b)."""
+
+  def setup(self):
+    self.body = nn.Dense(4, use_bias=False)
+    self.head = nn.Dense(2, use_bias=False)
+
+  def __call__(self, x):
+    h = nn.tanh(self.body(x))
+    y = self.head(h)
+    params = self.head.variables['params']
+    return (y + self.head.apply({'params': params}, h)) @ params['kernel'].T
+
+
+@pytest.mark.parametrize(
+  'rules, exclude, rule',
+  [
+    ({'head': sbp.symmetric(), '': sbp.usf()}, (), sbp.symmetric()),
+    ({'head': sbp.usf(), '': sbp.symmetric()}, (), sbp.usf()),
+    (sbp.usf(), 'head', None),
+    (sbp.rndf(), (), sbp.rndf()),
+    (sbp.brsf(), (), sbp.brsf()),
+  ],
+)
+def test_a_weight_used_by_hand_follows_its_rule(rules, exclude, rule):
+  model, x = linen.with_feedback(ByHand(), rules, exclude), X[:, :3]
+  variables = model.init(KEY, x)
+  assert linen.layer_rules(model, x)[1][:3] == ('head/kernel', (4, 2), rule)
+  B, H = (variables['params'][name]['kernel'] for name in ('body', 'head'))
+  V = linen.feedback_weights(model, variables, x).get('head/kernel', H)
+  h = jnp.tanh(x @ B)
+  y = 2 * h @ H
+  g = 2 * y @ H.T
+  dB = x.T @ (2 * g @ V @ V.T * (1 - h**2))
+  dH = 2 * h.T @ (g @ V) + g.T @ y
+  actual = gradient(model, variables, x)
+  for name, expected in (('body', dB), ('head', dH)):
+    # Sums of up to 20 numbers in float32.
+    np.testing.assert_allclose(
+      actual[name]['kernel'], expected, rtol=1e-5, atol=1e-5
+    )
+
+
+class Block(nn.Module):
+  """An asymmetric layer and an asymmetric model, both linear."""
+
+  @nn.compact
+  def __call__(self, x, _=None):
+    x = linen.Dense(5, use_bias=False, feedback=sbp.brsf(), name='layer')(x)
+    plain = nn.Dense(5, use_bias=False)
+    return linen.with_feedback(plain, sbp.rndf())(x), None
+
+
+class Lifted(nn.Module):
+  lift: str
+  names: tuple[str, ...] = ('params', 'feedback', 'feedback_weights')
+
+  @nn.compact
+  def __call__(self, x):
+    each = {
+      'variable_axes': dict.fromkeys(self.names, 0),
+      'split_rngs': dict.fromkeys(self.names, True),
+    }
+    if self.lift == 'scan':
+      return nn.scan(Block, length=2, **each)()(x, None)[0]
+    if self.lift == 'vmap':
+      return nn.vmap(Block, in_axes=None, axis_size=2, **each)()(x)[0].sum(0)
+    block = {'jit': nn.jit, 'remat': nn.remat}[self.lift](Block)
+    return block(name='second')(block(name='first')(x)[0])[0]
+
+
+@pytest.mark.parametrize('lift', ['scan', 'vmap', 'jit', 'remat'])
+def test_lifted_transformations_around_asymmetric_modules(lift):
+  model = Lifted(lift)
+
+  @fast_jit
+  def run():
+    variables = model.init(KEY, X)
+    V = linen.feedback_weights(model, variables, X)
+    dx = jax.grad(lambda x: model.apply(variables, x).sum())(X)
+    plain = linen.plain_twin(model).init(KEY, X)
+    return (variables['params'], V, dx), plain['params']
+
+  (params, V, dx), plain = run()
+  assert_same_bits(params, plain)
+  rows = linen.layer_rules(model, X)
+  assert {row.path: row.shape for row in rows} == {
+    path: leaf.shape for path, leaf in V.items()
+  }
+  layers, models = (
+    jnp.concatenate(
+      [v.reshape(-1, 5, 5) for path, v in V.items() if name in path]
+    )
+    for name in ('layer', 'WithFeedback')
+  )
+  assert (layers[0] != layers[1]).all() and (models[0] != models[1]).all()
+  first, second = models.mT @ layers.mT
+  total = first + second if lift == 'vmap' else second @ first
+  np.testing.assert_allclose(dx, jnp.ones((4, 5)) @ total, rtol=1e-4, atol=1e-6)
+
+
+def test_a_lift_that_has_no_place_for_feedback_is_explained():
+  with pytest.raises(ValueError, match=r"layer'.*variable_axes={'feedback': 0"):
+    Lifted('scan', ('params',)).init(KEY, X)
+
+
+JitDense = nn.jit(linen.Dense)
 
 
 class Jitted(nn.Module):
+  rule: sbp.FeedbackRule
+
   @nn.compact
   def __call__(self, x):
-    return JitDense(3)(jnp.tanh(JitDense(5)(x)))
+    x = JitDense(5, feedback=self.rule, name='first')(x)
+    return JitDense(5, feedback=self.rule, name='second')(x)
 
 
-def test_nn_jit_does_not_keep_the_trace_of_another_rule():
-  x = normal(0, (4, 5))
-  variables = Jitted().init(KEY, x)
-  plain = gradient(Jitted(), variables, x)
-  models = [
-    linen.with_feedback(Jitted(), rule) for rule in (sbp.usf(), sbp.nusf())
+def test_nn_jit_keeps_no_trace_of_another_rule_and_hides_no_layer():
+  usf = Jitted(sbp.usf())
+  models = {
+    sbp.usf(): usf,
+    sbp.nusf(): linen.with_feedback(usf, sbp.nusf()),
+    sbp.symmetric(): linen.with_feedback(usf, sbp.symmetric()),
+    None: linen.plain_twin(usf),
+  }
+  variables, paths = usf.init(KEY, X), ['first/kernel', 'second/kernel']
+  dW = {
+    rule: fast_jit(gradient, static_argnums=0)(model, variables, X)
+    for rule, model in models.items()
+  }
+  five = jax.tree.map(lambda g: 5 * g, dW[sbp.nusf()]['first']['kernel'])
+  # Sums of five numbers, and one of five such sums.
+  np.testing.assert_allclose(dW[sbp.usf()]['first']['kernel'], five, rtol=1e-5)
+  assert_same_bits(dW[sbp.symmetric()], dW[None])
+  assert differ(dW[sbp.usf()], dW[None])
+  align = lambda: linen.layer_alignment(usf, variables, jnp.sum, X)
+  for _ in range(2):
+    for rule, model in models.items():
+      rows = [(row.path, row.rule) for row in linen.layer_rules(model, X)]
+      assert rows == [(path, rule) for path in paths]
+    assert list(jax.eval_shape(align)) == paths
+
+
+def test_the_outermost_with_feedback_wins():
+  layers = nn.Sequential([MODEL, linen.Dense(5, feedback=sbp.frsf())])
+  for model in (layers, linen.plain_twin(layers)):
+    outer = linen.with_feedback(model, {'enc': sbp.usf(), '': sbp.nusf()})
+    rules = [row.rule for row in linen.layer_rules(outer, X)]
+    assert rules == [sbp.usf(), sbp.nusf(), sbp.nusf()]
+    assert list(outer.init(KEY, X)) == ['params']
+  assert list(linen.plain_twin(layers).init(KEY, X)) == ['params']
+
+
+class Sharing(nn.Module):
+  def setup(self):
+    self.encoder = nn.Dense(5)
+    self.outer = linen.with_feedback(Outer(self.encoder), sbp.usf())
+
+  def __call__(self, x):
+    return self.outer(x) + self.encoder(x).sum()
+
+
+class SharingInCall(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    encoder = nn.Dense(5)
+    x = encoder(x)
+    return linen.with_feedback(Outer(encoder), sbp.usf())(x)
+
+
+def test_an_asymmetric_model_in_another_module():
+  encoder = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(4)])
+  model = Outer(linen.with_feedback(encoder, {'^layers_': sbp.rndf()}))
+  variables = model.init(KEY, X)
+  assert_same_bits(without_feedback(variables), Outer(encoder).init(KEY, X))
+  assert linen.feedback_table(model, X).splitlines() == [
+    'weight                    shape   feedback               use',
+    'detached/layers_0/kernel  (5, 4)  rndf()                 product',
+    'detached/layers_2/kernel  (4, 4)  rndf()                 product',
+    'Dense_0/kernel            (4, 3)  plain backpropagation  not followed',
+    '2 of 3 weights with feedback: 36 of 48 parameters',
   ]
-  first, second = (gradient(model, variables, x) for model in models)
-  below = lambda grads: grads['JitDense_1']['kernel']
-  assert not np.allclose(below(first), below(plain))
-  np.testing.assert_allclose(below(first), 5 * below(second), rtol=1e-5)
-  assert_same_bits(gradient(linen.plain_twin(models[0]), variables, x), plain)
-  for model, rule in zip(models, (sbp.usf(), sbp.nusf()), strict=True):
-    rules = [rule for _, rule in linen.layer_rules(model, x).values()]
-    assert rules == [rule, rule]
-  assert [rule for _, rule in linen.layer_rules(Jitted(), x).values()] == [
-    None, None,
-  ]  # fmt: skip
+  with pytest.raises(ValueError, match="'detached/layers_0/kernel'.*missing"):
+    model.apply({'params': variables['params']}, X)
+  for sharing in (Sharing(), SharingInCall()):
+    with pytest.raises(ValueError, match='model.detached is .*Wrap Sharing'):
+      sharing.init(KEY, X)
+
+
+class Named(nn.Module):
+  names: tuple[str, ...]
+
+  @nn.compact
+  def __call__(self, x):
+    name, *rest = self.names
+    inner = Named(tuple(rest), name=name) if rest else nn.Dense(5, name=name)
+    return inner(x)
+
+
+def test_layers_whose_paths_read_alike_have_draws_of_their_own():
+  """Case F7."""
+  first, second = (
+    linen.with_feedback(Named(names), sbp.rndf()).init(KEY, X)['feedback']
+    for names in (('stage1', '11'), ('stage11', '1'))
+  )
+  assert differ(first, second)
+
+
+@pytest.mark.parametrize(
+  'rule', [sbp.usf(), sbp.rndf(), sbp.frsf(0.25), sbp.brsf()], ids=str
+)
+@pytest.mark.filterwarnings('ignore:Found unknown module paths')
+def test_the_bridges_of_nnx(rule):
+  """Case F8. (Flax warns of each variable that holds a dictionary.)"""
+  model = linen.with_feedback(Autoencoder(), rule)
+  variables = model.init({'params': KEY, **RNGS}, X)
+  bridged = nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0, feedback=1)).lazy_init(X)
+  for collection in variables.values():
+    for layer, leaves in collection.items():
+      for name, leaf in leaves.items():
+        getattr(bridged, layer)[name][...] = leaf
+  for _ in range(2):  # Each has another key.
+    gradients = nnx.grad(lambda bridged: (bridged(X) ** 2).sum())(bridged)
+    actual = {
+      name: nnx.to_pure_dict(gradients)[name] for name in ('enc', 'dec')
+    }
+    assert_same_bits(actual, gradient(model, variables, X))
+
+  for layer in (
+    nnx.bridge.to_linen(sbp.nnx.Linear, 5, 2, feedback=rule),
+    linen.with_feedback(nnx.bridge.to_linen(nnx.Linear, 5, 2), rule),
+  ):
+    variables = layer.init({'params': KEY, **RNGS}, X)
+    W, pull_back = variables['params']['kernel'], jax.jacrev(layer.apply, 1)
+    V, again = (pull_back(variables, X[0]).T for _ in range(2))
+    assert_same_bits(V, again)
+    assert differ(V, W)
+    if rule in (sbp.usf(), sbp.brsf()):
+      assert_same_bits(jnp.sign(V), jnp.sign(W))

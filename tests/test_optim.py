@@ -1,4 +1,4 @@
-"""Batch Manhattan is the paper's equations, to the bit."""
+"""Batch Manhattan is the paper's equations, to the bit, also when wrapped."""
 
 import chex
 import jax
@@ -8,25 +8,37 @@ import optax
 import pytest
 
 from symjax_bp import optim
-from tests.optimization import (
-  BATCH_MANHATTAN,
-  DECAY,
-  MOMENTUM,
-  RATE,
-  SETTINGS,
-  initial_weights,
-  random_gradients,
-  train,
-)
+
+SETTINGS = (0, 1, 2, 3)
+# Learning rate, momentum and weight decay; powers of two keep sums exact.
+NUMBERS, EXACT = (1e-3, 0.9, 5e-4), (0.125, 0.5, 0.25)
+RNG = np.random.default_rng(0)
+WEIGHTS = {
+  'kernel': RNG.standard_normal((3, 4)).astype(np.float32),
+  'bias': RNG.standard_normal(4).astype(np.float32),
+}
 
 
-def _numpy_tau(setting, gradient, memory, weights):
-  """The paper's tau(t) and what the momentum keeps, operation by operation.
+def _gradients(steps):
+  """Random gradients with a tenth of exact zeros, the last bias always 0."""
+  rng = np.random.default_rng(1)
+  for _ in range(steps):
+    gradients = jax.tree.map(
+      lambda w: np.float32(rng.standard_normal(w.shape)),
+      WEIGHTS,
+    )
+    gradients['kernel'] *= rng.random((3, 4)) > 0.1
+    gradients['bias'][-1] = 0.0
+    yield gradients
 
-  float32 throughout and in the order in which optax carries them out (a
-  change of all signs does not change rounding), so that bits can be compared.
+
+def _numpy_tau(setting, gradient, memory, weights, momentum, decay):
+  """The paper's tau(t) and the array that the momentum keeps.
+
+  In float32 and in optax's order of operations, so that bits can be compared;
+  a change of all signs does not change rounding.
   """
-  momentum, decay = np.float32(MOMENTUM), np.float32(DECAY)
+  momentum, decay = np.float32(momentum), np.float32(decay)
   drive = gradient if setting == 0 else np.sign(gradient)
   tau = (-drive - decay * weights) + momentum * memory
   if setting == 2:
@@ -34,183 +46,158 @@ def _numpy_tau(setting, gradient, memory, weights):
   return (np.sign(tau) if setting == 3 else tau), tau
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
-def test_300_steps_are_the_equations_to_the_bit(setting):
-  weights = initial_weights()
+def _drop(before, after):
+  """A schedule that changes after 100 steps."""
+  return lambda step: jnp.where(step < 100, *map(jnp.float32, (before, after)))
+
+
+@pytest.mark.parametrize('scheduled', [False, True])
+@pytest.mark.parametrize('setting', [*SETTINGS, 'sgd'])
+def test_steps_are_the_equations_to_the_bit(setting, scheduled):
+  later = (2e-4, 0.5, 1e-2) if scheduled else NUMBERS
+  arguments = map(_drop, NUMBERS, later) if scheduled else NUMBERS
+  if setting == 'sgd':
+    setting, optimizer = 0, optim.sgd(*arguments)
+  else:
+    optimizer = optim.batch_manhattan(*arguments, setting)
+  weights = dict(WEIGHTS)
   memory = {name: np.zeros_like(w) for name, w in weights.items()}
-  # Not jitted: XLA would contract a * b + c to one rounding.
-  optimizer = optim.batch_manhattan(RATE, MOMENTUM, DECAY, setting)
   actual = jax.tree.map(jnp.asarray, weights)
   state = optimizer.init(actual)
-  for g in random_gradients(300):
+  # Not jitted: XLA would contract a * b + c to one rounding.
+  for step, g in enumerate(_gradients(150)):
     updates, state = optimizer.update(
       jax.tree.map(jnp.asarray, g), state, actual
     )
     actual = optax.apply_updates(actual, updates)
+    rate, *others = NUMBERS if step < 100 else later
     for name, w in weights.items():
-      tau, memory[name] = _numpy_tau(setting, g[name], memory[name], w)
-      weights[name] = w + np.float32(RATE) * tau
+      tau, memory[name] = _numpy_tau(setting, g[name], memory[name], w, *others)
+      weights[name] = w + np.float32(rate) * tau
   chex.assert_trees_all_equal(actual, weights)
   assert np.isfinite(weights['kernel']).all()
 
 
-def test_settings_differ():
-  gradients = list(random_gradients(30))
-  after = [
-    train(
-      optim.batch_manhattan(RATE, MOMENTUM, DECAY, k),
-      gradients,
-      initial_weights(),
-    )['kernel']
-    for k in SETTINGS
-  ]
-  for a in SETTINGS:
-    for b in range(a):
-      assert not np.allclose(after[a], after[b], rtol=0, atol=RATE / 2)
-
-
-@pytest.mark.parametrize('setting', BATCH_MANHATTAN)
-@pytest.mark.parametrize('scale', [2.0**-60, 2.0**40])
-def test_scale_of_the_gradient_does_not_change_a_bit(setting, scale):
-  optimizer = optim.batch_manhattan(RATE, MOMENTUM, DECAY, setting)
-  plain, scaled = (
-    train(
-      optimizer,
-      [
-        jax.tree.map(lambda g, s=s: g * np.float32(s), g)
-        for g in random_gradients(30)
-      ],
-      initial_weights(),
-    )
-    for s in (1.0, scale)
-  )
-  chex.assert_trees_all_equal(plain, scaled)
-
-
-@pytest.mark.parametrize('setting', BATCH_MANHATTAN)
-def test_zero_gradient_moves_nothing(setting):
-  # sign(0) = 0: without decay a weight nobody asked to move stays.
-  optimizer = optim.batch_manhattan(RATE, MOMENTUM, setting=setting)
-  weights = initial_weights()
-  after = train(optimizer, random_gradients(10), weights)
-  np.testing.assert_array_equal(after['bias'][-1], weights['bias'][-1])
-  assert (after['bias'][:-1] != weights['bias'][:-1]).all()
-
-
-def test_signed_trace_keeps_the_sign():
-  transform = optim.signed_trace(decay=0.75)
-  state = transform.init(jnp.zeros(2))
-  # An unsigned trace would still be positive after the third step.
-  for gradients, expected in [
-    ([1.0, 0.0], [1.0, 0.0]),
-    ([1.0, 0.5], [1.0, 1.0]),
-    ([-1.0, -0.5], [-1.0, 1.0]),
-  ]:
-    updates, state = transform.update(jnp.array(gradients), state)
-    np.testing.assert_array_equal(updates, np.float32(expected))
-    assert isinstance(state, optax.TraceState)
-    np.testing.assert_array_equal(state.trace, updates)
-
-
-def test_sgd_is_optax_sgd_after_weight_decay():
-  gradients = list(random_gradients(20))
-  ours = optim.sgd(RATE, MOMENTUM, DECAY)
-  theirs = optax.chain(
-    optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM)
-  )
-  setting_0 = optim.batch_manhattan(RATE, MOMENTUM, DECAY, setting=0)
-  after = train(ours, gradients, initial_weights())
-  chex.assert_trees_all_equal(
-    after, train(theirs, gradients, initial_weights())
-  )
-  chex.assert_trees_all_equal(
-    after, train(setting_0, gradients, initial_weights())
-  )
-
-
 @pytest.mark.parametrize('setting', SETTINGS)
-def test_jit_compiles_once_and_agrees(setting):
-  optimizer = optim.batch_manhattan(RATE, MOMENTUM, DECAY, setting)
-
-  traces = []
+def test_compiled_steps_have_the_same_bits_and_another_rate(setting):
+  traces, plain = [], optim.batch_manhattan(*EXACT, setting)
+  make = optax.inject_hyperparams(optim.batch_manhattan, 'setting')
+  injected = make(*EXACT, setting)
 
   @jax.jit
-  def step(weights, state, g):
+  def update(*arguments):
     traces.append(setting)
-    updates, state = optimizer.update(g, state, weights)
-    return optax.apply_updates(weights, updates), state
+    return injected.update(*arguments)
 
-  weights = jax.tree.map(jnp.asarray, initial_weights())
-  state = optimizer.init(weights)
-  for g in random_gradients(20):
-    weights, state = step(weights, state, g)
+  weights = jnp.array([1.0, -2.0, 0.5])
+  state, plain_state = injected.init(weights), plain.init(weights)
+  for factor in (1.0, -2.0, 0.5):
+    state.hyperparams['learning_rate'] = jnp.float32(factor * EXACT[0])
+    updates, state = update(weights - factor, state, weights)
+    expected, plain_state = plain.update(weights - factor, plain_state, weights)
+    chex.assert_trees_all_equal(updates, factor * expected)
   assert len(traces) == 1
-  # Weights near 1 rounded 20 times; one sign that differs would be RATE.
-  chex.assert_trees_all_close(
-    weights,
-    train(optimizer, random_gradients(20), initial_weights()),
-    rtol=0,
-    atol=5e-6,
-  )
-
-
-@pytest.mark.parametrize('setting', SETTINGS)
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_dtype_is_kept(setting, dtype):
-  weights = jax.tree.map(lambda w: jnp.asarray(w, dtype), initial_weights())
-  optimizer = optim.batch_manhattan(0.125, MOMENTUM, DECAY, setting)
-  state = optimizer.init(weights)
-  chex.assert_trees_all_equal_dtypes(optax.tree.get(state, 'trace'), weights)
-  updates, state = optimizer.update(weights, state, weights)
-  chex.assert_trees_all_equal_dtypes(updates, weights)
-  chex.assert_trees_all_equal_dtypes(optax.tree.get(state, 'trace'), weights)
 
 
 @pytest.mark.parametrize(
   'mask',
   [
     {'kernel': True, 'bias': False},
-    lambda w: jax.tree.map(lambda a: a.ndim > 1, w),
+    {'kernel': np.bool_(True), 'bias': np.bool_(False)},
+    lambda weights: jax.tree.map(lambda a: a.ndim > 1, weights),
   ],
-  ids=['tree', 'function'],
 )
 @pytest.mark.parametrize(
-  'make', [optim.sgd, optim.batch_manhattan], ids=['sgd', 'batch_manhattan']
+  'make',
+  [
+    optim.sgd,
+    optim.batch_manhattan,
+    optax.inject_hyperparams(optim.sgd, 'weight_decay_mask'),
+  ],
 )
 def test_weight_decay_mask(make, mask):
-  weights = jax.tree.map(jnp.asarray, initial_weights())
-  zeros = jax.tree.map(jnp.zeros_like, weights)
-  optimizer = make(1.0, MOMENTUM, 0.25, weight_decay_mask=mask)
-  updates, _ = optimizer.update(zeros, optimizer.init(weights), weights)
-  np.testing.assert_array_equal(updates['kernel'], -0.25 * weights['kernel'])
-  np.testing.assert_array_equal(updates['bias'], zeros['bias'])
+  zeros = jax.tree.map(np.zeros_like, WEIGHTS)
+  optimizer = make(1.0, 0.5, 0.25, weight_decay_mask=mask)
+  updates, _ = optimizer.update(zeros, optimizer.init(WEIGHTS), WEIGHTS)
+  expected = {'kernel': -0.25 * WEIGHTS['kernel'], 'bias': zeros['bias']}
+  chex.assert_trees_all_equal(updates, expected)
+
+
+def test_multi_transform_freezes():
+  optimizer = optim.batch_manhattan(*EXACT)
+  partly = optax.multi_transform(
+    {'train': optimizer, 'freeze': optax.set_to_zero()},
+    {'kernel': 'train', 'bias': 'freeze'},
+  )
+  state, partly_state = optimizer.init(WEIGHTS), partly.init(WEIGHTS)
+  for g in _gradients(2):
+    expected, state = optimizer.update(g, state, WEIGHTS)
+    updates, partly_state = partly.update(g, partly_state, WEIGHTS)
+    expected['bias'] = np.zeros_like(WEIGHTS['bias'])
+    chex.assert_trees_all_equal(updates, expected)
+
+
+def test_multi_steps_takes_the_sign_of_the_mean_gradient():
+  optimizer = optax.MultiSteps(optim.batch_manhattan(0.125), 2)
+  weights = jnp.zeros(2)
+  state = optimizer.init(weights)
+  # The mean of the signs would be (0, -1).
+  for gradients, expected in (([4.0, -1.0], 0.0), ([-2.0, -3.0], 0.125)):
+    # MultiSteps divides a float by its integer count.
+    with jax.numpy_dtype_promotion('standard'):
+      updates, state = optimizer.update(jnp.array(gradients), state, weights)
+    np.testing.assert_array_equal(updates, np.float32([-expected, expected]))
+
+
+NAMES = ('learning_rate', 'momentum', 'weight_decay')
+ALLOWED = r'must be a number in \[0, (inf|1\.0)\), a scalar array or a schedule'
+MASKS = (1, 'kernel', {'a': 1}, {'a': 'kernel'}, {'a': np.ones(2, bool)})
 
 
 @pytest.mark.parametrize(
-  ('arguments', 'error', 'message'),
+  ('error', 'names', 'values', 'message'),
   [
-    ({'setting': 4}, ValueError, 'setting is 4, but must be one of .* 0 '),
-    ({'setting': -1}, ValueError, 'setting is -1'),
-    ({'setting': True}, ValueError, 'setting is True'),
-    ({'setting': 1.0}, ValueError, r'setting is 1\.0'),
-    ({'setting': '1'}, ValueError, "setting is '1'"),
-    ({'momentum': 1.0}, ValueError, r'momentum is 1\.0, .* \[0, 1\.0\)'),
-    ({'momentum': -0.1}, ValueError, r'momentum is -0\.1'),
-    ({'momentum': float('nan')}, ValueError, 'momentum is nan'),
-    ({'momentum': None}, TypeError, 'momentum is None, but must be a number'),
-    ({'momentum': lambda step: 0.9}, TypeError, 'inject_hyperparams'),
-    ({'weight_decay': -1e-4}, ValueError, 'weight_decay is -0.0001'),
-    ({'weight_decay': float('inf')}, ValueError, 'weight_decay is inf'),
+    (ValueError, NAMES, (-0.1, np.nan, np.inf, np.float32(-1)), ALLOWED),
+    (ValueError, ('momentum',), (1.0, 2), ALLOWED),
+    (TypeError, NAMES, (None, 'fast', True, 1j, [0.1], np.True_), ALLOWED),
+    (TypeError, NAMES, (np.ones(1), jnp.ones(1)), ALLOWED),
+    (
+      ValueError,
+      ('setting',),
+      (4, -1, True, 1.0, '1', None, [1]),
+      r'0 \(SGD\)',
+    ),
+    (TypeError, ('setting',), (jnp.array(1),), "static_args='setting'"),
+    (
+      TypeError,
+      ('weight_decay_mask',),
+      (*MASKS, False, np.True_),
+      'static_args',
+    ),
+    (
+      TypeError,
+      ('weight_decay_mask',),
+      [lambda _, m=m: m for m in MASKS],
+      'True',
+    ),
   ],
 )
-def test_errors(arguments, error, message):
-  with pytest.raises(error, match=message):
-    optim.scale_by_batch_manhattan(**arguments)
-  with pytest.raises(error, match=message):
-    optim.batch_manhattan(RATE, **arguments)
+def test_errors(error, names, values, message):
+  for name in names:
+    for value in values:
+      with pytest.raises(error, match=f'{name} is .*{message}'):
+        arguments = {'learning_rate': 0.1, name: value}
+        optim.batch_manhattan(**arguments).init({'a': jnp.ones(2)})
 
 
-def test_update_asks_for_the_parameters():
-  optimizer = optim.batch_manhattan(RATE)
+def test_other_errors():
+  make = optax.inject_hyperparams(optim.batch_manhattan, 'setting')
+  with pytest.raises(TypeError, match='weight_decay_mask is .* static_args'):
+    make(0.1, weight_decay_mask=lambda weights: weights.ndim > 1).init(
+      jnp.ones(2)
+    )
+  with pytest.raises(TypeError, match='decay is <function .* a scalar array;'):
+    optim.signed_trace(lambda step: 0.5)
+  optimizer = optim.batch_manhattan(0.1)
   with pytest.raises(ValueError, match='params'):
-    optimizer.update(initial_weights(), optimizer.init(initial_weights()))
+    optimizer.update(WEIGHTS, optimizer.init(WEIGHTS))

@@ -1,4 +1,6 @@
-"""Assertions on signs and state pass where they should and fail by path."""
+"""Assertions pass on sound models and name by path what is wrong in others."""
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -6,227 +8,255 @@ import pytest
 from flax import nnx
 
 import symjax_bp as sbp
-from symjax_bp import nnx as asymmetric
-from symjax_bp import testing
-from tests.cases import RULES, normal
-from tests.small_models import RNGS, X, fails, linen_model, nnx_model
+from symjax_bp import testing, transform
+from tests import small_models as small
+from tests.small_models import PATHS, X, every_kind, fails, loss, make
 
-every_rule = pytest.mark.parametrize('rule', RULES.values(), ids=str)
+asymmetric = testing.assert_asymmetric_gradients
+symmetric = testing.assert_symmetric_gradients
+matches = testing.assert_feedback_matches_params
+concordant = testing.assert_sign_concordant
 
-
-def weights_used(model, variables):
-  _, sown = model.apply(variables, X, rngs=RNGS, mutable='feedback_weights')
-  return sown['feedback_weights']
-
-
-@every_rule
-def test_the_feedback_of_every_rule_has_the_signs_it_says(rule):
-  model, variables = linen_model(rule)
-  W, V = variables['params'], weights_used(model, variables)
-  if rule.name == 'rndf':
-    with fails('p_flip = 0:', 'Dense_0/kernel: ', ' of 30 signs flipped'):
-      testing.assert_sign_concordant(W, V)
-    return
-  p_flip = getattr(rule, 'p_flip', 0.0)
-  testing.assert_sign_concordant(W, V, p_flip)
-  testing.assert_sign_concordant(
-    W['Dense_0']['kernel'], V['Dense_0']['kernel'], p_flip
-  )
-  for wrong in {0.0, 1.0} - {p_flip}:
-    with fails(f'p_flip = {wrong:g}:', 'Dense_0/kernel', 'Dense_1/kernel'):
-      testing.assert_sign_concordant(W, V, wrong)
+# --- assert_sign_concordant
 
 
-@pytest.mark.parametrize('p_flip', [0.0, 0.01, 0.25, 0.5, 0.9, 1.0])
-def test_sound_draws_pass_at_twenty_keys_and_other_shares_fail(p_flip):
-  W = normal(0, (50, 40))
-  rule = sbp.frsf(p_flip)
-  for seed in range(20):
-    V = rule.weights(W, rule.draw(jax.random.key(seed), W))
-    testing.assert_sign_concordant(W, V, p_flip)
-    for wrong in (p_flip - 0.1, p_flip + 0.1):
-      if 0 <= wrong <= 1:
-        with fails(f'p_flip = {wrong:g}:', 'of 2000 signs flipped'):
-          testing.assert_sign_concordant(W, V, wrong)
+@every_kind
+def test_signs_of_a_model_are_those_of_its_rule(kind):
+  model, variables = make(kind, sbp.frsf(1.0))
+  W, V = small.weights(kind, model, variables)
+  concordant(W, V, 1.0)
+  first, last = PATHS[kind]
+  with fails('p_flip = 0:', f'{first}: 30 of 30 signs', f'{last}: 18 of 18'):
+    concordant(W, V)
 
 
 @pytest.mark.parametrize(
-  'flipped, p_flip, num_sigmas, within',
+  'expected, p_flip, num_sigmas, within, beyond',
   [
     # sigma = sqrt(0.2 * 0.8 / 400) = 0.02: 8 of 400 weights
-    (80 + 31, 0.2, 4.0, True),
-    (80 + 33, 0.2, 4.0, False),
-    (80 - 31, 0.2, 4.0, True),
-    (80 - 33, 0.2, 4.0, False),
-    (80 + 15, 0.2, 2.0, True),
-    (80 + 17, 0.2, 2.0, False),
-    (0, 0.0, 4.0, True),
-    (1, 0.0, 4.0, False),
-    (400, 1.0, 4.0, True),
-    (399, 1.0, 4.0, False),
+    (80, 0.2, 4.0, 31, 33),
+    (80, 0.2, 4.0, -31, -33),
+    (80, 0.2, 2.0, 15, 17),
+    (0, 0.0, 4.0, 0, 1),
+    (400, 1.0, 4.0, 0, -1),
   ],
 )
-def test_the_bound_is_that_of_the_binomial_share(
-  flipped, p_flip, num_sigmas, within
+def test_the_bound_is_that_of_a_binomial_share(
+  expected, p_flip, num_sigmas, within, beyond
 ):
-  W = jnp.ones((400,))
-  V = W.at[:flipped].set(-0.1)
-  # Weights without a sign do not count, or the share would be halved.
-  W, V = (jnp.concatenate([a, jnp.zeros(400)]) for a in (W, V))
-  check = lambda: testing.assert_sign_concordant(
-    W, V, p_flip, num_sigmas=num_sigmas
-  )
-  if within:
-    check()
-  else:
-    with fails(f'{flipped} of 400 signs flipped, a share of '):
-      check()
+  def check(flipped):
+    V = jnp.ones(400).at[:flipped].set(-0.1)
+    # Weights without a sign do not count, or the share would be halved.
+    W, V = (jnp.concatenate([a, jnp.zeros(400)]) for a in (jnp.ones(400), V))
+    concordant(W, V, p_flip, num_sigmas=num_sigmas)
 
-
-def test_the_message_has_the_bound():
-  W = jnp.ones((400,))
-  with fails('p_flip = 0.2:\n  400 of 400 signs flipped, a share of 1, not 0.2 '
-             '+- 0.08 (4 sigmas)'):  # fmt: skip
-    testing.assert_sign_concordant(W, -W, 0.2)
+  check(expected + within)
+  bound = f'{p_flip:g} +- {0.02 * num_sigmas if p_flip == 0.2 else 0:g}'
+  with fails(f'{expected + beyond} of 400 signs flipped, a share of', bound):
+    check(expected + beyond)
 
 
 @pytest.mark.parametrize(
   'W, V, message',
   [
-    ([1.0, 2.0], [1.0, 0.0], 'V alone is 0 at 1 of 2 weights'),
-    ([1.0, 0.0], [1.0, 3.0], 'W alone is 0 at 1 of 2 weights'),
-    ([1.0, 2.0], [1.0, jnp.nan], '1 of 2 values of V are not finite'),
-    ([jnp.inf, 2.0], [1.0, 1.0], '1 of 2 values of W are not finite'),
-    ([1.0, 2.0], [1.0], 'V has shape (1,), W has (2,)'),
-    ([[1.0, 2.0]], [[1.0], [2.0]], 'V has shape (2, 1), W has (1, 2)'),
+    ([1.0, 2.0], [1.0, 0.0], '1 of 2 weights are 0 in W or V alone'),
+    ([1.0, 0.0], [1.0, 3.0], '1 of 2 weights are 0 in W or V alone'),
+    ([1.0, 2.0], [1.0, jnp.nan], '1 of 2 weights are not finite'),
+    ([jnp.inf, 2.0], [1.0, 1.0], '1 of 2 weights are not finite'),
+    ([[1.0, 2.0]], [[1.0], [2.0]], 'has shape (2, 1), W has (1, 2)'),
   ],
 )
-@pytest.mark.parametrize('p_flip', [0.0, 0.5])
-def test_what_is_no_sign_of_W_fails_at_any_p_flip(W, V, message, p_flip):
-  W, V = jnp.array(W), jnp.array(V)
-  with fails('V must have the signs of W', message):
-    testing.assert_sign_concordant(W, V, p_flip, num_sigmas=9.0)
+def test_what_is_no_sign_of_W_fails_at_any_share(W, V, message):
+  good, W, V = jnp.ones(2), jnp.array(W), jnp.array(V)
+  W = {'a': {'kernel': W, 'bias': W}, 'b': good, 'c': good}
+  V = {'a': {'kernel': V}, 'b': good, 'c': -good}
   with fails('a/kernel: ', message):
-    testing.assert_sign_concordant(
-      {'a': {'kernel': W, 'bias': W}},
-      {'a': {'kernel': V}},
-      p_flip,
-      num_sigmas=9.0,
-    )
+    concordant(W, V, 0.5, num_sigmas=9.0)
+  with fails('a/kernel: ', message, 'c: 2 of 2 signs flipped') as caught:
+    concordant(W, V)
+  assert 'b: ' not in str(caught.value)
 
 
-def test_every_layer_that_is_wrong_is_listed():
-  W = {name: {'kernel': jnp.ones(3)} for name in 'abc'}
-  V = {**W, 'a': {'kernel': -jnp.ones(3)}, 'c': {'kernel': jnp.zeros(3)}}
-  with fails('a/kernel: 3 of 3', 'c/kernel: V alone is 0 at 3') as caught:
-    testing.assert_sign_concordant(W, V)
-  assert 'b/kernel' not in str(caught.value)
-
-
-def test_feedback_without_a_counterpart_fails():
-  W = {'a': {'kernel': jnp.ones(3)}}
-  with fails("b/kernel: not in W, which has ['a/kernel']"):
-    testing.assert_sign_concordant(W, {'b': {'kernel': jnp.ones(3)}})
-  with fails("V: not in W, which has ['a/kernel']"):
-    testing.assert_sign_concordant(W, jnp.ones(3))
+def test_trees_must_belong_together():
+  W = {'a': {'kernel': jnp.ones(3, jnp.bfloat16)}}
+  concordant(W, {'a': {'kernel': jnp.ones(3)}})
+  concordant(jnp.zeros(3), jnp.zeros(3), 0.5)
+  with fails("b: not in W, which has ['a/kernel']"):
+    concordant(W, {'b': jnp.ones(3)})
   with fails('V has no leaves'):
-    testing.assert_sign_concordant(W, {})
-
-
-def test_dtypes_need_not_agree_and_zero_kernels_have_zero_feedback():
-  W = normal(0, (3, 4))
-  testing.assert_sign_concordant(W, W.astype(jnp.bfloat16))
-  testing.assert_sign_concordant(jnp.zeros(3), jnp.zeros(3), 0.5)
-
-
-@pytest.mark.parametrize('p_flip', [-0.1, 1.5, float('nan')])
-def test_p_flip_must_be_a_probability(p_flip):
-  with pytest.raises(ValueError, match=rf'p_flip must be .*not {p_flip}'):
-    testing.assert_sign_concordant(jnp.ones(3), jnp.ones(3), p_flip)
-
-
-def test_num_sigmas_must_not_be_negative():
-  with pytest.raises(ValueError, match='num_sigmas must be 0 or more, not -1'):
-    testing.assert_sign_concordant(jnp.ones(3), jnp.ones(3), num_sigmas=-1)
+    concordant(W, {'a': None})
 
 
 # --- assert_feedback_matches_params
 
 
-@every_rule
-def test_the_state_of_every_rule_matches(rule):
-  testing.assert_feedback_matches_params(linen_model(rule)[1])
-  testing.assert_feedback_matches_params(nnx_model(rule))
+@every_kind
+@pytest.mark.parametrize(
+  'rule', [sbp.usf(), sbp.brsf(0.3), sbp.low_rank(rank=2)], ids=str
+)
+def test_the_state_of_a_rule_matches(kind, rule):
+  model, variables = make(kind, rule)
+  matches(model, variables, X)
+  if kind == 'linen' and rule.redraws:  # A call can draw the seed.
+    del variables['feedback']
+    matches(model, variables, X)
 
 
-def broken(change):
-  _, variables = linen_model(sbp.rndf())
-  change(variables)
-  return variables
+def test_the_states_of_stacked_layers_match():
+  @nnx.split_rngs(splits=2)
+  @nnx.vmap
+  def stack(rngs):
+    return sbp.nnx.Linear(4, 4, feedback=sbp.low_rank(rank=1), rngs=rngs)
+
+  matches(stack(nnx.Rngs(0)))
 
 
-def set_kernel(value):
-  return lambda v: v['feedback']['Dense_0'].update(kernel=value)
+@every_kind
+@pytest.mark.parametrize('state, message', small.STATES.values())
+def test_a_state_that_does_not_match_is_named(kind, state, message):
+  first, last = PATHS[kind]
+  with fails('must match the parameters:', f'{last}:{message}') as caught:
+    matches(*small.with_last_state(kind, state), X)
+  assert first not in str(caught.value)
+
+
+def test_a_state_without_a_parameter_is_named():
+  model, variables = make('linen', sbp.rndf())
+  variables['feedback']['Dense_9'] = {'kernel:rndf()': jnp.ones(3)}
+  message = 'Dense_9/kernel:rndf(): no parameter Dense_9/kernel, only ['
+  with fails(message, "'Dense_1/kernel']"):
+    matches(model, variables, X)
+
+
+@every_kind
+def test_feedback_among_the_parameters_is_named(kind):
+  model, variables = make(kind, sbp.rndf())
+  if kind == 'nnx':
+    layer = model.layers[0]
+    layer.feedback = nnx.Param(layer.feedback.get_value())
+  else:
+    variables['params']['feedback'] = variables['feedback']
+  with fails('feedback', 'rndf(): feedback is among the trained variables'):
+    matches(model, variables, X)
 
 
 @pytest.mark.parametrize(
-  'change, message',
-  [
-    (set_kernel(jnp.ones((6, 5))),
-     'Dense_0/kernel: feedback has shape (6, 5), the kernel has (5, 6)'),
-    (set_kernel(jnp.ones((5, 6), jnp.bfloat16)),
-     'Dense_0/kernel: feedback has dtype bfloat16, the kernel has float32'),
-    (set_kernel(jnp.ones((5, 6)).at[1, 2].set(jnp.nan)),
-     'Dense_0/kernel: 1 of 30 values are not finite'),
-    (lambda v: v['feedback'].update(Dense_9={'kernel': jnp.ones(3)}),
-     "Dense_9/kernel: no such kernel; the parameters are ['Dense_0/bias', "
-     "'Dense_0/kernel',"),
-    (lambda v: v['params'].update(feedback=v['feedback']),
-     'feedback/Dense_0/kernel: feedback is among the parameters'),
-    (lambda v: v['params'].update(feedback=v.pop('feedback')),
-     'feedback/Dense_1/kernel: feedback is among the parameters'),
-    (lambda v: v['params']['Dense_1'].update(feedback=jnp.ones((6, 3))),
-     'Dense_1/feedback: feedback is among the parameters'),
-    (lambda v: v['params'].update(feedback=jnp.ones(3)),
-     '  feedback: feedback is among the parameters'),
-  ],
+  'wrt, is_trained',
+  [(nnx.Param, False), (nnx.PathContains('kernel'), False),
+   (nnx.PathContains('layers'), True), (sbp.nnx.Feedback, True)],
 )  # fmt: skip
-def test_state_that_does_not_match_is_named(change, message):
-  with fails('feedback must match the kernels:', message):
-    testing.assert_feedback_matches_params(broken(change))
+def test_feedback_that_an_optimizer_trains_is_named(wrt, is_trained):
+  model, _ = make('nnx', sbp.rndf())
+  before = sbp.nnx.feedback_weights(model)['layers/2/kernel']
+  optimizer = nnx.Optimizer(model, sbp.optim.sgd(0.1, 0.0, 0.5), wrt=wrt)
+  # Weight decay changes all that is trained.
+  optimizer.update(model, jax.tree.map(jnp.zeros_like, nnx.state(model, wrt)))
+  after = sbp.nnx.feedback_weights(model)['layers/2/kernel']
+  assert (after != before).any() == is_trained
+  message = 'layers/2/feedback/0/rndf(): feedback is among the trained'
+  with fails(message) if is_trained else contextlib.nullcontext():
+    matches(model, wrt=optimizer.wrt)
+  matches(make('nnx', sbp.kolen_pollack())[0], wrt=wrt)
 
 
-def test_all_mismatches_are_listed():
-  def change(variables):
-    first, second = (variables['feedback'][f'Dense_{i}'] for i in range(2))
-    first['kernel'], second['kernel'] = second['kernel'], first['kernel']
-
-  with fails(
-    'Dense_0/kernel: feedback has shape (6, 3), the kernel has (5, 6)',
-    'Dense_1/kernel: feedback has shape (5, 6), the kernel has (6, 3)',
-  ):
-    testing.assert_feedback_matches_params(broken(change))
+# --- assert_asymmetric_gradients, assert_symmetric_gradients
 
 
-def test_a_module_named_feedback_may_have_parameters():
-  params = {'feedback': {'kernel': jnp.ones((2, 3))}}
-  testing.assert_feedback_matches_params({'params': params})
+@every_kind
+def test_an_asymmetric_model_is_told_from_backpropagation(kind):
+  rules = {'function': sbp.brsf(), 'linen': sbp.frsf()}
+  rule = rules.get(kind, sbp.kolen_pollack())
+  model, variables = make(kind, rule)
+  asymmetric(model, variables, loss, X)
+  first, last = PATHS[kind]
+  differ = f'{first}: 30 of 30 values differ, by up to '
+  rows = f'{first} ', f'(5, 6)  {rule!r}  ', f'{last} ', f'(6, 3)  {rule!r}  '
+  with fails('plain backpropagation:', differ, *rows, 'at 0\n') as caught:
+    symmetric(model, variables, loss, X)
+  assert f'{last}: ' not in str(caught.value)
 
 
-def test_variables_must_have_params():
-  with pytest.raises(ValueError, match=r"with 'params'.*not \['kernel'\]"):
-    testing.assert_feedback_matches_params({'kernel': jnp.ones(3)})
+@every_kind
+def test_a_symmetric_model_is_backpropagation(kind):
+  model, variables = make(kind, sbp.symmetric())
+  symmetric(model, variables, loss, X)
+  first, last = PATHS[kind]
+  line = '  symmetric()  product, gradient at 0\n'
+  with fails('than 0.01 degrees', first, f'(5, 6){line}', last, line):
+    asymmetric(model, variables, loss, X)
 
 
-def test_nnx_state_that_does_not_match_is_named():
-  model = nnx_model(sbp.frsf())
-  operation = model.layers[2].dot_general
-  operation.kernel = asymmetric.Feedback(jnp.ones((3, 6)))
-  with fails('layers/2/kernel: feedback has shape (3, 6)', '(6, 3)'):
-    testing.assert_feedback_matches_params(model)
-  operation.kernel = nnx.Param(jnp.ones((6, 3)))
-  with fails('layers/2/kernel: feedback is among the parameters'):
-    testing.assert_feedback_matches_params(model)
-  operation.kernel = asymmetric.Feedback(jnp.full((6, 3), jnp.inf))
-  with fails('layers/2/kernel: 18 of 18 values are not finite'):
-    testing.assert_feedback_matches_params(model)
+def test_no_layer_below_an_asymmetric_one_is_backpropagation():
+  first = make('function', {'W1': sbp.rndf(), '': sbp.symmetric()})
+  symmetric(*first, loss, X)
+  with fails('rndf()       product, gradient at 0', 'symmetric()  '):
+    asymmetric(*first, loss, X)
+  with fails('Dense_1/kernel', 'plain backpropagation', 'gradient at 0'):
+    asymmetric(small.MLP(), small.MLP().init(small.KEY, X), loss, X)
+
+
+def test_min_angle_is_the_bound():
+  f, variables = make('function', sbp.usf())
+  total = lambda params: loss(f(params, None, X))
+  rows = sbp.metrics.layer_alignment(total, variables['params'])
+  angle = float(rows['W1'].update_angle)
+  asymmetric(f, variables, loss, X, min_angle=0.99 * angle)
+  with fails(f'{1.01 * angle:g} degrees', 'W1', f'at {angle:.4g}\n'):
+    asymmetric(f, variables, loss, X, min_angle=1.01 * angle)
+
+
+def test_linen_models_with_state_and_keys():
+  rngs = {'params': small.KEY, 'dropout': small.KEY}
+  options = {'rngs': rngs, 'mutable': ['batch_stats'], 'train': True}
+  variables = jax.jit(lambda: small.MLP().init(rngs, X, train=True))()
+  model = sbp.with_feedback(small.MLP(), sbp.symmetric())
+  symmetric(model, variables, loss, X, **options)
+
+
+def test_an_nnx_model_is_left_as_it_was():
+  model = sbp.with_feedback(small.NNXNet(nnx.Rngs(0)), sbp.usf())
+  before = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+  asymmetric(model, None, loss, X)
+  after = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model)))
+  assert all((a == b).all() for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize('check', (asymmetric, symmetric))
+def test_feedback_and_output_are_checked_first(check, monkeypatch):
+  with fails('must match the parameters:', 'W2:', 'nothing, but'):
+    check(*small.with_last_state('function', {}), loss, X)
+  use_V = lambda op, xs, W, V, *_: op(xs, V)
+  monkeypatch.setattr(transform, 'asymmetric', use_V)
+  with fails('output must be that of the plain twin:', '12 of 12 values'):
+    check(*make('function', sbp.usf()), loss, X)
+
+
+@pytest.mark.parametrize('factor', [0.0, float('nan')])
+def test_gradients_that_prove_nothing_fail(factor):
+  model = make('function', sbp.symmetric())
+  for check in (asymmetric, symmetric):
+    with fails('backpropagation', 'gradient at nan'):
+      check(*model, lambda y: (factor * y).sum(), X)
+
+
+@pytest.mark.parametrize(
+  'subject, error, message',
+  [
+    ((small.mlp, None), TypeError, 'a function of with_feedback, a flax'),
+    ((small.MLP(), None), ValueError, "'params', not PyTreeDef.None"),
+    ((small.MLP(), {'w': X}), ValueError, "'params', not PyTreeDef.{'w'"),
+    ((small.NNXNet(nnx.Rngs(0)), {}), ValueError, 'variables must be None'),
+  ],
+)
+@pytest.mark.parametrize('check', (asymmetric, symmetric))
+def test_models_and_variables_must_go_together(check, subject, error, message):
+  with pytest.raises(error, match=message):
+    check(*subject, loss, X)
+
+
+@pytest.mark.parametrize('number', [-1.0, 180.0, float('nan')])
+def test_numbers_must_be_in_range(number):
+  with pytest.raises(ValueError, match=f'p_flip must be .*not {number}'):
+    concordant(X, X, number)
+  with pytest.raises(ValueError, match=f'min_angle must be.*not {number}'):
+    asymmetric(small.mlp, {}, loss, X, min_angle=number)

@@ -80,20 +80,19 @@ def _contender(member: Member, rule: str | None) -> Contender:
   params = variables['params']
 
   def step(state):
-    params, optimizer_state, key = state
-    key, use = jax.random.split(key)
+    params, optimizer_state = state
 
     def loss(params):
-      logits: Any = model.apply({'params': params}, x, rngs={'feedback': use})
+      logits: Any = model.apply({**variables, 'params': params}, x)
       losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
       return losses.mean()
 
     updates, optimizer_state = optimizer.update(
       jax.grad(loss)(params), optimizer_state, params
     )
-    return optax.apply_updates(params, updates), optimizer_state, key
+    return optax.apply_updates(params, updates), optimizer_state
 
-  state = params, optimizer.init(params), jax.random.key(2)
+  state = params, optimizer.init(params)
   program, seconds = compiled(jax.jit(step, donate_argnums=0), state)
   return Contender(
     name=rule or FLAX, step=repeated(program, state), compile_seconds=seconds

@@ -62,16 +62,16 @@ def contender(workload: Workload, rule: str | None) -> Contender:
   )
   setup = dataclasses.replace(Setup.of(_run(workload, rule), placed), rule=rule)
   functions = program(setup)
-  indices, rate, key = workload.indices(), np.float32(RATE), jax.random.key(0)
-  state = functions.initialize(key)
+  indices, rate = workload.indices(), np.float32(RATE)
+  state = functions.initialize(jax.random.key(0))
   draws = sum(draw.nbytes for draw in jax.tree.leaves(state['feedback']))
   step, seconds = compiled(
-    functions.step, state, placed.parts, next(indices), rate, key
+    functions.step, state, placed.parts, next(indices), rate
   )
   return Contender(
     name=rule or FLAX,
     step=repeated(
-      lambda state: step(state, placed.parts, next(indices), rate, key)[0],
+      lambda state: step(state, placed.parts, next(indices), rate)[0],
       state,
     ),
     compile_seconds=seconds,

@@ -57,7 +57,9 @@ def _layers(
 
 def _conv(layer: Conv) -> Operation:
   padding = ((layer.padding, layer.padding),) * 2
-  return lambda x, W, V: primitives.conv(x, W, V, layer.stride, padding)
+  return lambda x, W, V: primitives.conv(
+    x, W, V, layer.stride, padding, row_convolution=True
+  )
 
 
 def _steps(

@@ -25,7 +25,7 @@ from experiments.bench.results import summarized
 from experiments.bench.workload import Workload
 from experiments.datasets import SHAPES
 from experiments.models import Network
-from symjax_bp import symmetric
+from symjax_bp import symmetric, with_feedback
 
 TIMIT = Workload(architecture='timit', batch_norm='none', batch=4)
 
@@ -113,7 +113,9 @@ def test_plain_flax_has_nothing_of_the_library_and_the_same_numbers():
   x = jax.random.normal(jax.random.key(0), (4, 1845))
   gradients = {}
   for name, rule in (('Flax', None), ('BP', symmetric())):
-    model = Network('timit', 80, rule)
+    model = Network('timit', 80)
+    if rule is not None:
+      model = with_feedback(model, rule)
     params = model.init(jax.random.key(1), x, True)['params']
 
     def loss(params, model=model):

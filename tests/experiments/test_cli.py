@@ -335,6 +335,8 @@ def test_finished_runs_are_seen_without_jax_or_a_new_folder(main, tmp_path):
   run, *_ = _runs(condition=('SGD',), rate=(1.0,))
   (tmp_path / run.run_id).mkdir()
   (tmp_path / run.run_id / 'result.json').write_text('{"paper_error": 1.0}')
+  left = tmp_path / run.run_id / 'checkpoints'  # by a process that was killed
+  left.mkdir()
   assert Store(tmp_path).missing([run]) == []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(running, 'start_jax', lambda _: pytest.fail('JAX started'))
@@ -343,6 +345,7 @@ def test_finished_runs_are_seen_without_jax_or_a_new_folder(main, tmp_path):
     )
   assert 'all 1 runs are finished' in out
   assert 'nothing to do' in out
+  assert not left.exists()
 
 
 def test_a_second_interrupt_is_no_traceback(main, monkeypatch):

@@ -64,19 +64,24 @@ def _assert_same_lines(lines, expected):
 )
 def test_several_devices_are_one(condition, count, scan):
   run = _run(condition)
-  states, lines = _trained(run, count, scan=scan)
+  if '+BM' in condition:
+    # Rounding decides the sign of a gradient that is nearly 0, and the updates
+    # after it follow. So one update an epoch, and each from the same state.
+    run = dataclasses.replace(run, batch_plan=((None, 216),))
   expected, expected_lines = _trained(run, 1)
-  _assert_same_lines(lines, expected_lines)
-  tree = zip(
-    jax.tree.leaves(states[-1]['params']),
-    jax.tree.leaves(expected[-1]['params']),
-    strict=True,
-  )
-  for actual, wanted in tree:
-    # The sign of a gradient that is nearly 0 may be another.
-    close = np.isclose(actual, wanted, rtol=1e-3, atol=1e-5)
-    assert close.mean() > 0.999
-  assert tiny.equal(states[-1]['feedback'], expected[-1]['feedback'])
+  first, lines = _trained(run, count, scan=scan)
+  second, more = _trained(run, count, expected[0], first=2, scan=scan)
+  _assert_same_lines([lines[0], *more], expected_lines)
+  for state, wanted in zip((first[0], *second), expected, strict=True):
+    tree = zip(
+      jax.tree.leaves(state['params']),
+      jax.tree.leaves(wanted['params']),
+      strict=True,
+    )
+    for a, b in tree:
+      close = np.isclose(a, b, rtol=1e-3, atol=1e-5)
+      assert close.mean() > 0.999 if '+BM' in condition else close.all()
+    assert tiny.equal(state['feedback'], wanted['feedback'])
 
 
 def test_layer_metrics_of_several_devices():
@@ -112,12 +117,11 @@ def test_a_step_in_groups_is_the_mean_of_the_gradients_of_the_groups():
   grouped = _run('BN', batch_norm_groups=4, **options)
   placed = _placed(grouped, 1)
   index = placement.mini_batches(grouped, 1, placed.trained)[0]
-  key = jax.random.key(0)
 
   def params_after(run, rows):
     functions = program(Setup.of(run, placed))
     state, _ = functions.step(
-      train.start(run, placed), placed.parts, rows, np.float32(1), key
+      train.start(run, placed), placed.parts, rows, np.float32(1)
     )
     return state['params']
 

@@ -13,18 +13,21 @@ from pathlib import Path
 import pytest
 
 import experiments
-from experiments import store
+from experiments import store, train
 from experiments.distributed import LOST
 from experiments.options import Hosts
-from tests.experiments import folders
+from tests.experiments import folders, halting
 
 _ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
+# A feedback that does not follow the signs of the weights, and a low rate:
+# rounding to float32 then changes the losses by 1e-5 of them at most.
 _OPTIONS = (
-  '--condition', 'uSF+BN', '--rate', '1', '--train-size', '200',
+  '--condition', 'RndF+BN', '--rate', '0.1', '--train-size', '200',
   '--checkpoint-share', '1', '--calibration-batches', '2',
 )  # fmt: skip
-_WAIT = 120  # seconds until something is wrong
+_PROGRAM = (sys.executable, '-m', 'experiments')
+_WAIT = 600  # seconds until something is wrong, on a busy machine too
 # Ours where computing fails, JAX's where it would hang.
 _SAID = 'one of them was lost|another task died'
 _NOTICED = 60  # seconds in which the loss of a process must be noticed
@@ -45,12 +48,12 @@ def _start_fixture():
     process.communicate()
 
 
-def _start(folder, *options, epochs=_EPOCHS):
+def _start(folder, *options, epochs=_EPOCHS, program=_PROGRAM):
   environment = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONUNBUFFERED='1')
   environment.pop('XLA_FLAGS', None)
-  command = [sys.executable, '-m', 'experiments', 'run', *_OPTIONS]
+  command = [*program, 'run', *_OPTIONS, '--epochs', str(epochs)]
   return subprocess.Popen(
-    [*command, '--epochs', str(epochs), '--results', str(folder), *options],
+    [*command, '--results', str(folder), *options],
     cwd=_ROOT,
     env=environment,
     stdout=subprocess.PIPE,
@@ -109,8 +112,10 @@ def _assert_equal_to_one_process(start, tmp_path):
       assert len(found) == len(wanted) == _EPOCHS
       for line, wanted_line in zip(found, wanted, strict=True):
         _assert_close(line, wanted_line)
-    elif name == 'result.json':
-      _assert_close(json.loads(found), json.loads(wanted))
+    elif name == 'result.json':  # near a tie, which epoch it is may differ
+      lines = actual[run_id, 'metrics.jsonl']
+      own = train.result(lines, classes=10, train_images=180)
+      assert json.loads(found) == own
     else:
       assert found == wanted
 
@@ -120,18 +125,19 @@ def _assert_close(found, wanted):
   assert found.keys() == wanted.keys()
   for name, value in wanted.items():
     if name.endswith('_loss'):
-      assert found[name] == pytest.approx(value, rel=1e-3), name
+      assert found[name] == pytest.approx(value, rel=1e-4), name
     elif name.endswith('_error'):
-      images = {'train_error': 180, 'holdout_error': 20}.get(name, 360)
+      images = {'train_error': 100, 'holdout_error': 20}.get(name, 360)
       assert abs(found[name] - value) <= 100.1 / images, name
-    elif not name.endswith('_epoch'):
+    else:
       assert found[name] == value, name
 
 
 def test_two_processes_stop_together_go_on_and_are_one(start, tmp_path):
-  processes = _start_both(start, tmp_path)
-  _wait_for_epochs(tmp_path, 2, processes)
+  processes = _start_both(start, tmp_path, program=halting.program(2))
+  halting.wait(processes[0], _WAIT)
   processes[1].send_signal(signal.SIGTERM)  # the one that doesn't write
+  halting.go_on(processes[0])
   (status, output, errors), other = _finish(processes)
   assert (status, other[0]) == (143, 143), (errors, other)
   assert 'stopped by SIGTERM; nothing recorded is lost. Go on' in output
@@ -144,7 +150,7 @@ def test_two_processes_stop_together_go_on_and_are_one(start, tmp_path):
   )
   assert (status, other[0]) == (0, 0), (errors, other)
   assert f'goes on with epoch {done + 1}' in output
-  assert 'Table 2' in output
+  assert 'Table 4-C1' in output
   assert 'seed 0' not in other[1]  # process 0 alone reports
   assert not (tmp_path / 'results 1').exists()  # and writes
   _assert_equal_to_one_process(start, tmp_path)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
 _CORES = set(machine.cores())
 _RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
-_LONG = tiny.run('brSF-50%', epochs=150)
+_LONG = tiny.run('brSF-50%', epochs=100_000)  # never done before a stop
 _FAILS = tiny.run('brSF-50%', tiny.dataset(250), epochs=6)
 
 
@@ -163,7 +163,7 @@ def test_a_stop_keeps_what_workers_have_done(tmp_path, name):
   (record,) = store.load(folder)
   assert record.result is None
   done = len(record.metrics)
-  assert 2 <= done < 150
+  assert done >= 2
   saved = {
     path.name for path in (folder / _LONG.run_id / 'checkpoints').iterdir()
   }

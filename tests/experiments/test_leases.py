@@ -112,6 +112,17 @@ def test_the_dead_of_this_host_are_not_waited_for(tmp_path):
   assert Leases(tmp_path, 1e6).acquire('a') is not None
 
 
+def test_a_claim_that_is_removed_while_it_is_looked_at(tmp_path, monkeypatch):
+  def read_text(path):
+    text = path.read_text()
+    path.unlink()  # its owner has finished
+    return text
+
+  assert Leases(tmp_path, 60).acquire('a') is not None
+  monkeypatch.setattr('experiments.leases.read_text', read_text)
+  assert Leases(tmp_path, 60).acquire('a') is not None
+
+
 @pytest.mark.parametrize(
   'text', ['', '{', '[]', '{"host": 1}', '\x00', '{"process": -1}', '9' * 5000]
 )

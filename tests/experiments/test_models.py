@@ -18,7 +18,6 @@ from experiments.models import (
   rectified_once,
   training_flops,
 )
-from symjax_bp import symmetric
 
 # Weights and features of the layers up to the last, by hand from Table 1.
 # 28 -5+1-> 24 /2-> 12 -5+1-> 8 /2-> 4
@@ -92,7 +91,6 @@ def _network(architecture: str, classes: int, batch_norm: str = 'none'):
   return Network(
     architecture=architecture,
     classes=classes,
-    rule=symmetric(),
     batch_norm=batch_norm,
   )
 
@@ -125,7 +123,7 @@ def test_shapes_and_parameter_counts(name, batch_norm):
 
 
 def test_initial_weights():
-  model = Network('timit', 80, symmetric(), initial_stds=(0.02,))
+  model = Network('timit', 80, initial_stds=(0.02,))
   x = jnp.zeros((1, *SHAPES['timit']))
   params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
   for path, leaf in jax.tree.leaves_with_path(params['params']):
@@ -146,9 +144,7 @@ def test_initial_weights():
   ],
 )
 def test_initial_weights_by_layer(given, by_layer, batch_norm):
-  model = Network(
-    'cifar', 100, symmetric(), batch_norm=batch_norm, initial_stds=given
-  )
+  model = Network('cifar', 100, batch_norm=batch_norm, initial_stds=given)
   x = jnp.zeros((1, *SHAPES['cifar']))
   params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
   kernels = {

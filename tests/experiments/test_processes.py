@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +16,7 @@ import pytest
 
 import experiments
 from experiments import processes, store
-from tests.experiments import folders
+from tests.experiments import folders, halting
 
 _ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
@@ -23,7 +24,7 @@ _OPTIONS = (
   '--condition', 'SGD', 'uSF+BN', '--rate', '1', '--train-size', '200',
   '--epochs', str(_EPOCHS), '--checkpoint-share', '1',
 )  # fmt: skip
-_WAIT = 120  # seconds until something is wrong
+_WAIT = 600  # seconds until something is wrong, on a busy machine too
 _PREEMPTION = 10  # seconds between SIGTERM and SIGKILL on many clusters
 
 
@@ -34,14 +35,18 @@ def _environment() -> dict[str, str]:
   return environment
 
 
-def _command(folder: Path) -> list[str]:
-  program = [sys.executable, '-m', 'experiments', 'run', *_OPTIONS]
-  return [*program, '--results', str(folder)]
+_PROGRAM = (sys.executable, '-m', 'experiments')
 
 
-def _start(folder: Path, *options: str) -> subprocess.Popen:
+def _command(folder: Path, program: Sequence[str] = _PROGRAM) -> list[str]:
+  return [*program, 'run', *_OPTIONS, '--results', str(folder)]
+
+
+def _start(
+  folder: Path, *options: str, program: Sequence[str] = _PROGRAM
+) -> subprocess.Popen:
   return subprocess.Popen(
-    [*_command(folder), *options],
+    [*_command(folder, program), *options],
     cwd=_ROOT,
     env=_environment(),
     stdout=subprocess.PIPE,
@@ -59,19 +64,11 @@ def _finish(
   return output
 
 
-def _epochs_done(folder: Path) -> int:
-  return sum(
-    path.read_text().count('\n') for path in folder.glob('*/metrics.jsonl')
-  )
-
-
-def _wait_for(folder: Path, epochs: int, process: subprocess.Popen) -> None:
-  """Until so many epochs of all runs together are recorded."""
-  end = time.monotonic() + _WAIT
-  while _epochs_done(folder) < epochs:
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < end
-    time.sleep(0.01)
+def _halted(folder: Path, epochs: int, *options: str) -> subprocess.Popen:
+  """A process that has recorded so many epochs of all runs together."""
+  process = _start(folder, *options, program=halting.program(epochs))
+  halting.wait(process, _WAIT)
+  return process
 
 
 @pytest.fixture(name='undisturbed', scope='module')
@@ -96,8 +93,7 @@ def test_an_undisturbed_run(undisturbed):
 
 
 def test_killed_in_the_middle_and_resumed(tmp_path, undisturbed):
-  process = _start(tmp_path)
-  _wait_for(tmp_path, _EPOCHS + 4, process)
+  process = _halted(tmp_path, _EPOCHS + 4)
   process.kill()
   process.communicate()
   records = store.load(tmp_path)
@@ -113,23 +109,21 @@ def test_killed_in_the_middle_and_resumed(tmp_path, undisturbed):
 
 
 def test_signals_then_a_terminal(tmp_path, undisturbed):
-  process = _start(tmp_path)
-  _wait_for(tmp_path, 2, process)
-  asked = time.monotonic()
+  process = _halted(tmp_path, 2)
   process.send_signal(signal.SIGINT)
+  halting.go_on(process)
   output = _finish(process, 130)
   assert 'stopped by SIGINT' in output
   again = output.split('Go on with: ')[1].strip()
   assert again.startswith('python -m experiments run --condition SGD uSF+BN')
   assert str(tmp_path) in again
-  assert time.monotonic() - asked < _WAIT / 2
   (record,) = store.load(tmp_path)
   done = len(record.metrics)
   assert os.listdir(tmp_path / record.run_id / 'checkpoints')
 
-  process = _start(tmp_path)
-  _wait_for(tmp_path, _EPOCHS + 2, process)
+  process = _halted(tmp_path, _EPOCHS + 2 - done)
   process.send_signal(signal.SIGTERM)
+  halting.go_on(process)
   output = _finish(process, 143, within=_PREEMPTION)
   assert f'goes on with epoch {done + 1}' in output
   assert 'stopped by SIGTERM' in output
@@ -176,8 +170,7 @@ def test_two_processes_share_a_folder(tmp_path, undisturbed):
 
 
 def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
-  process = _start(tmp_path, '--executor', 'processes', '--workers', '1')
-  _wait_for(tmp_path, 3, process)
+  process = _halted(tmp_path, 3, '--executor', 'processes', '--workers', '1')
   workers = psutil.Process(process.pid).children(recursive=True)
   cores = {
     tuple(w.cpu_affinity()) for w in workers if 'spawn_main' in str(w.cmdline())

@@ -64,12 +64,19 @@ def test_what_a_crash_leaves_is_removed(tmp_path):
   result = json.dumps(folders.RESULT)
   files.write_atomically(folder.path / 'result.json', result)
   torn.write_text('{"half')
+  unfinished = folders.interrupted(tmp_path, run=tiny.run('uSF'))
+  Store(tmp_path).create()
+  leases = Store(tmp_path).leases(60)
+  assert leases.acquire(run.run_id)
+  assert leases.acquire(unfinished.path.name)
   assert Store(tmp_path).missing([run]) == []
   assert torn.exists()  # to ask removes nothing
-  Store(tmp_path).tidy([run])
+  Store(tmp_path).tidy()
   assert sorted(os.listdir(folder.path)) == [
     'config.json', 'metrics.jsonl', 'result.json',
   ]  # fmt: skip
+  assert os.listdir(tmp_path / '.leases') == [f'{unfinished.path.name}.1']
+  assert folders.check(unfinished, 3) == []
 
 
 @pytest.mark.parametrize(
@@ -144,13 +151,14 @@ def test_links_are_not_followed(tmp_path):
     Store(inside).open(run)
   assert store.load(inside) == []
   files.write_atomically(outside / 'result.json', json.dumps(folders.RESULT))
-  for ask in (Store(inside).missing, Store(inside).tidy):
-    with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
-      ask([run])
+  with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
+    Store(inside).missing([run])
+  Store(inside).tidy()
   assert {'2', '3'} < set(os.listdir(outside / 'checkpoints'))
   (inside / '.leases').symlink_to(tmp_path / 'outside')
-  with pytest.raises(StoreError, match='.leases is a link'):
-    Store(inside).create()
+  for ask in (Store(inside).create, Store(inside).tidy):
+    with pytest.raises(StoreError, match='.leases is a link'):
+      ask()
 
 
 @pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl'])

@@ -65,7 +65,6 @@ def _first_step(run, index=None, rate=None):
     placed.parts,
     index,
     np.float32(run.protocol.base_rate if rate is None else rate),
-    jax.random.key(0),
   )
   return state['params']
 
@@ -97,17 +96,17 @@ def test_the_rate_follows_the_schedule():
 
 
 def test_feedback_is_redrawn_once_an_update():
-  def buffers(condition, updates, key=0):
+  def buffers(condition, updates, seed=0):
     run = tiny.run(condition)
     placed = tiny.placed(run)
     state = train.start(run, placed) | {'updates': jnp.int32(updates)}
+    other = train.start(tiny.run(condition, seed=seed), placed)
     # At rate 0 nothing but the gradient is remembered.
     state, _ = program(Setup.of(run, placed)).step(
-      state,
+      state | {'feedback': other['feedback']},
       placed.parts,
       placed.trained[:100],
       np.float32(0),
-      jax.random.key(key),
     )
     assert state['updates'] == updates + 1
     trace = jax.tree.leaves(state['optimizer'])
@@ -116,20 +115,17 @@ def test_feedback_is_redrawn_once_an_update():
   redrawn = 'brSF-50%+BN+BM'
   assert tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5))
   assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 6))
-  assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5, key=1))
-  assert tiny.equal(buffers('frSF+BN', 5), buffers('frSF+BN', 6, key=1))
+  assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5, seed=1))
+  assert tiny.equal(buffers('frSF+BN', 5), buffers('frSF+BN', 6))
 
 
 @pytest.mark.parametrize('condition', ['frSF+BN', 'RndF+BN', 'uSF+BN'])
 def test_the_start_is_that_of_the_model(condition):
   run = tiny.run(condition, seed=3)
   state = train.start(run, tiny.placed(run))
-  model = Network(
-    'timit',
-    tiny.CLASSES,
+  model = symjax_bp.with_feedback(
+    Network('timit', tiny.CLASSES, batch_norm='plain', initial_stds=(0.05,)),
     symjax_bp.from_name(run.rule),
-    batch_norm='plain',
-    initial_stds=(0.05,),
   )
   variables = model.init(jax.random.key(3), jnp.zeros((1, 1845)), True)
   for part in ('params', 'feedback'):
@@ -196,9 +192,7 @@ def test_a_symmetric_run_is_plain_flax_and_optax_step_by_step():
     index = placed.trained[30 * step : 30 * step + 30]
     x = (data.x_train[index] - mean).astype(np.float32)
     params, memory, value = update(params, memory, x, data.y_train[index])
-    state, scores = functions.step(
-      state, placed.parts, index, np.float32(1e-4), jax.random.key(0)
-    )
+    state, scores = functions.step(state, placed.parts, index, np.float32(1e-4))
     assert float(scores[0]) / 30 == pytest.approx(float(value), rel=1e-4)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),

@@ -1,0 +1,992 @@
+"""Feedback for any JAX function: weights carry their rules to their products.
+
+``with_feedback(function, rules)`` traces ``function(params, *args)`` to a jaxpr,
+lets ``symjax_bp.kinds`` decide what happens at each equation, and evaluates it
+equation by equation. Equations that no weight reaches are bound as they are; a
+product of a weight and data becomes ``symjax_bp.primitives.asymmetric``.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from symjax_bp import kinds
+from symjax_bp.feedback import FeedbackRule
+from symjax_bp.kinds import CONSTANT, DATA, Kind, Level, Plan, Step, Trait
+from symjax_bp.primitives import Fan, Product, asymmetric
+
+__all__ = [
+  'FeedbackError',
+  'FeedbackFunction',
+  'Row',
+  'Rules',
+  'format_table',
+  'redraw',
+  'with_feedback',
+]
+
+
+class FeedbackError(ValueError):
+  """Weights are used in a way for which no feedback is defined."""
+
+
+# --- Rules by path ----------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Rules by the path of a parameter, and what to leave alone.
+
+  Attributes:
+    pairs: regular expressions and rules; the first that is found wins.
+    exclude: regular expressions.
+  """
+
+  pairs: tuple[tuple[str, FeedbackRule], ...]
+  exclude: tuple[str, ...] = ()
+
+  @classmethod
+  def create(cls, rules: Any, exclude: str | Sequence[str] = ()) -> 'Rules':
+    """Checks what a user gave."""
+    if isinstance(rules, Rules):
+      return rules
+    pairs = rules if isinstance(rules, Mapping) else {'': rules}
+    if not pairs:
+      raise ValueError('rules must not be an empty mapping.')
+    for pattern, each in pairs.items():
+      if not isinstance(each, FeedbackRule):
+        name = f'rules[{pattern!r}]' if pairs is rules else 'rules'
+        raise TypeError(
+          f'{name} must be a feedback rule such as symjax_bp.usf() or '
+          f"symjax_bp.from_name('uSF'), not {each!r}."
+        )
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    for pattern in (*pairs, *exclude):
+      try:
+        re.compile(pattern)
+      except (re.error, TypeError) as error:
+        raise ValueError(
+          f'{pattern!r} is not a regular expression: {error}.'
+        ) from error
+    return cls(tuple(pairs.items()), exclude)
+
+  def find(self, path: str) -> FeedbackRule | None:
+    """The rule of a parameter, or None where no expression is found."""
+    found = (rule for pattern, rule in self.pairs if re.search(pattern, path))
+    return next(found, None)
+
+  def excludes(self, path: str) -> bool:
+    """Whether a parameter is trained by plain backpropagation."""
+    return any(re.search(pattern, path) for pattern in self.exclude)
+
+  def check_used(self, paths: Iterable[str]) -> None:
+    """Raises if an expression is found in none of the paths."""
+    paths = sorted(paths)
+    for pattern in (*dict(self.pairs), *self.exclude):
+      if not any(re.search(pattern, path) for path in paths):
+        raise ValueError(
+          f'{pattern!r} matches no parameter; their paths are {paths}.'
+        )
+
+
+# --- Parameters and their feedback by path ----------------------------------
+
+# Added or multiplied entry by entry wherever a library calls them so.
+_NO_WEIGHTS = ('bias', 'scale')
+
+
+def path_of(keys: Any) -> str:
+  """The path of a leaf, such as 'encoder/Conv_0/kernel'."""
+  # What Flax keeps in a box is called box.value.
+  if len(keys) > 1 and keys[-1] == jax.tree_util.GetAttrKey('value'):
+    keys = keys[:-1]
+  return jax.tree_util.keystr(keys, simple=True, separator='/')
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+  """The leaves of a tree by their paths."""
+  leaves = {}
+  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    path = path_of(keys)
+    if path in leaves:
+      raise ValueError(f'two parameters have the path {path!r}: rename one.')
+    leaves[path] = leaf
+  return leaves
+
+
+def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
+  """Whether a parameter can have a rule: floating, no bias, no scale."""
+  return path.rpartition('/')[2] not in _NO_WEIGHTS and jnp.issubdtype(
+    jax.dtypes.result_type(leaf), kind
+  )
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+  """A key for one parameter."""
+  digest = hashlib.sha256(path.encode()).digest()
+  return jax.random.fold_in(key, int.from_bytes(digest[:4], 'little'))
+
+
+def _check_state(path: str, rule: FeedbackRule, stored: Any) -> Any:
+  """The rule's state from {name of the rule that made it: state}."""
+  if rule.state_name in stored:
+    return stored[rule.state_name]
+  raise FeedbackError(
+    f'the feedback of {path!r} was made by {" and ".join(stored)}, but its '
+    f'rule is {rule!r}: make the feedback anew with init.'
+  )
+
+
+def redraw(feedback: Any, step: Any) -> Any:
+  """Chooses the draws of rules that redraw (brSF) by a step number or a key.
+
+  Without this, V follows from a seed and the bits of W and changes with every
+  update. What this returns ignores the bits of W: V is then the same for a step
+  even where W differs in rounding, such as on another number of devices. Apply it
+  to the stored feedback at each step.
+
+  >>> import symjax_bp
+  >>> f = symjax_bp.with_feedback(lambda W, x: x @ W, symjax_bp.brsf())
+  >>> W = jnp.ones((1, 3))
+  >>> feedback = f.init(jax.random.key(0), W)
+  >>> for step in range(2):
+  ...   V = f.weights(W, redraw(feedback, step))
+  ...   print((10 * V).round())
+  [[ 6. 10.  7.]]
+  [[2. 3. 1.]]
+
+  Args:
+    feedback: what ``init`` returned, or a collection ``feedback`` of Linen.
+    step: an integer, which is folded into each seed; or a PRNG key, which
+      replaces them (each path is folded into it).
+  """
+  is_key = _is_key(step)
+
+  def fold(seed):
+    key = jax.random.wrap_key_data(seed[:2], impl='threefry2x32')
+    return jax.random.bits(jax.random.fold_in(key, step), (3,), jnp.uint32)
+
+  def draw(keys, leaf):
+    if jnp.asarray(leaf).dtype != jnp.uint32:
+      return leaf
+    if is_key:
+      key = fold_path(step, path_of(keys))
+      seeds = jax.random.bits(key, leaf.shape, jnp.uint32)
+    else:  # Stacked layers have a seed each.
+      seeds = jnp.vectorize(fold, signature='(n)->(n)')(leaf)
+    return seeds.at[..., 2].set(0)
+
+  return jax.tree_util.tree_map_with_path(draw, feedback)
+
+
+# --- Evaluation -------------------------------------------------------------
+
+
+class Value(NamedTuple):
+  """An array, the R beside it if it is a weight that has one, and its kind."""
+
+  x: Any
+  R: Any
+  kind: Kind
+
+
+# Evaluates a product: (product, its other operands, weight, step) -> y.
+Multiply = Callable[[Product, list[Any], Value, Step], jax.Array]
+
+
+def _pack(values: Iterable[Value]) -> list[Any]:
+  """Arrays, each R behind its weight."""
+  return [
+    array
+    for value in values
+    for array in ((value.x, value.R) if value.kind.has_R else (value.x,))
+  ]
+
+
+def _unpack(arrays: Iterable[Any], each: Iterable[Kind]) -> list[Value]:
+  rest = iter(arrays)
+  return [
+    Value(next(rest), next(rest) if kind.has_R else None, kind)
+    for kind in each
+  ]
+
+
+def _as_kinds(values: Iterable[Value], each: Iterable[Kind]) -> list[Value]:
+  """Values as the kinds of a loop or a branch.
+
+  R may be lost there; a constant in the place of a weight is its own R.
+  """
+
+  def R_of(value: Value) -> Any:
+    return value.R if value.kind.has_R else value.x
+
+  return [
+    Value(value.x, R_of(value) if kind.has_R else None, kind)
+    for value, kind in zip(values, each, strict=True)
+  ]
+
+
+def _bind(eqn: Any, arrays: Sequence[Any]) -> list[Any]:
+  params = eqn.primitive.get_bind_params(eqn.params)
+  functions = ()
+  if isinstance(params, tuple):  # Up to JAX 0.10.
+    functions, params = params
+  result = eqn.primitive.bind(*functions, *arrays, **params)
+  return list(result) if eqn.primitive.multiple_results else [result]
+
+
+def _evaluate(
+  plan: Plan, values: Sequence[Value], multiply: Multiply
+) -> list[Value]:
+  """Evaluates a planned function."""
+  jaxpr = plan.closed.jaxpr
+  known: dict[Any, Value] = {
+    var: Value(const, None, CONSTANT)
+    for var, const in zip(jaxpr.constvars, plan.closed.consts, strict=True)
+  }
+  known.update(zip(jaxpr.invars, values, strict=True))
+
+  def read(var: Any) -> Value:
+    if hasattr(var, 'val'):
+      return Value(var.val, None, CONSTANT)
+    return known[var]
+
+  for step in plan.steps:
+    eqn = step.eqn
+    inputs = [read(var) for var in eqn.invars]
+    with kinds.source_context(eqn), eqn.ctx.manager:
+      outputs = _step(step, inputs, multiply)
+    known.update(zip(eqn.outvars, outputs, strict=True))
+  return [read(var) for var in jaxpr.outvars]
+
+
+def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
+  eqn, action = step.eqn, step.action
+  xs = [value.x for value in inputs]
+  if action == 'enter':
+    return _enter(step, inputs, multiply)
+  if action == 'product':
+    at = _weight_at(inputs)
+    op = _product(eqn, at)
+    y = multiply(op, xs[:at] + xs[at + 1 :], inputs[at], step)
+    return [Value(y, None, step.outputs[0])]
+  results = _bind(eqn, xs)
+  if action == 'through':
+    Rs = [value.R for value in inputs]
+  elif not any(kind.has_R for kind in step.outputs):
+    Rs = [None] * len(results)
+  elif action == 'move':
+    Rs = _move(eqn, inputs)
+  else:
+    R = next(value.R for value in inputs if value.kind.has_R)
+    if action == 'mask':
+      R = _mask(R, next(v for v in inputs if not v.kind.has_R))
+    Rs = [R] * len(results)
+  triples = zip(results, Rs, step.outputs, strict=True)
+  return [Value(x, R if kind.has_R else None, kind) for x, R, kind in triples]
+
+
+def _product(eqn: Any, at: int) -> Product:
+  return Product.create(eqn.primitive.bind, eqn.params, at=at)
+
+
+def _weight_at(inputs: Sequence[Value]) -> int:
+  """Which of the first two operands is the weight; the second of two."""
+
+  def clarity(i: int) -> tuple[bool, bool, int]:
+    kind = inputs[i].kind
+    return kind.level is Level.WEIGHT, not kind.may_be_data, i
+
+  return max((0, 1), key=clarity)
+
+
+def _move(eqn: Any, inputs: Sequence[Value]) -> list[Any]:
+  """R after a movement of its weight; constants stay where they were put."""
+  if eqn.primitive.name == 'convert_element_type' and not jnp.issubdtype(
+    eqn.params['new_dtype'], jnp.floating
+  ):
+    return [inputs[0].R]  # Integers are for the weight: a quantization.
+  moved = [v.R if v.kind.has_R else v.x for v in inputs]
+  if eqn.primitive.name == 'pad':
+    moved[1] = jnp.zeros_like(moved[1])
+  first = next(R for R, v in zip(moved, inputs, strict=True) if v.kind.has_R)
+  moved = [
+    a.astype(first.dtype)
+    if not v.kind.has_R and a.dtype != first.dtype and _floating(a)
+    else a
+    for a, v in zip(map(jnp.asarray, moved), inputs, strict=True)
+  ]
+  return _bind(eqn, moved)
+
+
+def _floating(array: Any) -> bool:
+  return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _mask(R: Any, factor: Value) -> Any:
+  """R is 0 where a weight is masked by a constant."""
+  if factor.kind.level is not Level.CONSTANT or not jnp.ndim(factor.x):
+    return R
+  kept = (jnp.asarray(factor.x) != 0).astype(R.dtype)
+  return R * jnp.broadcast_to(kept, R.shape)
+
+
+def _enter(
+  step: Step, inputs: list[Value], multiply: Multiply
+) -> list[Value]:
+  """Evaluates the functions inside an equation of control flow."""
+  name, params = step.eqn.primitive.name, step.eqn.params
+  given, outputs = step.inputs, step.outputs
+
+  def function(plan: Plan, into: Sequence[Kind]) -> Callable[..., list[Any]]:
+    def flat(*arrays):
+      results = _evaluate(plan, _unpack(arrays, plan.inputs), multiply)
+      return _pack(_as_kinds(results, into))
+
+    return flat
+
+  if name == 'cond':
+    branches = [function(plan, outputs) for plan in step.inner]
+    results = lax.switch(inputs[0].x, branches, *_pack(inputs[1:]))
+    return _unpack(results, outputs)
+  (plan,) = step.inner
+  body = function(plan, outputs)
+  if name in ('remat2', 'checkpoint'):
+    options = {key: params[key] for key in ('prevent_cse', 'policy')}
+    return _unpack(jax.checkpoint(body, **options)(*_pack(inputs)), outputs)
+  if name == 'scan':
+    return _scan(step, inputs, function)
+  if name == 'shard_map':
+
+    def with_R(specs, each):
+      return tuple(
+        spec
+        for spec, kind in zip(specs, each, strict=True)
+        for spec in ((spec, spec) if kind.has_R else (spec,))
+      )
+
+    mapped = jax.shard_map(
+      body,
+      mesh=params['mesh'],
+      in_specs=with_R(params['in_specs'], given),
+      out_specs=list(with_R(params['out_specs'], outputs)),
+      check_vma=params['check_vma'],
+      axis_names=set(params['newly_manual_axes']),
+    )
+    return _unpack(mapped(*_pack(inputs)), outputs)
+  return _evaluate(plan, inputs, multiply)  # jit and other calls: inlined
+
+
+def _scan(step: Step, inputs: list[Value], function) -> list[Value]:
+  params, (plan,) = step.eqn.params, step.inner
+  constants, carry = kinds.scan_counts(params)
+  end = constants + carry
+  initial = _as_kinds(inputs[constants:end], plan.inputs[constants:end])
+  body = function(plan, step.outputs)
+  fixed = _pack(inputs[:constants])
+  split = len(_pack(initial))
+
+  def iterate(carried, x):
+    results = body(*fixed, *carried, *x)
+    return results[:split], results[split:]
+
+  carried, stacked = lax.scan(
+    iterate,
+    _pack(initial),
+    _pack(inputs[end:]),
+    length=params['length'],
+    reverse=params['reverse'],
+    unroll=params['unroll'],
+  )
+  return _unpack([*carried, *stacked], step.outputs)
+
+
+# --- The interface ----------------------------------------------------------
+
+
+# Sees every product with feedback while a call is traced: (path of the weight,
+# product, W, V, equation) -> (V, learning, extra). For metrics.
+Observer = Callable[..., tuple[jax.Array, Any, Any]]
+_OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
+  'observer', default=None
+)
+
+
+@contextlib.contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+  """Calls the observer at each product with feedback that is traced."""
+  token = _OBSERVER.set(observer)
+  try:
+    yield
+  finally:
+    _OBSERVER.reset(token)
+
+
+_RECORD: contextvars.ContextVar[list['Row'] | None] = contextvars.ContextVar(
+  'record', default=None
+)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list['Row']]:
+  """Collects the rows of all functions with feedback that are traced."""
+  rows: list[Row] = []
+  token = _RECORD.set(rows)
+  try:
+    yield rows
+  finally:
+    _RECORD.reset(token)
+
+
+def current_record() -> list['Row'] | None:
+  """The list that ``recorded`` fills at the moment, if any."""
+  return _RECORD.get()
+
+
+class Row(NamedTuple):
+  """One parameter in the table of a function.
+
+  Attributes:
+    path: of the parameter.
+    shape: of the parameter.
+    rule: its rule where it has feedback, else None.
+    use: how it meets data: 'product' (feedback, if it has a rule), 'scale',
+      'added', 'looked up' (no feedback is needed), 'excluded', or 'unused'.
+    fan: sizes of its first product.
+  """
+
+  path: str
+  shape: tuple[int, ...]
+  rule: FeedbackRule | None
+  use: str
+  fan: Fan | None = None
+
+
+def with_others(rows: Sequence[Row], params: Mapping[str, Any]) -> list[Row]:
+  """Each row once, and rows for weights that no rule follows."""
+  found = {}
+  for row in rows:
+    # Of the parameter, not of the part that a scan or a vmap hands to a layer.
+    shape = jnp.shape(params[row.path]) if row.path in params else row.shape
+    found.setdefault(row.path, row._replace(shape=shape))
+  for path, W in params.items():
+    if is_weight(path, W):
+      found.setdefault(path, Row(path, jnp.shape(W), None, 'not followed'))
+  return list(found.values())
+
+
+def format_table(rows: Sequence[Row]) -> str:
+  """A table of parameters as text, with a line of totals."""
+  cells = [('weight', 'shape', 'feedback', 'use')]
+  for row in rows:
+    feedback = repr(row.rule) if row.rule else 'plain backpropagation'
+    cells.append((row.path, str(row.shape), feedback, row.use))
+  widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+  lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
+  asymmetric = [math.prod(row.shape) for row in rows if row.rule]
+  total = sum(math.prod(row.shape) for row in rows)
+  lines.append(
+    f'{len(asymmetric)} of {len(rows)} weights with feedback: '
+    f'{sum(asymmetric):,} of {total:,} parameters'
+  )
+  return '\n'.join(lines)
+
+
+def _is_array(leaf: Any) -> bool:
+  return isinstance(
+    leaf, (jax.Array, np.ndarray, np.generic, float, complex)
+  ) and not isinstance(leaf, bool)
+
+
+class _Traced(NamedTuple):
+  """A traced call.
+
+  Attributes:
+    plan: what to evaluate.
+    log: problems and uses.
+    values: the arguments that are arrays.
+    rules: by their numbers in kinds.
+    finish: makes the result of the function from its arrays.
+  """
+
+  plan: Plan
+  log: kinds.Log
+  values: list[Value]
+  rules: list[FeedbackRule | None]
+  finish: Callable[[Sequence[Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackFunction:
+  """What ``with_feedback`` makes of ``function(params, *args, **kwargs)``.
+
+  Attributes:
+    function: the function.
+    rules: its rules by path.
+    row_convolution: see ``with_feedback``.
+    prefix: path of the parameters in a larger model.
+  """
+
+  function: Callable[..., Any]
+  rules: Rules
+  row_convolution: bool = False
+  prefix: str = ''
+
+  def init(self, key: jax.Array, params: Any, *args, **kwargs) -> Any:
+    """Makes the feedback: the state of each weight's rule.
+
+    Args:
+      key: a PRNG key.
+      params: the parameters.
+      *args: if given, arguments to call the function with: weights that it
+        uses in no product, such as embeddings, then get no state.
+      **kwargs: further arguments to call the function with.
+
+    Returns:
+      A tree parallel to ``params``. In the place of a weight is
+      ``{name of its rule: state}``, or None where the rule keeps nothing.
+    """
+    return _parallel(params, self.init_states(key, params, args, kwargs))
+
+  def init_states(
+    self, key: jax.Array, params: Any, args=(), kwargs=None
+  ) -> dict[str, dict[str, Any]]:
+    """{path: {name of the rule: state}}; see ``init``."""
+    weights = self._weights_of(params)
+    if args or kwargs:
+      uses = self._checked(params, None, args, kwargs or {}).log.uses
+      used, multiplied = (
+        {path for use in each for path in use.paths}
+        for each in (uses, [use for use in uses if use.how == 'product'])
+      )
+      others = used - multiplied
+      weights = {path: W for path, W in weights.items() if path not in others}
+    states = {}
+    for path, W in weights.items():
+      rule = self.rules.find(path)
+      if rule is not None and rule.keeps_state:
+        state = rule.init(fold_path(key, path), jnp.asarray(W))
+        states[path] = {rule.state_name: state}
+    return states
+
+  def __call__(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
+    """Calls the function; its backward pass uses feedback weights.
+
+    Args:
+      params: the parameters.
+      feedback: what ``init`` returned.
+      *args: further arguments of the function.
+      **kwargs: further arguments of the function.
+
+    Raises:
+      FeedbackError: if a weight is used in a way for which no feedback is
+        defined; the message names all of them.
+    """
+    states = self.states(params, feedback)
+    return self.evaluate(params, states, args, kwargs)
+
+  def weights(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
+    """Returns V of each weight, as its rule computes it from the parameter.
+
+    Where the function masks or normalizes a weight first, the product uses V of
+    that. NuSF and scales by name depend on the product: pass arguments to call
+    the function with; without them kernels count as in Flax's layout.
+
+    Args:
+      params: the parameters.
+      feedback: what ``init`` returned.
+      *args: optional arguments to call the function with.
+      **kwargs: optional arguments to call the function with.
+
+    Returns:
+      A tree parallel to ``params``, with None for parameters without feedback.
+    """
+    states = self.states(params, feedback)
+    fans = None
+    if args or kwargs:
+      rows = self._rows(params, self._checked(params, states, args, kwargs))
+      fans = {row.path: row.fan for row in rows if row.rule}
+    return _parallel(params, self.weights_by_path(params, states, fans))
+
+  def weights_by_path(
+    self,
+    params: Any,
+    states: Mapping[str, Any],
+    fans: Mapping[str, Fan | None] | None = None,
+  ) -> dict[str, jax.Array]:
+    """{path: V}; of the paths of ``fans`` alone, if given."""
+    V = {}
+    for path, W in self._weights_of(params).items():
+      rule = self.rules.find(path)
+      missing = rule is None or (rule.keeps_state and path not in states)
+      if missing or (fans is not None and path not in fans):
+        continue
+      W = lax.stop_gradient(jnp.asarray(W))
+      R = rule.expand(W, states.get(path))
+      V[path] = rule.weights(W, R, fans[path] if fans else None)
+    return V
+
+  def mirror(
+    self,
+    key: jax.Array,
+    params: Any,
+    feedback: Any,
+    *args,
+    decay: float = 0.0,
+    **kwargs,
+  ) -> Any:
+    r"""Gradient of the weight mirror's noise phase, for the feedback.
+
+    At each product noise :math:`x \sim N(0, 1)` replaces the input and
+
+    .. math:: dR = -x^T (x W) / n + \mathrm{decay} \cdot R
+
+    with the mean over the n rows of x. No error and no label takes part.
+
+    Args:
+      key: a PRNG key for the noise.
+      params: the parameters.
+      feedback: what ``init`` returned.
+      *args: arguments to call the function with, for their shapes.
+      decay: weight decay of R; R converges to W / decay.
+      **kwargs: further arguments to call the function with.
+
+    Returns:
+      A tree like ``feedback``, to be given to an optimizer.
+    """
+
+    def multiply(op, xs, weight, step):
+      rule = rules[weight.kind.rule]
+      V = self._V(op, rule, weight)
+      noise = fold_path(key, ' '.join(weight.kind.paths))
+      extra = jax.random.key_data(noise)
+      return asymmetric(op, xs, weight.x, V, _mirror, extra)
+
+    def total(feedback):
+      outputs = self.evaluate(
+        params, self.states(params, feedback), args, kwargs, multiply
+      )
+      leaves = filter(_is_array, jax.tree.leaves(outputs))
+      return sum(jnp.sum(y.astype(jnp.float32)) for y in leaves)
+
+    traced = self._trace(params, None, args, kwargs)
+    rules = traced.rules
+    gradient = jax.grad(total, allow_int=True)(feedback)
+
+    def decayed(g, R):
+      if not jnp.issubdtype(R.dtype, jnp.floating):
+        return g
+      return g + jnp.asarray(decay, R.dtype) * R
+
+    return jax.tree.map(decayed, gradient, feedback)
+
+  def rows(self, params: Any, *args, **kwargs) -> list[Row]:
+    """How each weight is used, in the order of use; biases are left out."""
+    return self._rows(params, self._trace(params, None, args, kwargs))
+
+  def _rows(self, params: Any, traced: '_Traced') -> list[Row]:
+    leaves = by_path(params)
+    weights = {p: W for p, W in leaves.items() if is_weight(p, W, jnp.inexact)}
+    uses: dict[str, list[kinds.Use]] = {}
+    for use in traced.log.uses:
+      for path in use.paths:
+        uses.setdefault(path, []).append(use)
+    rows = []
+    for path in (*uses, *(path for path in weights if path not in uses)):
+      each = uses.get(path, [])
+      how = ', '.join(dict.fromkeys(use.how for use in each))
+      if not how:
+        how = 'excluded' if self.rules.excludes(path) else 'unused'
+      row = Row(path, jnp.shape(weights[path]), None, how)
+      product = next((use for use in each if use.how == 'product'), None)
+      if product is not None:
+        op = _product(product.eqn, product.at)
+        fan = op.fan(product.eqn.invars[product.at].aval.shape)
+        row = row._replace(rule=self.rules.find(path), fan=fan)
+      rows.append(row)
+    return rows
+
+  def table(self, params: Any, *args, **kwargs) -> str:
+    """What uses which rule, as text: is it really not backpropagation?
+
+    Args:
+      params: the parameters.
+      *args: further arguments of the function.
+      **kwargs: further arguments of the function.
+    """
+    return format_table(self.rows(params, *args, **kwargs))
+
+  def states(self, params: Any, feedback: Any) -> dict[str, Any]:
+    """{path: state} from a tree parallel to the parameters."""
+    leaves, tree = jax.tree.flatten(params)
+    none = [None] * len(leaves)
+    stored = none if feedback is None else tree.flatten_up_to(feedback)
+    found = zip(by_path(params), stored, strict=True)
+    return self.check_states({p: s for p, s in found if s is not None})
+
+  def check_states(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: state} from {path: {name of the rule: state}}."""
+    states = {}
+    for path, each in stored.items():
+      rule = self.rules.find(path)
+      if rule is not None and rule.keeps_state:
+        states[path] = _check_state(self.prefix + path, rule, each)
+    return states
+
+  def evaluate(
+    self,
+    params: Any,
+    states: Mapping[str, Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    multiply: Multiply | None = None,
+  ) -> Any:
+    """Calls the function; ``multiply`` evaluates its products."""
+    traced = self._checked(params, states, args, kwargs)
+
+    def with_V(op, xs, weight, step):
+      rule = traced.rules[weight.kind.rule]
+      V = self._V(op, rule, weight)
+      op = dataclasses.replace(op, rows=self.row_convolution)
+      learning, extra = rule.learning, None
+      observer = _OBSERVER.get()
+      if observer is not None:
+        path = self.prefix + ' + '.join(weight.kind.paths)
+        V, learning, extra = observer(path, op, weight.x, V, step.eqn)
+      return asymmetric(op, xs, weight.x, V, learning, extra)
+
+    values = _evaluate(traced.plan, traced.values, multiply or with_V)
+    return traced.finish([value.x for value in values])
+
+  def _V(self, op: Product, rule, weight: Value) -> jax.Array:
+    """The feedback weights of a product."""
+    # A second reverse pass differentiates the first one, with its V. What V
+    # learns is for R alone.
+    W = weight.x if rule.learning is None else lax.stop_gradient(weight.x)
+    return rule.weights(W, weight.R, op.fan(W.shape))
+
+  def _weights_of(self, params: Any) -> dict[str, Any]:
+    """Parameters that can have feedback."""
+    leaves = by_path(params)
+    self.rules.check_used(leaves)
+    return {
+      path: leaf
+      for path, leaf in leaves.items()
+      if is_weight(path, leaf) and not self.rules.excludes(path)
+    }
+
+  def _checked(self, params, states, args, kwargs) -> _Traced:
+    """A traced call without problems; without states, as if all were there."""
+    traced = self._trace(params, states, args, kwargs)
+    missing = [
+      self.prefix + path
+      for use in traced.log.uses
+      for path in use.paths
+      if use.how == 'product' and states is not None and path not in states
+      for rule in (self.rules.find(path),)
+      if rule is not None and rule.keeps_state
+    ]
+    if missing:
+      raise FeedbackError(
+        f'the feedback of {", ".join(map(repr, dict.fromkeys(missing)))} is '
+        'missing: pass what init returned for these parameters and this call.'
+      )
+    found = [*traced.log.problems, *self._without_fan(traced.log.uses)]
+    if found:
+      problems = '\n  '.join(dict.fromkeys(found))
+      inside = f' in {self.prefix[:-1]!r}' if self.prefix else ''
+      raise FeedbackError(
+        f'weights that cannot be given feedback{inside}:\n  {problems}\n'
+        'Exclude them (exclude=PATH) to train them by plain backpropagation, '
+        'or rewrite the operation as a product of a weight and data.'
+      )
+    record = current_record()
+    if record is not None:
+      rows = self._rows(params, traced)
+      record.extend(row._replace(path=self.prefix + row.path) for row in rows)
+    return traced
+
+  def _without_fan(self, uses: Iterable[kinds.Use]) -> Iterator[str]:
+    """Problems of rules that need the sizes of a product that has none."""
+    for use in uses:
+      rules = [self.rules.find(path) for path in use.paths]
+      rule = next((r for r in rules if r is not None and r.needs_fan), None)
+      if use.how != 'product' or rule is None:
+        continue
+      shape = use.eqn.invars[use.at].aval.shape
+      if _product(use.eqn, use.at).fan(shape) is None:
+        yield (
+          f'{" and ".join(map(repr, use.paths))} meets data in an outer '
+          f'product written by hand, which has no fan-in for {rule!r} '
+          f'({kinds.where(use.eqn)})'
+        )
+
+  def _trace(self, params, states, args, kwargs) -> _Traced:
+    """Traces the function."""
+    leaves, tree = jax.tree.flatten((params, args, kwargs))
+    paths = list(by_path(params))
+    at = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    outputs: list[Any] = []
+
+    def flat(*arrays):
+      full = list(leaves)
+      for i, array in zip(at, arrays, strict=True):
+        full[i] = array
+      given, positional, named = jax.tree.unflatten(tree, full)
+      results, out = jax.tree.flatten(
+        self.function(given, *positional, **named)
+      )
+      arrays = [result for result in results if _is_array(result)]
+      outputs[:] = [out, results]
+      return arrays
+
+    arrays = [leaves[i] for i in at]
+    closed = jax.make_jaxpr(flat)(*arrays)
+    out, results = outputs
+    results = [None if _is_array(result) else result for result in results]
+
+    def finish(arrays):
+      rest = iter(arrays)
+      filled = [next(rest) if r is None else r for r in results]
+      return jax.tree.unflatten(out, filled)
+
+    self.rules.check_used(paths)
+    rules: list[FeedbackRule | None] = []
+    values = []
+    for i, array in zip(at, arrays, strict=True):
+      if i < len(paths):
+        values.append(self._parameter(paths[i], array, states, rules))
+      elif _is_key(array):
+        values.append(Value(array, None, CONSTANT))
+      else:
+        values.append(Value(array, None, DATA))
+    plan, log = kinds.plan(closed, [value.kind for value in values])
+    return _Traced(plan, log, values, rules, finish)
+
+  def _parameter(self, path, leaf, states, rules) -> Value:
+    """A parameter as a value, with its R."""
+    plain = Value(leaf, None, CONSTANT.having(Trait.HIDDEN))
+    # A complex weight has no feedback: it is followed, to be refused.
+    if not is_weight(path, leaf, jnp.inexact) or self.rules.excludes(path):
+      return plain
+    rule = self.rules.find(path)
+    if rule is None or not is_weight(path, leaf):
+      return Value(leaf, None, Kind(Level.WEIGHT, (path,)))
+    number = next((i for i, r in enumerate(rules) if _same(r, rule)), -1)
+    if number < 0:
+      number = len(rules)
+      rules.append(rule)
+    R = None
+    has_R = rule.keeps_state and (states is None or path in states)
+    if has_R and states is not None:
+      W = jnp.asarray(leaf)
+      R = rule.expand(W, states[path])
+      if jnp.shape(R) != W.shape:
+        raise FeedbackError(
+          f'the feedback of {self.prefix + path!r} has shape {jnp.shape(R)}, '
+          f'but the weight has {W.shape}: make the feedback anew with init.'
+        )
+    kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
+    return Value(leaf, R, kind)
+
+
+def _mirror(op, xs, W, V, g, dW, extra):
+  """The gradient of V from noise in the place of the input."""
+  noise = jax.random.normal(
+    jax.random.wrap_key_data(extra), xs[0].shape, xs[0].dtype
+  )
+  noisy = (noise, *xs[1:])
+  y = op(noisy, W)
+  features = op.feature_axes(y.ndim, W.ndim) or (-1,)
+  rows = y.size // math.prod(y.shape[axis] for axis in features)
+  dV = op.weight_gradient(noisy, W, y)
+  return -dV / jnp.asarray(rows, dV.dtype), None
+
+
+def _is_key(array: Any) -> bool:
+  dtype = getattr(array, 'dtype', None)
+  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _same(a: Any, b: Any) -> bool:
+  """Whether two rules are one; those with arrays in them are themselves."""
+  if a is b:
+    return True
+  try:
+    return hash(a) == hash(b) and a == b
+  except TypeError:
+    return False
+
+
+def _parallel(params: Any, leaves: Mapping[str, Any]) -> Any:
+  """A tree like ``params`` of what is given by path, and None."""
+  tree = jax.tree.structure(params)
+  return jax.tree.unflatten(tree, [leaves.get(p) for p in by_path(params)])
+
+
+def with_feedback(
+  function: Callable[..., Any],
+  rules: FeedbackRule | Mapping[str, FeedbackRule],
+  exclude: str | Sequence[str] = (),
+  *,
+  row_convolution: bool = False,
+) -> FeedbackFunction:
+  """Makes the backward pass of a function use feedback weights.
+
+  >>> import symjax_bp
+  >>> def mlp(params, x):
+  ...   return jnp.tanh(x @ params['W1']) @ params['W2']
+  >>> f = with_feedback(mlp, symjax_bp.rndf())
+  >>> params = {'W1': jnp.ones((3, 4)), 'W2': jnp.ones((4, 2))}
+  >>> feedback, x = f.init(jax.random.key(0), params), jnp.ones((1, 3))
+  >>> print(f.table(params, x))
+  weight  shape   feedback  use
+  W1      (3, 4)  rndf()    product
+  W2      (4, 2)  rndf()    product
+  2 of 2 weights with feedback: 20 of 20 parameters
+  >>> loss = lambda params: f(params, feedback, x).sum()
+  >>> g = jnp.ones((1, 2)) @ f.weights(params, feedback)['W2'].T
+  >>> dW1 = x.T @ (g * (1 - jnp.tanh(x @ params['W1']) ** 2))
+  >>> print(jnp.allclose(jax.grad(loss)(params)['W1'], dW1))
+  True
+
+  Args:
+    function: ``function(params, *args, **kwargs)``; ``params`` is any pytree.
+      Its other arguments are data, but keys are constants. Arguments that are
+      no arrays are static.
+    rules: a rule for all weights, or {regular expression: rule}. An expression
+      is searched for in a parameter's path, such as ``'encoder/Conv_0/kernel'``
+      (``^`` and ``$`` anchor it); the first that is found wins. Parameters
+      called ``bias`` or ``scale`` have no rule.
+    exclude: one or more regular expressions for the paths of parameters that
+      plain backpropagation trains.
+    row_convolution: see ``symjax_bp.primitives.conv_general_dilated``.
+
+  Returns:
+    An object with ``init(key, params)``, ``__call__(params, feedback, *args)``,
+    ``weights(params, feedback)`` and ``table(params, *args)``.
+
+  Raises:
+    TypeError: if ``function`` is not callable or a rule is none.
+    ValueError: if an expression matches no parameter; when called,
+      ``FeedbackError`` if a weight cannot be given feedback.
+  """
+  arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(function))
+  if not callable(function) or arrays:
+    raise TypeError(
+      'target must be a function of its parameters, such as '
+      f'lambda model, x: model(x), or a Flax module, not {type(function)}.'
+    )
+  return FeedbackFunction(
+    function, Rules.create(rules, exclude), row_convolution
+  )

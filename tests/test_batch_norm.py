@@ -1,0 +1,181 @@
+"""Batch norm is its closed form, and its averages are of deviations."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from symjax_bp.batch_norm import BatchNorm, NNXBatchNorm
+from tests import batch_norms
+from tests.batch_norms import FORMS, ROUNDING, random_array, statistics_of
+
+TRAINING = BatchNorm(use_running_average=False)
+INITIAL = {
+  'mean': np.zeros(5, np.float32),
+  'std': np.ones(5, np.float32),
+  'count': np.int32(0),
+}
+
+
+@FORMS
+@pytest.mark.parametrize(
+  ('shape', 'axis'), [((6, 5), 0), ((4, 3, 6, 6), 1), ((2, 3, 4, 5, 2), -1)]
+)
+def test_training_is_the_closed_form_in_float64(form, shape, axis):
+  x, g = (np.float64(random_array(shape, seed)) for seed in range(2))
+  with jax.enable_x64(True):
+    y, dx, statistics = batch_norms.with_gradient(form, x, g, axis=axis)
+  mean, std = batch_norms.numpy_statistics(x, axis)
+  axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+  centered = (x - mean) / std
+  projection = centered * (g * centered).mean(axes, keepdims=True)
+  expected = (g - g.mean(axes, keepdims=True) - projection) / std
+  # Up to 144 additions of numbers up to 100, each rounded by 1e-16.
+  np.testing.assert_allclose(y, centered, rtol=0, atol=1e-11)
+  np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-11)
+  assert statistics['count'] == 1
+  # The first mini-batch counts in full and is stored in float32.
+  for name, value in (('mean', mean), ('std', std)):
+    chex.assert_type(statistics[name], jnp.float32)
+    np.testing.assert_allclose(statistics[name], value.ravel(), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize('alpha', [0.05, 1.0, 1e-6])
+def test_averages_are_bias_corrected_and_of_deviations(alpha):
+  batches = [random_array((10, 3), k, 1.0 + k, offset=k) for k in range(25)]
+  linen, variables = TRAINING.clone(alpha=alpha), {}
+  layer = NNXBatchNorm(3, alpha=alpha)
+  for x in batches:
+    _, variables = linen.apply(variables, x, mutable=['batch_stats'])
+    layer(x)
+  statistics = dict(variables['batch_stats'])
+  chex.assert_trees_all_equal(statistics_of(layer), statistics)
+  means, stds = zip(*map(batch_norms.numpy_statistics, batches), strict=True)
+  # 10 additions per mini-batch, then 25 updates of 4 operations each.
+  atol = (10 + 4 * 25) * ROUNDING * np.abs(batches).max()
+  assert statistics['count'] == 25
+  for name, values in (('mean', means), ('std', stds)):
+    expected = batch_norms.numpy_average(values, alpha)[0]
+    np.testing.assert_allclose(statistics[name], expected, rtol=0, atol=atol)
+  if alpha < 1.0:  # The average of variances is another number.
+    variance = batch_norms.numpy_average(np.square(stds), alpha)[0]
+    assert (np.sqrt(variance) > statistics['std'] + 10 * atol).all()
+  # Evaluation adds no second epsilon, and moves nothing.
+  x = random_array((4, 3))
+  mean, std = (np.float64(statistics[name]) for name in ('mean', 'std'))
+  y = BatchNorm(use_running_average=True).apply(variables, x)
+  np.testing.assert_allclose(y, (x - mean) / std, rtol=4 * ROUNDING)
+  layer.eval()
+  chex.assert_trees_all_equal(layer(x), y)
+  chex.assert_trees_all_equal(statistics_of(layer), statistics)
+
+
+@pytest.mark.parametrize('use_scale', [False, True])
+@pytest.mark.parametrize('use_bias', [False, True])
+def test_parameters_only_when_asked(use_scale, use_bias):
+  x, options = (
+    random_array((8, 5)),
+    dict(use_scale=use_scale, use_bias=use_bias),
+  )
+  linen = TRAINING.clone(**options)
+  layer = NNXBatchNorm(5, **options, rngs=nnx.Rngs(0))
+  expected = {'scale': np.ones(5, np.float32)} if use_scale else {}
+  expected |= {'bias': np.zeros(5, np.float32)} if use_bias else {}
+  params = nnx.state(layer, nnx.Param)
+  chex.assert_trees_all_equal(nnx.to_pure_dict(params), expected)
+  found = linen.init(jax.random.key(0), x).get('params', {})
+  chex.assert_trees_all_equal(dict(found), expected)
+  params = {name: random_array(5, seed=len(name)) for name in expected}
+  nnx.update(layer, params)
+  y = np.asarray(TRAINING.apply({}, x))
+  y = y * params.get('scale', np.float32(1)) + params.get('bias', np.float32(0))
+  chex.assert_trees_all_equal(linen.apply({'params': params}, x), y)
+  chex.assert_trees_all_equal(layer(x), y)
+
+
+def test_statistics_move_only_in_training_and_where_mutable():
+  x = random_array((8, 5))
+  variables = TRAINING.init(jax.random.key(0), x)
+  pure = TRAINING.apply(variables, x)
+  chex.assert_trees_all_equal(pure, TRAINING.apply({}, x))
+  y, moved = TRAINING.apply(variables, x, mutable=['batch_stats'])
+  chex.assert_trees_all_equal(pure, y)
+  assert moved['batch_stats']['count'] == 1
+  chex.assert_trees_all_equal(variables, {'batch_stats': INITIAL})
+  # Evaluation before any mini-batch returns its input, which may be empty.
+  for inputs in (x, x[:0]):
+    layer = NNXBatchNorm(5)
+    y = layer(inputs, use_running_average=True)
+    np.testing.assert_array_equal(y, inputs)
+    chex.assert_trees_all_equal(statistics_of(layer), INITIAL)
+    y = BatchNorm().apply(variables, inputs, use_running_average=True)
+    np.testing.assert_array_equal(y, inputs)
+
+
+def test_nnx_modes():
+  x, layer = random_array((8, 5)), NNXBatchNorm(5)
+  trained = layer(x)
+  layer.eval()
+  # The call's argument, nnx.view and train() each select training again.
+  train = (
+    lambda: layer(x, use_running_average=False),
+    lambda: nnx.view(layer, use_running_average=False)(x),
+    lambda: layer.train() or layer(x),
+  )
+  for number, again in enumerate(train, 2):
+    assert (layer(x + 1) != trained).all()
+    chex.assert_trees_all_equal(again(), trained)
+    assert layer.count[...] == number
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    *(({'alpha': a}, f'alpha is {a} .*(0, 1]') for a in (0.0, 1.5, np.nan)),
+    *(
+      ({'epsilon': e}, f'epsilon is {e}.* above 0') for e in (0.0, -1.0, np.nan)
+    ),
+  ],
+)
+def test_option_errors(options, message):
+  for make in (BatchNorm, functools.partial(NNXBatchNorm, 5)):
+    with pytest.raises(
+      ValueError, match=message.replace('(0, 1]', r'\(0, 1\]')
+    ):
+      make(**options)
+
+
+X = np.zeros((2, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+  ('x', 'axis', 'message'),
+  [
+    (X[:0], -1, r'x has shape \(0, 5\)'),
+    (X[:, :4], -1, r'x has 4 features \(shape \(2, 4\), axis -1\), .* of 5'),
+    (X.astype(np.complex64), -1, 'x is complex'),
+    (X, 2, r'axis is 2, but x has shape \(2, 5\): .* \[-2, 2\)'),
+    (X, -3, r'axis is -3, but x has shape .* \[-2, 2\)'),
+  ],
+)
+def test_input_errors(x, axis, message):
+  linen = functools.partial(
+    TRAINING.clone(axis=axis).apply, {'batch_stats': INITIAL}
+  )
+  for run in (
+    functools.partial(linen, mutable=['batch_stats']),
+    NNXBatchNorm(5, axis=axis),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(x)
+
+
+def test_mode_and_rngs_errors():
+  with pytest.raises(ValueError, match='use_running_average is None'):
+    NNXBatchNorm(5, use_running_average=None)(X)
+  with pytest.raises(ValueError, match='use_scale.*rngs=nnx.Rngs'):
+    NNXBatchNorm(5, use_scale=True)

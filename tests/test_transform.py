@@ -1,0 +1,626 @@
+"""with_feedback for functions: transformations, arguments and V."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import symjax_bp as sbp
+from tests import zoo
+from tests.zoo import KEY, normal
+
+WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  """Differences then come from nowhere but errors: 1e-10 is far above both."""
+  with jax.enable_x64(True):
+    yield
+
+
+def assert_close(actual, expected, atol=1e-10):
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=atol),
+    actual,
+    expected,
+  )
+
+
+def assert_same(actual, expected):
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+# --- Transformations ---------------------------------------------------------
+
+
+def network(product, params, V, x):
+  """A tied weight, which R follows, and a second rule."""
+  h = jnp.tanh(product(x, params['W'], V['W']))
+  y = product(h, params['W'].T, V['W'].T)
+  return y + product(x, params['U'], V['U'])
+
+
+def plain(params, x):
+  return network(lambda x, W, _: x @ W, params, params, x)
+
+
+def reference(params, V, x):
+  product = lambda *xWV: zoo.through(jnp.matmul, *xWV)
+  return network(product, params, V, x)
+
+
+RULES = {'W': sbp.rndf(1.0), 'U': sbp.frsf(0.5)}
+
+
+def setup(function=plain):
+  """A function with feedback, arguments, and V."""
+  f = sbp.with_feedback(function, RULES)
+  params = {'W': normal(1, 3, 4), 'U': normal(2, 3, 3)}
+  feedback = f.init(KEY, params)
+  x = normal(3, 8, 3)
+  return f, (params, feedback, x), f.weights(params, feedback)
+
+
+def gradient_of(function):
+  """The gradient in the parameters and in x."""
+
+  def gradient(params, feedback, x):
+    loss = lambda params, x: (function(params, feedback, x) ** 2).sum()
+    return jax.grad(loss, (0, 1))(params, x)
+
+  return gradient
+
+
+def mesh_of(kind=AxisType.Auto):
+  return jax.make_mesh((8,), ('data',), axis_types=(kind,))
+
+
+def over_examples(mapped):
+  """The gradient of a batch from gradients of examples."""
+
+  def transform(g):
+    def batch(params, feedback, x):
+      dparams, dx = mapped(g)(params, feedback, x[:, None])
+      return jax.tree.map(lambda a: a.sum(0), dparams), dx[:, 0]
+
+    return batch
+
+  return transform
+
+
+def exported(shape=None):
+  def transform(g):
+    def call(params, feedback, x):
+      symbolic = jax.export.symbolic_shape(shape) if shape else x.shape
+      spec = jax.ShapeDtypeStruct(symbolic, x.dtype)
+      stored = jax.export.export(jax.jit(g))(params, feedback, spec)
+      stored = jax.export.deserialize(stored.serialize())
+      return stored.call(params, feedback, x)
+
+    return call
+
+  return transform
+
+
+def disabled_jit(g):
+  def call(*args):
+    with jax.disable_jit():
+      return g(*args)
+
+  return call
+
+
+def sharded(kind):
+  def transform(g):
+    def call(params, feedback, x):
+      mesh = mesh_of(kind)
+      place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+      args = *place((params, feedback), WHOLE), place(x, SPLIT)
+      with jax.set_mesh(mesh):
+        return jax.jit(g)(*args)
+
+    return call
+
+  return transform
+
+
+def shard_map(g):
+  return jax.jit(
+    jax.shard_map(
+      g,
+      mesh=mesh_of(),
+      in_specs=(WHOLE, WHOLE, SPLIT),
+      out_specs=(WHOLE, SPLIT),
+    )
+  )
+
+
+TRANSFORMATIONS = {
+  'eager': lambda g: g,
+  'disable_jit': disabled_jit,
+  'jit': jax.jit,
+  'donated arguments': lambda g: (
+    lambda *args: jax.jit(g, donate_argnums=(0, 2))(*map(copied, args))
+  ),
+  'checkpoint': lambda g: jax.jit(jax.checkpoint(g)),
+  'ahead of time': lambda g: (
+    lambda *args: jax.jit(g).lower(*args).compile()(*args)
+  ),
+  'export': exported(),
+  'export, symbolic batch': exported('batch, 3'),
+  'vmap': over_examples(lambda g: jax.jit(jax.vmap(g, (None, None, 0)))),
+  'scan': over_examples(
+    lambda g: (
+      lambda params, feedback, x: lax.map(lambda x: g(params, feedback, x), x)
+    )
+  ),
+  'pmap': over_examples(lambda g: jax.pmap(g, in_axes=(None, None, 0))),
+  'shard_map': shard_map,
+  'sharded jit': sharded(AxisType.Auto),
+  'sharded jit, explicit': sharded(AxisType.Explicit),
+}
+
+
+def copied(tree):
+  return jax.tree.map(jnp.copy, tree)
+
+
+@pytest.mark.parametrize('name', TRANSFORMATIONS)
+def test_the_gradient_can_be_transformed(name):
+  f, args, V = setup()
+  expected = gradient_of(lambda params, _, x: reference(params, V, x))(*args)
+  assert_close(TRANSFORMATIONS[name](gradient_of(f))(*args), expected)
+
+
+def inside_shard_map(params, x):
+  return jax.shard_map(
+    plain, mesh=mesh_of(), in_specs=(WHOLE, SPLIT), out_specs=SPLIT
+  )(params, x)
+
+
+@jax.custom_jvp
+def identity(W):
+  return W * 1
+
+
+identity.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+
+# The same function of the parameters and x in other words.
+FORMS = {
+  'jit': jax.jit(plain),
+  'checkpoint': jax.checkpoint(plain),
+  'vmap': jax.vmap(plain, (None, 0)),
+  'scan': lambda params, x: lax.map(lambda row: plain(params, row), x),
+  'cond': lambda params, x: lax.cond(x[0, 0] > 9, plain, plain, params, x),
+  'switch': lambda params, x: lax.switch(
+    (x[0, 0] > 9).astype(int), [plain] * 3, params, x
+  ),
+  'fori_loop': lambda params, x: lax.fori_loop(
+    0, 2, lambda _, c: (c[0], plain(*c)), (params, x)
+  )[1],
+  'shard_map': inside_shard_map,
+  'custom_jvp of a weight': lambda params, x: plain(
+    jax.tree.map(identity, params), x
+  ),
+}
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_feedback_follows_into_the_function(name):
+  f, args, V = setup(FORMS[name])
+
+  def expected(params, _, x):
+    y = reference(params, V, x)
+    return reference(params, V, y) if name == 'fori_loop' else y
+
+  actual = jax.jit(gradient_of(f))(*args)
+  assert_close(actual, gradient_of(expected)(*args))
+
+
+def test_vmap_over_models_is_each_model():
+  f, (params, _, x), _ = setup()
+  stacked = jax.tree.map(lambda W: jnp.stack([W, 2 * W, W - 1]), params)
+  feedback = jax.vmap(f.init)(jax.random.split(KEY, 3), stacked)
+  g = jax.jit(gradient_of(f))
+  actual = jax.vmap(g, (0, 0, None))(stacked, feedback, x)
+  for i in range(3):
+    pick = lambda tree, i=i: jax.tree.map(lambda a: a[i], tree)
+    alone = g(pick(stacked), pick(feedback), x)
+    assert_close(pick(actual), alone)
+
+
+def test_reverse_over_reverse_is_that_of_plain_jax():
+  f = sbp.with_feedback(plain, sbp.symmetric())
+  _, (params, _, x), _ = setup()
+  x = x[:2]
+
+  def second(function):
+    loss = lambda params, x: jnp.sum(function(params, x) ** 3)
+    return jax.jit(jax.jacrev(jax.jacrev(loss, (0, 1)), (0, 1)))(params, x)
+
+  actual = second(lambda params, x: f(params, None, x))
+  assert_close(actual, second(plain))
+
+
+def test_a_tracer_that_the_function_closes_over_gets_its_gradient():
+  _, (params, feedback, x), V = setup()
+
+  @jax.jit
+  def gradient(params, x, factor):
+    def loss(factor):
+      f = sbp.with_feedback(lambda params, x: plain(params, factor * x), RULES)
+      return (f(params, feedback, x) ** 2).sum()
+
+    return jax.grad(loss)(factor)
+
+  factor = jnp.asarray(0.5)
+  expected = jax.grad(lambda c: (reference(params, V, c * x) ** 2).sum())
+  assert_close(gradient(params, x, factor), expected(factor))
+
+
+def test_a_loop_that_only_runs_forwards_is_as_it_was():
+  f, args, _ = setup()
+  grown = lambda function: lax.while_loop(
+    lambda x: (x**2).sum() < 1e3, lambda x: x + jnp.abs(function(x)), args[2]
+  )
+  actual = grown(lambda x: f(*args[:2], x))
+  assert_close(actual, grown(lambda x: plain(args[0], x)), atol=1e-9)
+
+
+def test_arguments_and_results_of_every_type():
+  """Static arguments, keys, and results that are no arrays."""
+
+  def function(params, x, train, *, mode, key=None, nothing=None):
+    y = x['data'] @ params
+    if train:
+      y = jnp.where(jax.random.bernoulli(key, 0.5, y.shape), y, 0)
+    if mode == 'tanh':
+      y = jnp.tanh(y)
+    return {'y': y, 'mode': mode, 'train': train, 'none': nothing}, [3]
+
+  f = sbp.with_feedback(function, sbp.usf())
+  W, x = normal(1, 3, 2), {'data': normal(2, 4, 3)}
+  args, kwargs = (x, True), {'mode': 'tanh', 'key': KEY}
+  actual, expected = f(W, None, *args, **kwargs), function(W, *args, **kwargs)
+  assert actual[0].pop('y').tolist() == expected[0].pop('y').tolist()
+  assert actual == expected
+  jitted = jax.jit(
+    lambda W, x, key: f(W, None, x, False, mode='no', key=key)[0]['y']
+  )
+  assert_close(jitted(W, x, KEY), x['data'] @ W)
+
+
+def dots_and_convolutions(function, args):
+  def loss(*args):
+    leaves = jax.tree.leaves(function(*args))
+    return sum(jnp.sum(leaf.astype(float) ** 2) for leaf in leaves)
+
+  gradient = jax.jit(jax.grad(loss, range(len(args)), allow_int=True))
+  text = gradient.lower(*args).compile().as_text()
+  return len(re.findall(r'\b(?:dot|convolution|custom-call)\(', text))
+
+
+@pytest.mark.parametrize(
+  'name', ['OptimizedLSTM', 'vision transformer', 'experts, dispatched']
+)
+def test_the_program_has_no_more_products_than_plain_jax(name):
+  with jax.enable_x64(False):
+    model = zoo.model(name)
+    args = model.params, *model.args
+    f = sbp.with_feedback(model.function, sbp.usf())
+    asymmetric = lambda params, *args: f(params, None, *args)
+    products = dots_and_convolutions(model.function, args)
+    assert 0 < dots_and_convolutions(asymmetric, args) <= products
+
+
+# --- Refusals ----------------------------------------------------------------
+
+
+@jax.custom_vjp
+def fused(x, W):
+  return x @ W
+
+
+fused.defvjp(
+  lambda x, W: (x @ W, (x, W)), lambda xW, g: (g @ xW[1].T, xW[0].T @ g)
+)
+
+
+def gradient_step(W, x):
+  return W - 0.1 * jax.grad(lambda W: jnp.sum((x @ W) ** 2))(W)
+
+
+TWO_RULES = {'W': sbp.usf(), 'U': sbp.nusf()}
+COMPLEX = jnp.complex128
+
+# Function of W, U and x; the rules; the offenders; and the primitive.
+REFUSED = {
+  'custom_vjp of data': (
+    lambda W, U, x: fused(x @ U, W), sbp.usf(), 'W', 'custom_vjp_call'
+  ),
+  'qr': (
+    lambda W, U, x: x @ jnp.linalg.qr(W)[0], sbp.usf(), 'W', 'dot_general'
+  ),
+  'cumsum': (
+    lambda W, U, x: x @ jnp.cumsum(W, 0), sbp.usf(), 'W', 'dot_general'
+  ),
+  'sort': (lambda W, U, x: x @ jnp.sort(W), sbp.usf(), 'W', 'dot_general'),
+  'Fourier transform': (
+    lambda W, U, x: jnp.fft.irfft(jnp.fft.rfft(x) * jnp.fft.rfft(W[:1])),
+    sbp.usf(), 'W', 'mul',
+  ),
+  'two at once': (
+    lambda W, U, x: x @ jnp.sort(W) @ jnp.cumsum(U, 0), sbp.usf(), 'WU', 'dot_gen'
+  ),
+  'MAML': (
+    lambda W, U, x: x @ gradient_step(W, x), sbp.usf(), 'W', 'dot_general'
+  ),
+  'LoRA, merged': (
+    lambda W, U, x: x @ (W + U[:, :1] @ U[:1]), sbp.usf(), 'WU', 'dot_general'
+  ),
+  'product of weights': (
+    lambda W, U, x: x @ (W @ U), sbp.usf(), 'WU', 'dot_general'
+  ),
+  'hypernetwork': (
+    lambda W, U, x: x @ (W * (x[:1] @ U)), sbp.usf(), 'W', 'dot_general'
+  ),
+  'cond of a weight or data': (
+    lambda W, U, x: x @ lax.cond(x[0, 0] > 0, lambda: W, lambda: x[:3]),
+    sbp.usf(), 'W', 'dot_general',
+  ),
+  'joined, two rules': (
+    lambda W, U, x: x @ jnp.concatenate([W, U], 1), TWO_RULES, 'WU', 'dot_gen'
+  ),
+  'added, two rules': (
+    lambda W, U, x: x @ (W + U), TWO_RULES, 'WU', 'dot_general'
+  ),
+  'W + W.T with R': (
+    lambda W, U, x: x @ (W + W.T), sbp.rndf(), 'W', 'dot_general'
+  ),
+  'W + U with R': (lambda W, U, x: x @ (W + U), sbp.frsf(), 'WU', 'dot_gen'),
+  'solve': (
+    lambda W, U, x: jnp.linalg.solve(W, x.T), sbp.usf(), 'W', 'linear_solve'
+  ),
+  'complex': (
+    lambda W, U, x: jnp.abs(x.astype(COMPLEX) @ W.astype(COMPLEX)),
+    sbp.usf(), 'W', 'dot_general',
+  ),
+  'power': (
+    lambda W, U, x: jnp.abs(x) ** jnp.abs(W[:1]), sbp.usf(), 'W', 'pow'
+  ),
+  'outer product without a fan-in': (
+    lambda W, U, x: (x[:, :, None] * W[None]).sum(1), sbp.nusf(), 'W', 'mul'
+  ),
+  'no rule': (lambda W, U, x: x @ W @ U, {'U': sbp.usf()}, 'W', 'dot_general'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_have_feedback_is_refused_and_can_be_excluded(name):
+  function, rules, offenders, primitive = REFUSED[name]
+  call = lambda params, x: function(params['W'], params['U'], x)
+  f = sbp.with_feedback(call, rules)
+  params = {name: normal(i, 3, 3) for i, name in enumerate('WU')}
+  feedback, x = f.init(KEY, params), normal(2, 4, 3)
+  for refused in (f, jax.jit(f), lambda *a: f.init(KEY, a[0], a[2])):
+    with pytest.raises(sbp.FeedbackError) as error:
+      refused(params, feedback, x)
+    message = str(error.value)
+    assert set(re.findall(r"'([WU])'", message)) == set(offenders)
+    assert 'exclude=' in message
+    line = function.__code__.co_firstlineno
+    found = re.findall(
+      rf'{primitive}\w* at \S*test_transform.py:(\d+)', message
+    )
+    assert found and all(0 <= int(each) - line < 4 for each in found), message
+  rest = {'W': sbp.symmetric(), 'U': sbp.symmetric()}
+  excluded = sbp.with_feedback(call, rest, exclude=tuple(offenders))
+  gradient = lambda f: jax.jit(
+    jax.grad(lambda params, x: jnp.sum(f(params, x) ** 2), (0, 1))
+  )
+  actual = gradient(lambda params, x: excluded(params, None, x))(params, x)
+  assert_same(actual, gradient(call)(params, x))
+
+
+@pytest.mark.parametrize(
+  'rules, exclude',
+  [({'V': sbp.usf(), '': sbp.usf()}, ()), ({'^U$': sbp.usf()}, 'w')],
+  ids=['rules', 'exclude'],
+)
+def test_an_expression_that_matches_nothing_is_refused(rules, exclude):
+  f = sbp.with_feedback(plain, rules, exclude)
+  _, (params, _, x), _ = setup()
+  for call in (f.init, lambda _, params, *args: f(params, None, *args)):
+    with pytest.raises(ValueError, match=r"'[Vw]' matches no .*'U', 'W'"):
+      call(KEY, params, x)
+
+
+def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
+  f, (params, feedback, x), _ = setup()
+  other = sbp.with_feedback(plain, sbp.rndf(0.1)).init(KEY, params)
+  larger = f.init(KEY, {**params, 'W': normal(1, 3, 5)})
+  for state, message in (
+    (None, "feedback of 'W', 'U' is missing"),
+    ({**feedback, 'U': None}, "feedback of 'U' is missing"),
+    ({**feedback, 'W': other['W']}, r"'W' was made by rndf\(sigma=0.1\)"),
+    (larger, r"'W' has shape \(3, 5\), but the weight has \(3, 4\)"),
+  ):
+    for call in (f, jax.jit(f)):
+      with pytest.raises(sbp.FeedbackError, match=message):
+        call(params, state, x)
+
+
+# --- V -----------------------------------------------------------------------
+
+
+def used(f, params, feedback, x):
+  """V of a function that is linear in one row: the transposed Jacobian."""
+  return jax.jit(jax.jacrev(lambda x: f(params, feedback, x)))(x).T
+
+
+def through_stack(W, x):
+  return lax.scan(lambda x, W: (x @ W, None), x, W)[0]
+
+
+DRAWN = (sbp.brsf(0.3), sbp.frsf(0.3), sbp.rndf())
+
+
+@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg', 'unsafe_rbg'])
+@pytest.mark.parametrize('rule', DRAWN, ids=str)
+def test_V_as_reported_is_V_as_used(rule, impl):
+  """Also in a scan, where each layer has a V of its own (case F6)."""
+  f = sbp.with_feedback(through_stack, rule)
+  W, x = normal(1, 3, 4, 4), normal(2, 4)
+  with jax.default_prng_impl(impl):
+    feedback = f.init(jax.random.key(1), W)
+    V = f.weights(W, feedback)
+    actual = used(f, W, feedback, x)
+  assert_close(actual, V[0] @ V[1] @ V[2])
+  assert len(np.unique(np.abs(V))) == V.size
+
+
+def test_brsf_draws_again_if_and_only_if_that_weight_changes():
+  f = sbp.with_feedback(lambda params, x: x @ params['W'], sbp.brsf())
+  params = {'W': normal(1, 3, 4), 'U': normal(2, 4, 4)}
+  feedback = f.init(KEY, params)
+  V = jax.jit(lambda params: f.weights(params, feedback))
+  first = V(params)
+  W = params['W']
+  changed = V({**params, 'W': W.at[1, 2].set(np.nextafter(W[1, 2], 9))})
+  assert_same(V(params), first)
+  assert_same(changed['U'], first['U'])
+  assert (changed['W'] != first['W']).mean() > 0.9
+  assert_same(jnp.sign(changed['W']), jnp.sign(W))
+  other = f.weights(params, sbp.redraw(feedback, jax.random.key(5)))
+  assert all((other[name] != first[name]).all() for name in params)
+
+
+@pytest.mark.parametrize('rule', DRAWN, ids=str)
+def test_micro_batches_add_up_to_the_batch(rule):
+  f = sbp.with_feedback(plain, rule)
+  _, (params, _, x), _ = setup()
+  feedback = f.init(KEY, params)
+  g = jax.jit(gradient_of(f))
+  total, dx = g(params, feedback, x)
+  parts = [g(params, feedback, part) for part in jnp.split(x, 4)]
+  assert_close(jax.tree.map(lambda *a: sum(a), *[p[0] for p in parts]), total)
+  assert_close(jnp.concatenate([part[1] for part in parts]), dx)
+
+
+@pytest.mark.parametrize(
+  'rule', [sbp.usf(), sbp.rndf(), sbp.kolen_pollack()], ids=str
+)
+def test_tied_weights_in_closed_form(rule):
+  """The decoder's V is the transpose of the encoder's."""
+  f = sbp.with_feedback(lambda W, x: jnp.tanh(x @ W) @ W.T, rule)
+  W, x, g = normal(1, 3, 5), normal(2, 4, 3), normal(3, 4, 3)
+  feedback = f.init(KEY, W)
+  loss = lambda W, feedback, x: (f(W, feedback, x) * g).sum()
+  dW, dR, dx = jax.jit(jax.grad(loss, (0, 1, 2)))(W, feedback, x)
+  V = np.sign(W) if feedback is None else np.asarray(feedback[rule.state_name])
+  W, x, g = map(np.asarray, (W, x, g))
+  h = np.tanh(x @ W)
+  delta = (g @ V) * (1 - h**2)
+  expected = x.T @ delta + g.T @ h
+  assert_close((dW, dx), (expected, delta @ V.T))
+  if feedback is not None:
+    learned = rule.name == 'kolen_pollack'
+    assert_close(dR[rule.state_name], expected if learned else 0 * V)
+
+
+MASK = np.tri(4, 3, dtype=np.float64)
+MASKS = {
+  'product': lambda W: W * MASK,
+  'where': lambda W: jnp.where(MASK > 0, W, 0),
+  'set': lambda W: W.at[np.nonzero(MASK == 0)].set(0),
+  'tril': jnp.tril,
+}
+
+
+@pytest.mark.parametrize('rule', [sbp.usf(), *DRAWN], ids=str)
+@pytest.mark.parametrize('mask', MASKS)
+def test_V_is_0_where_the_weight_is_masked(mask, rule):
+  f = sbp.with_feedback(lambda W, x: x @ MASKS[mask](W), rule)
+  W = normal(1, 4, 3)
+  feedback = f.init(KEY, W)
+  V = f.weights(W, feedback)
+  assert_same(used(f, W, feedback, normal(2, 4)), MASK * V)
+
+
+def test_a_key_argument_drops_connections_of_V_too():
+  """DropConnect: the mask comes from a key, which is no data."""
+
+  def function(W, key, x):
+    return x @ (W * jax.random.bernoulli(key, 0.5, W.shape).astype(W.dtype))
+
+  f = sbp.with_feedback(function, sbp.rndf())
+  W, x = normal(1, 4, 3), normal(2, 4)
+  R = f.init(KEY, W)
+  kept = jax.random.bernoulli(KEY, 0.5, W.shape).astype(W.dtype)
+  dx = jax.jacrev(lambda x: f(W, R, KEY, x))(x)
+  assert_same(dx.T, kept * f.weights(W, R))
+
+
+# Kernels that contract other axes than those before the last.
+FANS = {
+  'DenseGeneral': 18,
+  'Conv, grouped and strided': 9,
+  'ConvTranspose, transposed kernel': 27,
+  'ConvLocal': 27,
+  'nn.vmap': 3,
+  'nnx Einsum': 3,
+  'eqx Conv2d': 27,
+  'ragged_dot': 3 * 3,
+  'tied and transposed': 3 * 3,
+  'ensemble': 3 * 5,
+}
+
+
+@pytest.mark.parametrize('name', FANS)
+def test_the_fan_in_of_nusf_is_that_of_the_product(name):
+  """dx of nuSF is dx of uSF over the fan-in of each layer on the way."""
+  with jax.numpy_dtype_promotion('standard'):
+    model = zoo.model(name, wide=True)
+
+    def dx(rule):
+      f = sbp.with_feedback(model.function, rule)
+
+      def total(params, *args):
+        y = jax.tree.leaves(f(params, None, *args))[0]
+        return jnp.sum(y * normal(9, *y.shape))
+
+      return jax.grad(total, len(model.args))(model.params, *model.args)
+
+    both = jax.jit(lambda: (dx(sbp.usf()), dx(sbp.nusf())))()
+  assert_close(FANS[name] * both[1], both[0])
+
+
+def test_init_with_arguments_leaves_out_weights_with_other_uses():
+  def function(params, x):
+    h = params['E'][jnp.arange(4)] + x @ params['W']
+    return h * params['gain']
+
+  f = sbp.with_feedback(function, sbp.rndf())
+  shapes = {'E': (4, 3), 'W': (3, 3), 'gain': (1, 3)}
+  params = {name: normal(1, *shape) for name, shape in shapes.items()}
+  every, x = f.init(KEY, params), normal(2, 4, 3)
+  some = f.init(KEY, params, x)
+  assert all(every.values())
+  assert some == {**dict.fromkeys(params), 'W': some['W']}
+  assert_same(some['W'], every['W'])
+  assert_same(f(params, some, x), function(params, x))
+
+
+@pytest.mark.parametrize('rule', DRAWN, ids=str)
+def test_paths_that_read_alike_have_draws_of_their_own(rule):
+  """Case F7."""
+  W = normal(1, 4, 4)
+  params = {'layer1': {'10': W}, 'layer11': {'0': W}, 'layer': {'110': W}}
+  f = sbp.with_feedback(lambda params, x: x, rule)
+  V = jax.tree.leaves(f.weights(params, f.init(KEY, params)))
+  assert len({np.asarray(each).tobytes() for each in V}) == 3
