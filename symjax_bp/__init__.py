@@ -23,8 +23,8 @@ one line, and an optax chain learns by signs in another:
 >>> x = jnp.stack([jnp.linspace(-1, 1, 16), jnp.ones(16)], axis=1)
 >>> keys = jax.random.split(jax.random.key(0))
 >>> params = {
-...   'W1': jax.random.normal(keys[0], (2, 8)),
-...   'W2': jax.random.normal(keys[1], (8, 1)) / 3,
+...   'W1': jax.random.normal(keys[0], (2, 8)) / 2,
+...   'W2': jax.random.normal(keys[1], (8, 1)) / 4,
 ... }
 >>> feedback = f.init(keys[0], params)
 >>> state = optimizer.init(params)
@@ -36,8 +36,8 @@ one line, and an optax chain learns by signs in another:
 ...     print(f'{value:.2f}')
 ...   updates, state = optimizer.update(gradient, state, params)
 ...   params = optax.apply_updates(params, updates)
-0.80
-0.02
+1.59
+0.13
 0.01
 0.00
 

@@ -10,8 +10,8 @@ the place of what the layers above would send back:
   error at a layer's input h    B e, from the loss's gradient e at the output
   gradients of a layer          from that error, by the chain rule of the layer
 
-``with_direct_feedback(function, ...)`` does so at every product of an unmodified
-function whose input depends on a parameter, so the last layer learns by the true
+``with_direct_feedback(function)`` does so at every product of an unmodified
+function whose input depends on a parameter; the last layer learns by the true
 error. What lies between two products (activations, normalization, residual
 connections) is differentiated as it is. The error e is known only after the
 forward pass, so the function is traced again for the backward pass; a compiled
@@ -168,7 +168,8 @@ class DirectFunction:
           B = self._matrix(feedback, path, h)
           return apply(_inject(self.learns, h, B, direct.astype(B.dtype)))
 
-        return self._evaluate(*rebuilt(reals, others), inject)
+        params, args, kwargs = rebuilt(reals, others)
+        return self._evaluate(params, args, kwargs, inject)
 
       _, pullback = jax.vjp(injected, reals, feedback)
       dreals, dfeedback = pullback(e)

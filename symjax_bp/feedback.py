@@ -392,7 +392,7 @@ class brsf(frsf):
     return f'{self.name}()'
 
   def init(self, key, W):
-    """Returns a seed, two words, and 1 to fold in the bits of W: uint32 (3,)."""
+    """Returns uint32 (3,): a seed, and 1 to fold the bits of W into it."""
     return jax.random.bits(key, (3,), jnp.uint32).at[2].set(1)
 
   def expand(self, W, state):
@@ -451,7 +451,7 @@ class frozen_sign(FeedbackRule):
 
   def init(self, key, W):
     """R = sign(W)."""
-    return jnp.sign(W)
+    return jnp.sign(jnp.asarray(W))
 
   def unscaled(self, W, R, fan):
     """V = R."""

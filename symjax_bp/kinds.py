@@ -26,16 +26,16 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr
 
 # Private, and only for messages and names: the user's source line of an
 # equation. JAX has no public way to it.
 from jax._src import source_info_util
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr
 
 __all__ = ['CONSTANT', 'DATA', 'Kind', 'Level', 'Plan', 'Step', 'Use', 'plan']
 
@@ -182,8 +182,10 @@ REDUCTIONS = _names(
   ' reduce_or'
 )
 # Their derivative in the data does not contain the weight.
-ADDITIONS = COMPARISONS | JOINS | _names(
-  'add sub add_any max min select_n pad clamp scatter-add atan2'
+ADDITIONS = (
+  COMPARISONS
+  | JOINS
+  | _names('add sub add_any max min select_n pad clamp scatter-add')
 )
 # Their operands that are arrays to choose from or to put together.
 _PLACED = {
@@ -303,7 +305,7 @@ class _Analysis:
     known: dict[Any, Kind] = dict(zip(jaxpr.invars, kinds, strict=True))
     for var, const in zip(jaxpr.constvars, closed.consts, strict=True):
       # A closed-over tracer may be differentiated, so it counts as data.
-      known[var] = DATA if isinstance(const, jax.core.Tracer) else CONSTANT
+      known[var] = DATA if isinstance(const, Tracer) else CONSTANT
 
     def read(var: Any) -> Kind:
       return CONSTANT if hasattr(var, 'val') else known[var]
@@ -389,9 +391,7 @@ class _Analysis:
   def product(self, eqn: Any, kinds: tuple[Kind, ...]) -> tuple[str, Kind]:
     result = DATA.having(Trait.HIDDEN)
     pair = kinds[:2]
-    weights = [
-      k for k in pair if k.level is Level.WEIGHT and not k.may_be_data
-    ]
+    weights = [k for k in pair if k.level is Level.WEIGHT and not k.may_be_data]
     inputs = [k for k in pair if k.may_be_data]
     if len(weights) == 1 and inputs:
       self.use_in_product(eqn, weights[0], pair.index(weights[0]))
@@ -528,7 +528,8 @@ class _Analysis:
         return 'bind', weight  # W / sigma is still a weight.
       outer = Trait.EXPANDED in data or data_size != size
       if name == 'mul' or divisor:
-        spectrum = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating)
+        dtype = eqn.outvars[0].aval.dtype
+        spectrum = jnp.issubdtype(dtype, jnp.complexfloating)
         # A product of transforms is a convolution.
         if not outer and not (spectrum and Trait.UNCLEAR in weight):
           self.use(eqn, kinds, 'scale')

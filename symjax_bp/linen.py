@@ -1,6 +1,6 @@
 r"""Flax Linen: models with feedback, and layers with a ``feedback`` field.
 
-``with_feedback(model, rules)`` is ``symjax_bp.with_feedback`` for a Linen model:
+``with_feedback(model, rules)`` is ``symjax_bp.with_feedback`` for Linen models:
 a module with the parameters, initial values, outputs and methods of the model.
 ``Dense``, ``DenseGeneral`` and ``Conv`` are Flax's own layers with a rule each.
 The outermost ``with_feedback`` wins.
@@ -12,9 +12,9 @@ that came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])``
 makes it. A rule that redraws (brSF) can also take its seed from
 ``rngs={'feedback': key}`` alone. ``mutable=['feedback_weights']`` returns V.
 
-Inside ``nn.scan`` and ``nn.vmap`` an asymmetric module is mapped like any other:
-``variable_axes={'feedback': 0}``, ``split_rngs={'feedback': True}``. Around them
-nothing has to be said.
+Inside ``nn.scan`` and ``nn.vmap`` map asymmetric modules like any others:
+``variable_axes={'feedback': 0}``, ``split_rngs={'feedback': True}``. Around
+them nothing has to be said.
 """
 
 import dataclasses
@@ -52,6 +52,7 @@ __all__ = [
   'plain_twin',
   'with_feedback',
 ]
+
 
 def _call(
   bound: Any,
@@ -108,7 +109,8 @@ def _call(
     f = FeedbackFunction(function, rules, row_convolution, prefix)
     params, call = variables.get('params', {}), (rest, rngs, args, kwargs)
     if initializing:
-      states = f.init_states(_key(scope, 'params'), params, call)
+      key: Any = _key(scope, 'params')
+      states = f.init_states(key, params, call)
       return states, repack(scope_fn(groups, rngs))
     stored = _flat(variables.get('feedback', {}))
     stored |= _made_now(scope, f, params, stored, call)
@@ -224,7 +226,7 @@ def _flat(collection: Mapping[str, Any]) -> dict[str, Any]:
   """{path: {name of rule: state}} from the collection ``feedback``."""
   states: dict[str, Any] = {}
   leaves = traverse_util.flatten_dict(
-    unfreeze(collection),
+    dict(unfreeze(dict(collection))),
     is_leaf=lambda keys, _: bool(keys) and ':' in keys[-1],
     sep='/',
   )
@@ -416,8 +418,8 @@ def with_feedback(
       f'model must be a flax.linen.Module, not {type(model).__name__}.'
     )
   _refuse_shared(model)
-  rules = Rules.create(rules, exclude)
-  return WithFeedback(_Detached(model), rules, row_convolution)
+  created = Rules.create(rules, exclude)
+  return WithFeedback(_Detached(model), created, row_convolution)
 
 
 def _refuse_shared(model: nn.Module) -> None:

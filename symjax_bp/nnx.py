@@ -450,13 +450,16 @@ def _attach(model: Any, rules: Rules, key: jax.Array | None) -> None:
         at = len(found)
         variables |= {f'{at}:{n}': kept for n, kept in made[whole].items()}
         found.append((name, rule))
+    # In other attributes ToNNX looks for variables of Linen.
+    is_linen = isinstance(module, nnx.bridge.ToNNX)
+    attribute = 'to_nnx__feedback' if is_linen else 'feedback'
     if found:
-      if hasattr(module, 'feedback'):
+      if hasattr(module, attribute):
         raise ValueError(
           f'{type(module).__name__} has an attribute called feedback, which '
           'is where its feedback goes: rename it.'
         )
-      module.feedback = _Store(found, variables)
+      setattr(module, attribute, _Store(found, variables))
 
 
 def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
@@ -476,8 +479,9 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
 def _remove(module: Any) -> None:
   """Makes one module plain, in place."""
   if isinstance(type(module), _AsymmetricMeta):
-    if isinstance(vars(module).get('feedback'), _Store):
-      del module.feedback
+    for name, value in list(vars(module).items()):
+      if isinstance(value, _Store):
+        delattr(module, name)
     if _is_made(type(module)):
       object.__setattr__(module, '__class__', type(module)._plain_class)
 

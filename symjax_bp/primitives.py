@@ -51,8 +51,8 @@ class Fan(NamedTuple):
 
   Attributes:
     inputs: how many inputs an output sums over: the contracted axes.
-    outputs: how many outputs an input reaches at one position of the kernel,
-      times the positions.
+    outputs: how many features of the output come from the kernel, of all
+      groups, times the positions of the kernel's window.
   """
 
   inputs: int
@@ -129,13 +129,13 @@ class Product:
     axes = self._axes(W_ndim)
     if axes is None:
       return None
-    numbers: Any = dict(self.options)['dimension_numbers']
     if self._is_conv:
+      numbers = dict(self.options)['dimension_numbers']
       return (numbers.out_spec[1 if self.at else 0],)
     count = len(axes[1])
     if self.at == 1:
       return tuple(range(y_ndim - count, y_ndim))
-    batch = len(numbers[1][0])
+    batch = W_ndim - len(axes[0]) - count
     return tuple(range(batch, batch + count))
 
   @property

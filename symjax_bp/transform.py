@@ -1,9 +1,10 @@
 """Feedback for any JAX function: weights carry their rules to their products.
 
-``with_feedback(function, rules)`` traces ``function(params, *args)`` to a jaxpr,
-lets ``symjax_bp.kinds`` decide what happens at each equation, and evaluates it
-equation by equation. Equations that no weight reaches are bound as they are; a
-product of a weight and data becomes ``symjax_bp.primitives.asymmetric``.
+``with_feedback(function, rules)`` traces ``function(params, *args)``, lets
+``symjax_bp.kinds`` decide what happens at each equation of the jaxpr, and
+evaluates it equation by equation. Equations that no weight reaches are bound as
+they are; a product of a weight and data becomes
+``symjax_bp.primitives.asymmetric``.
 """
 
 import contextlib
@@ -152,8 +153,8 @@ def redraw(feedback: Any, step: Any) -> Any:
 
   Without this, V follows from a seed and the bits of W and changes with every
   update. What this returns ignores the bits of W: V is then the same for a step
-  even where W differs in rounding, such as on another number of devices. Apply it
-  to the stored feedback at each step.
+  even where W differs in rounding, such as on another number of devices. Apply
+  it to the stored feedback at each step.
 
   >>> import symjax_bp
   >>> f = symjax_bp.with_feedback(lambda W, x: x @ W, symjax_bp.brsf())
@@ -216,8 +217,7 @@ def _pack(values: Iterable[Value]) -> list[Any]:
 def _unpack(arrays: Iterable[Any], each: Iterable[Kind]) -> list[Value]:
   rest = iter(arrays)
   return [
-    Value(next(rest), next(rest) if kind.has_R else None, kind)
-    for kind in each
+    Value(next(rest), next(rest) if kind.has_R else None, kind) for kind in each
   ]
 
 
@@ -341,9 +341,7 @@ def _mask(R: Any, factor: Value) -> Any:
   return R * jnp.broadcast_to(kept, R.shape)
 
 
-def _enter(
-  step: Step, inputs: list[Value], multiply: Multiply
-) -> list[Value]:
+def _enter(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   """Evaluates the functions inside an equation of control flow."""
   name, params = step.eqn.primitive.name, step.eqn.params
   given, outputs = step.inputs, step.outputs
@@ -628,8 +626,9 @@ class FeedbackFunction:
     V = {}
     for path, W in self._weights_of(params).items():
       rule = self.rules.find(path)
-      missing = rule is None or (rule.keeps_state and path not in states)
-      if missing or (fans is not None and path not in fans):
+      if rule is None or (rule.keeps_state and path not in states):
+        continue
+      if fans is not None and path not in fans:
         continue
       W = lax.stop_gradient(jnp.asarray(W))
       R = rule.expand(W, states.get(path))
@@ -891,9 +890,10 @@ class FeedbackFunction:
     if has_R and states is not None:
       W = jnp.asarray(leaf)
       R = rule.expand(W, states[path])
-      if jnp.shape(R) != W.shape:
+      shape = None if R is None else R.shape
+      if shape != W.shape:
         raise FeedbackError(
-          f'the feedback of {self.prefix + path!r} has shape {jnp.shape(R)}, '
+          f'the feedback of {self.prefix + path!r} has shape {shape}, '
           f'but the weight has {W.shape}: make the feedback anew with init.'
         )
     kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
@@ -981,8 +981,8 @@ def with_feedback(
     ValueError: if an expression matches no parameter; when called,
       ``FeedbackError`` if a weight cannot be given feedback.
   """
-  arrays = any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(function))
-  if not callable(function) or arrays:
+  leaves = jax.tree.leaves(function)
+  if not callable(function) or any(isinstance(x, jax.Array) for x in leaves):
     raise TypeError(
       'target must be a function of its parameters, such as '
       f'lambda model, x: model(x), or a Flax module, not {type(function)}.'

@@ -1,6 +1,7 @@
 """One small model as a function, in Linen and in NNX, sound and broken."""
 
 import re
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,7 +55,7 @@ class NNXNet(nnx.Module):
     return self.last(self.dropout(self.norm(nnx.tanh(self.hidden(x)))))
 
 
-def make(kind, rules, exclude=()):
+def make(kind, rules, exclude=()) -> tuple[Any, Any]:
   """The model with rules, and its variables."""
   if kind == 'nnx':
     rngs = nnx.Rngs(0)
@@ -98,7 +99,10 @@ def with_last_state(kind, state):
   """The model with ``frsf(0.5)``, but this state of the last kernel."""
   model, variables = make(kind, sbp.frsf(0.5))
   if kind == 'nnx':
-    model.layers[2].feedback.set_value((state,))
+    store = model.layers[2].feedback
+    delattr(store, '0:frsf(p_flip=0.5)')
+    for name, each in state.items():
+      setattr(store, f'0:{name}', sbp.nnx.Feedback(each))
   elif kind == 'linen':
     named = {f'kernel:{name}': each for name, each in state.items()}
     variables['feedback']['Dense_1'] = named
