@@ -111,10 +111,12 @@ def _call(
     if initializing:
       key: Any = _key(scope, 'params')
       states = f.init_states(key, params, call)
+      _check_unmapped(scope, states)
       return states, repack(scope_fn(groups, rngs))
     stored = _flat(variables.get('feedback', {}))
     stored |= _made_now(scope, f, params, stored, call)
     states = f.check_states(stored)
+    _check_unmapped(scope, states)
     if scope.is_mutable_collection('feedback_weights'):
       fans = {row.path: row.fan for row in f.rows(params, *call) if row.rule}
       V = f.weights_by_path(params, states, fans)
@@ -151,19 +153,29 @@ class _Unique:
     return hash((_Unique, next(self._hashes)))
 
 
-def _retraced(method: Any = '__call__') -> Callable[..., Any]:
+def _retraced(method: Any) -> Callable[..., Any]:
   """A method for ``apply`` in which each layer is seen, also under nn.jit."""
 
   def call(model: nn.Module, *args, **kwargs):
     _set_flag(model.scope, 'retraced', _Unique())
-    if isinstance(method, str):
-      return getattr(model, method)(*args, **kwargs)
-    return method(model, *args, **kwargs)
+    if callable(method):
+      return method(model, *args, **kwargs)
+    return getattr(model, method or '__call__')(*args, **kwargs)
 
   return call
 
 
 _OURS = ('feedback', 'feedback_weights', 'params')
+
+
+def _check_unmapped(scope: Any, states: Mapping[str, Any]) -> None:
+  """Raises if a lift would transform what rules keep, as if it were W."""
+  if states and any('map_variables' in name for name in scope.debug_path):
+    raise ValueError(
+      f'{"/".join(scope.path)!r} keeps feedback, which nn.WeightNorm, '
+      'nn.SpectralNorm and nn.map_variables would change along with the '
+      'weights: put with_feedback around them, and a plain layer inside.'
+    )
 
 
 def _count_from(scope: Any, counters: Mapping[Any, Any]) -> None:
@@ -338,12 +350,14 @@ class WithFeedback(nn.Module):
 
   @nn.nowrap
   def __getattr__(self, name: str):
-    """Other methods of the model, for ``apply(..., method='encode')``."""
+    """Other methods and the fields of the model, such as a cell's."""
     # Not self.detached: a copy that is being unpickled has no fields yet.
     detached = self.__dict__.get('detached')
-    method = getattr(type(detached.model), name, None) if detached else None
-    if name.startswith('__') or not isinstance(method, types.FunctionType):
+    if name.startswith('__') or not hasattr(detached, 'model'):
       return super().__getattr__(name)
+    method = getattr(type(detached.model), name, None)
+    if not isinstance(method, types.FunctionType) or hasattr(method, 'nowrap'):
+      return getattr(detached.model, name)
 
     def call(self, *args, **kwargs):
       return self._call(name, *args, **kwargs)
@@ -492,7 +506,8 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
   def init(key, arrays):
     full = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
     args, kwargs = jax.tree.unflatten(tree, full)
-    return model.init(key, *args, method=_retraced(), **kwargs)
+    method = _retraced(kwargs.pop('method', None))
+    return model.init(key, *args, method=method, **kwargs)
 
   with recorded() as rows:
     variables = jax.eval_shape(init, jax.random.key(0), arrays)
@@ -569,7 +584,7 @@ def layer_alignment(
     ValueError: if nothing in the model has feedback.
   """
   rest = {name: value for name, value in variables.items() if name != 'params'}
-  kwargs['method'] = _retraced(kwargs.get('method') or '__call__')
+  kwargs['method'] = _retraced(kwargs.get('method'))
 
   def evaluate(params):
     output, _ = model.apply(

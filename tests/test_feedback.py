@@ -209,9 +209,24 @@ def test_brsf_is_the_same_in_every_program(implementation):
     assert_same_bits(jax.jit(draw)(W), expected[0])
     assert_same_bits(jax.jit(jax.vmap(draw))(kernels), expected)
     # The sharding is a part of the type of an array on this mesh.
-    sharded = jax.device_put(W, NamedSharding(mesh, PartitionSpec('x', 'y')))
+    sharded = jax.device_put(
+      W, NamedSharding(mesh, PartitionSpec(None, ('x', 'y')))
+    )
     np.testing.assert_array_equal(jax.jit(draw)(sharded), expected[0])
     assert rule.init(jax.random.key(1), W).dtype == jnp.uint32
+
+
+def test_redraw_chooses_the_draw_whatever_the_bits_of_W():
+  rule = feedback.brsf(0.3)
+  state = rule.init(jax.random.key(0), W)
+
+  def draw(W, step):
+    return rule.expand(W, symjax_bp.redraw(state, step))
+
+  for first, second in ((0, 1), (jax.random.key(0), jax.random.key(1))):
+    assert_same_bits(draw(W, first), draw(-3 * W, first))
+    assert_is_independent(draw(W, first), draw(W, second))
+    assert_is_independent(draw(W, first), rule.expand(W, state))
 
 
 @pytest.mark.parametrize(

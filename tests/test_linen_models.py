@@ -187,6 +187,7 @@ def test_methods_and_bind():
   assert_same_bits(MODEL.init(KEY, X, method=Autoencoder.score), variables)
   assert_same_bits(nn.init(Autoencoder.score, MODEL)(KEY, X), variables)
   assert list(MODEL.init(KEY, X, method='encode')['feedback']) == ['enc']
+  assert len(linen.layer_rules(MODEL, X, method='encode')) == 1
   expected = gradient(MODEL, variables, X)
   assert differ(expected, gradient(Autoencoder(), variables, X))
   for method in (Autoencoder.__call__, lambda model, x: model(x)):
@@ -337,9 +338,30 @@ def test_lifted_transformations_around_asymmetric_modules(lift):
   np.testing.assert_allclose(dx, jnp.ones((4, 5)) @ total, rtol=1e-4, atol=1e-6)
 
 
-def test_a_lift_that_has_no_place_for_feedback_is_explained():
-  with pytest.raises(ValueError, match=r"layer'.*variable_axes={'feedback': 0"):
+def test_lifts_that_would_lose_or_change_feedback_are_refused():
+  message = r"layer'.*variable_axes={'feedback': 0}"
+  with pytest.raises(ValueError, match=message):
     Lifted('scan', ('params',)).init(KEY, X)
+  for norm in (nn.WeightNorm, nn.SpectralNorm):
+    model = norm(linen.Dense(5, feedback=sbp.rndf(), name='layer'))
+    with pytest.raises(ValueError, match="'layer' keeps .* put with_feedback"):
+      model.init(KEY, X, *(norm is nn.SpectralNorm) * [False])
+
+
+def test_an_asymmetric_cell_in_a_recurrent_layer():
+  cell, x = nn.SimpleCell(5), X[:, None]
+  asymmetric = linen.with_feedback(cell, sbp.rndf())
+  assert asymmetric.features == 5
+  each = ['params', 'feedback']
+  split = dict.fromkeys(each, False)
+  inside = nn.RNN(asymmetric, variable_broadcast=each, split_rngs=split)
+  around = linen.with_feedback(nn.RNN(cell), sbp.rndf())
+  variables = around.init(KEY, x)
+  assert jax.tree.structure(inside.init(KEY, x)) == jax.tree.structure(
+    variables
+  )
+  run = lambda: [gradient(model, variables, x) for model in (inside, around)]
+  assert_same_bits(*fast_jit(run)())
 
 
 JitDense = nn.jit(linen.Dense)

@@ -261,16 +261,17 @@ def test_intermediates_are_those_of_plain_flax():
       return h
 
   plain = Sowing(nnx.Rngs(0))
-  kinds = nnx.Intermediate, nnx.Perturbation
+  kinds = nnx.Perturbation, nnx.Intermediate
   results = []
   for model in (plain, convert(plain, sbp.symmetric())):
     outputs = nnx.capture(model, *kinds, method_outputs=nnx.Intermediate)
-    y, captured, perturbed = outputs(X)
+    y, perturbed, captured = outputs(X)
 
     def loss(model, perturbed):
       return (nnx.capture(model, init=perturbed)(X) ** 2).sum()
 
-    dh = nnx.grad(loss, argnums=1)(model, perturbed)
+    wrt = nnx.DiffState(1, nnx.Perturbation)
+    dh = nnx.grad(loss, argnums=wrt)(model, perturbed)
     results.append([y, *map(nnx.to_pure_dict, (captured, dh))])
   assert_same_bits(results[1], results[0])
   assert results[1][2]['dh'].any()

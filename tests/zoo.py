@@ -557,6 +557,26 @@ def _branches(product, params, x):
   return product(jnp.tanh(h), W)
 
 
+def _chosen(product, W, x):
+  """Data choose between the weight and constants, and where to put it."""
+  here, i = x[0, 0] > 0, x[0].argmax()
+  either = lax.cond(here, lambda: W, lambda: jnp.eye(3, dtype=W.dtype))
+  h = jnp.tanh(product(x, either))
+  h = jnp.tanh(product(h, jnp.where(x[:3] > 0, W, 0)))
+  return product(h, jnp.zeros((3, 3), W.dtype).at[i].set(W[0]))
+
+
+def _carried(product, params, x):
+  """A learned first state, and a weight in the place of a constant."""
+
+  def step(carry, x):
+    W, h = carry
+    return (params['W'], jnp.tanh(x + product(h, W))), h
+
+  first = jnp.eye(3, dtype=x.dtype), params['h']
+  return lax.scan(step, first, jnp.stack([x, x, x]))
+
+
 def _checkpointed(policy):
   def model(product, W, x):
     def inner(W, x):
@@ -684,6 +704,13 @@ FUNCTIONS = {
     )(W),
     (2, 3, 5),
     (4, 3),
+  ),
+  'chosen by data': (_chosen, (3, 3), (4, 3)),
+  'carried': (
+    _carried,
+    {'W': (3, 3), 'h': (4, 3)},
+    (4, 3),
+    {'uses': {'h': 'added'}},
   ),
   'cond and switch': (_branches, {'a': (3, 3), 'b': (3, 3)}, (4, 3)),
   'checkpoint, dots saved': (_checkpointed(_DOTS), (3, 5), (4, 3)),
