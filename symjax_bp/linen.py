@@ -352,7 +352,7 @@ class WithFeedback(nn.Module):
   def __getattr__(self, name: str):
     """Other methods and the fields of the model, such as a cell's."""
     # Not self.detached: a copy that is being unpickled has no fields yet.
-    detached = self.__dict__.get('detached')
+    detached: Any = self.__dict__.get('detached')
     if name.startswith('__') or not hasattr(detached, 'model'):
       return super().__getattr__(name)
     method = getattr(type(detached.model), name, None)

@@ -269,7 +269,9 @@ def _subject(model: Any, variables: Any, args, kwargs) -> tuple[Any, ...]:
       return nnx.merge(graph, params, rest, copy=True)(*args, **kwargs)
 
     twin, params = nnx_layers.plain_twin(model), nnx.state(model, nnx.Param)
-    _, feedback = nnx_layers._feedback(model)
+    # A tied weight has a state at each of its paths, but one parameter.
+    paths, (_, states) = _by_path(params), nnx_layers._feedback(model)
+    feedback = {path: states[path] for path in states if path in paths}
     rows = nnx_layers.layer_rules(model)
     return call, twin, params, feedback, rows
   is_linen = isinstance(model, nn.Module)

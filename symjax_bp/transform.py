@@ -127,9 +127,10 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   """Whether a parameter can have a rule: floating, no bias, no scale."""
-  return path.rpartition('/')[2] not in _NO_WEIGHTS and jnp.issubdtype(
-    jax.dtypes.result_type(leaf), kind
-  )
+  # Equinox keeps functions among the parameters.
+  is_array = hasattr(leaf, 'dtype') or isinstance(leaf, (float, complex))
+  no_weight = path.rpartition('/')[2] in _NO_WEIGHTS or not is_array
+  return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:

@@ -11,7 +11,7 @@ from jax import lax
 
 from symjax_bp import feedback, primitives
 
-PAPER_RULES = {
+RULES = {
   repr(rule): rule
   for rule in (
     feedback.symmetric(),
@@ -25,11 +25,6 @@ PAPER_RULES = {
     feedback.frsf(0.5, scale='xavier'),
     feedback.rndf(),
     feedback.rndf(0.5, scale=2.0),
-  )
-}
-RULES = PAPER_RULES | {
-  repr(rule): rule
-  for rule in (
     feedback.frozen_sign(),
     feedback.frozen_noise(),
     feedback.tied_norm(),

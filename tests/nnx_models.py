@@ -24,6 +24,18 @@ def weight(rngs, *shape):
   return nnx.Param(jax.random.normal(rngs.params(), shape))
 
 
+class Net(nnx.Module):
+  """Any attributes, and a function that is called with them."""
+
+  def __init__(self, call, **attributes):
+    self.call = call
+    for name, value in attributes.items():
+      setattr(self, name, value)
+
+  def __call__(self, x):
+    return self.call(self, x)
+
+
 class MLP(nnx.Module):
   def __init__(self, rngs):
     self.body = nnx.Linear(3, 5, rngs=rngs)
@@ -48,22 +60,6 @@ class CNN(nnx.Module):
     x = nnx.relu(self.norm(self.conv(x)))
     x = nnx.max_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
     return self.layers[1](self.dropout(nnx.relu(self.layers[0](x))))
-
-
-class Containers(nnx.Module):
-  def __init__(self, rngs):
-    make = lambda: nnx.Linear(3, 3, rngs=rngs)
-    self.layers = nnx.List([nnx.List([make()]), make()])
-    self.weights = nnx.Dict(a=weight(rngs, 3, 3), b=weight(rngs, 3, 3))
-    self.raw = nnx.data([{'layer': make()}, weight(rngs, 3, 3)])
-    self.tree = nnx.Param({'w': [jax.random.normal(rngs.params(), (3, 2))]})
-
-  def __call__(self, x):
-    for name in self.weights:
-      x = nnx.tanh(x @ self.weights[name][...])
-    x = self.layers[1](nnx.tanh(self.layers[0][0](x)))
-    x = nnx.tanh(self.raw[0]['layer'](x)) @ self.raw[1][...]
-    return nnx.tanh(x) @ self.tree.get_value()['w'][0]
 
 
 class NoPytree(nnx.Module, pytree=False):
@@ -96,17 +92,12 @@ class Methods(MLP):
     return sign * nnx.tanh(x @ self.body.kernel[...]) @ self.head.kernel[...]
 
   negative = functools.partialmethod(_private, sign=-1)
+  __matmul__ = _private
+  rematted = nnx.remat(_private)
 
   def stream(self, x):
     yield (x := nnx.tanh(x @ self.body.kernel[...]))
     yield x @ self.head.kernel[...]
-
-  def __matmul__(self, x):
-    return self._private(x)
-
-  @nnx.remat
-  def rematted(self, x):
-    return self._private(x)
 
   def branched(self, x):
     call = lambda model, x: model._private(x)
@@ -148,91 +139,91 @@ class LowRank(nnx.Linear):
     return super().__call__(x) + x @ self.down[...] @ self.up[...] @ self.alias
 
 
-class Masked(nnx.Module):
-  def __init__(self, rngs):
-    self.kernel, self.head = weight(rngs, 3, 3), weight(rngs, 3, 2)
-    self.mask = jnp.tril(jnp.ones((3, 3)))
+class Stack(nnx.Module):
+  """Three layers in one."""
+
+  def __init__(self, make, rngs=None, axes=0):
+    make = nnx.split_rngs(splits=3)(nnx.vmap(make))
+    self.layers, self.axes = make(rngs or nnx.Rngs(0, feedback=2)), axes
 
   def __call__(self, x):
-    return nnx.tanh(x @ (self.kernel * self.mask)) @ self.head[...]
+    scan = nnx.scan(in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry)
+    return scan(lambda layer, x: layer(x))(self.layers, x)
 
 
-class Stateful(nnx.Module):
-  """Takes no input: its data are in a variable."""
+def containers(rngs):
+  def call(self, x):
+    for name in self.weights:
+      x = nnx.tanh(x @ self.weights[name][...])
+    x = nnx.tanh(self.raw[0]['layer'](self.layers[0][0](x))) @ self.raw[1][...]
+    return nnx.tanh(x) @ self.tree.get_value()['w'][0]
 
-  def __init__(self, rngs):
-    self.kernel, self.h = weight(rngs, 3, 3), nnx.Variable(X)
+  make = lambda: nnx.Linear(3, 3, rngs=rngs)
+  return Net(
+    call,
+    layers=nnx.List([nnx.List([make()])]),
+    weights=nnx.Dict(a=weight(rngs, 3, 3), b=weight(rngs, 3, 3)),
+    raw=nnx.data([{'layer': make()}, weight(rngs, 3, 3)]),
+    tree=nnx.Param({'w': [jax.random.normal(rngs.params(), (3, 2))]}),
+  )
 
-  def step(self):
-    self.h[...] = nnx.tanh(self.h[...] @ self.kernel[...])
+
+def masked(rngs):
+  return Net(
+    lambda m, x: nnx.tanh(x @ (m.kernel * m.mask)) @ m.head[...],
+    kernel=weight(rngs, 3, 3),
+    head=weight(rngs, 3, 2),
+    mask=jnp.tril(jnp.ones((3, 3))),
+  )
+
+
+def stateful(rngs):
+  """Its data are in a variable."""
+
+  def call(self, x):
+    for _ in range(2):
+      self.h[...] = nnx.tanh(self.h[...] @ self.kernel[...])
     return self.h[...]
 
-  def __call__(self, x):
-    return self.step() + self.step()
+  return Net(call, kernel=weight(rngs, 3, 3), h=nnx.Variable(X))
 
 
-class Recurrent(nnx.Module):
-  def __init__(self, rngs):
-    self.attention = nnx.MultiHeadAttention(2, 6, 6, decode=False, rngs=rngs)
-    self.rnn = nnx.RNN(nnx.OptimizedLSTMCell(6, 4, rngs=rngs))
-    self.gru = nnx.GRUCell(4, 4, rngs=rngs)
-
-  def __call__(self, x):
-    x = self.rnn(self.attention(x))
-    carry = jnp.zeros((2, 4))
+def recurrent(rngs):
+  def call(self, x):
+    x, carry = self.rnn(self.attention(x)), jnp.zeros((2, 4))
     for i in range(2):
       carry, _ = self.gru(carry, x[:, i])
     return carry
 
-
-class Language(nnx.Module):
-  def __init__(self, rngs):
-    self.embed, self.layer = nnx.Embed(5, 4, rngs=rngs), weight(rngs, 4, 4)
-
-  def __call__(self, tokens):
-    return self.embed.attend(nnx.tanh(self.embed(tokens) @ self.layer[...]))
-
-
-class Stack(nnx.Module):
-  """Three layers in one."""
-
-  def __init__(self, make, axes=0, rngs=None):
-    make = nnx.split_rngs(splits=3)(nnx.vmap(make))
-    self.layers = make(rngs or nnx.Rngs(0, feedback=2))
-    self.axes = axes
-
-  def __call__(self, x):
-    @nnx.scan(in_axes=(self.axes, nnx.Carry), out_axes=nnx.Carry)
-    def layer(layer, x):
-      return layer(x)
-
-    return layer(self.layers, x)
+  return Net(
+    call,
+    attention=nnx.MultiHeadAttention(2, 6, 6, decode=False, rngs=rngs),
+    rnn=nnx.RNN(nnx.OptimizedLSTMCell(6, 4, rngs=rngs)),
+    gru=nnx.GRUCell(4, 4, rngs=rngs),
+  )
 
 
-class Changing(MLP):
-  """Changes itself in all ways."""
+def language(rngs):
+  return Net(
+    lambda m, x: m.embed.attend(nnx.tanh(m.embed(x) @ m.kernel[...])),
+    embed=nnx.Embed(5, 4, rngs=rngs),
+    kernel=weight(rngs, 4, 4),
+  )
 
-  def __init__(self, rngs):
-    super().__init__(rngs)
-    self.twin = nnx.Linear(3, 5, rngs=rngs)
-    self.seen = nnx.Variable({'sum': jnp.zeros(3), 'n': jnp.array(0)})
-    self.items, self.head.extra = nnx.data([self.body]), 'gone'
-    self.count, self.late = jnp.array(0), nnx.data(None)
 
-  def __call__(self, x):
-    y = super().__call__(x)
-    self.calls = getattr(self, 'calls', 0) + 1
-    self.count = self.count + 1
-    self.body.bias[...] += 1
-    self.seen['sum'] = self.seen['sum'] + x.sum(0)
-    self.body, self.twin = self.twin, self.body
-    self.items.append(self.body)
-    if hasattr(self.head, 'extra'):
-      del self.head.extra
-    self.hidden = nnx.Intermediate((x, y))
-    if self.late is None:
-      self.late = nnx.Sequential(nnx.BatchNorm(2, rngs=nnx.Rngs(0)), self.head)
-    return y
+def various(rngs):
+  return nnx.Sequential(
+    nnx.ConvTranspose(6, 4, (2,), rngs=rngs),
+    nnx.Einsum('bld,df->blf', (4, 4), rngs=rngs),
+    nnx.LoRALinear(4, 3, lora_rank=2, rngs=rngs),
+    nnx.LinearGeneral(3, (2, 3), rngs=rngs),
+  )
+
+
+def normalized(rngs):
+  make = lambda: nnx.Linear(3, 3, rngs=rngs)
+  spectral = nnx.SpectralNorm(make(), rngs=rngs)
+  return nnx.Sequential(nnx.WeightNorm(make(), rngs=rngs), spectral, make())
 
 
 def linen_in_nnx(rngs):
@@ -240,63 +231,39 @@ def linen_in_nnx(rngs):
   return nnx.bridge.ToNNX(model, rngs=rngs).lazy_init(X)
 
 
-def sequence(*layers):
-  return lambda rngs: nnx.Sequential(*(layer(rngs=rngs) for layer in layers))
-
-
-_linear = functools.partial(nnx.Linear, 3, 3)
 MODELS = {
   'CNN': (CNN, IMAGES),
-  'containers': (Containers, X),
+  'containers': (containers, X),
   'no pytree': (NoPytree, X),
   'mixin': (Mixed, X),
   'jitted method': (Methods, X),
   'tied': (Autoencoder, X),
-  'low rank': (sequence(*[functools.partial(LowRank, 3)] * 2), X),
-  'mask': (Masked, X),
-  'state': (Stateful, X),
-  'attention, recurrent': (Recurrent, SEQUENCES),
-  'embedding': (Language, jnp.array([[0, 1, 4]])),
-  'stack': (lambda rngs: Stack(lambda rngs: _linear(rngs=rngs), rngs=rngs), X),
-  'generator': (
-    sequence(
-      functools.partial(nnx.ConvTranspose, 6, 4, (2,)),
-      functools.partial(nnx.Einsum, 'bld,df->blf', (4, 4)),
-      functools.partial(nnx.LinearGeneral, 4, (2, 3)),
-    ),
-    SEQUENCES,
-  ),
-  'LoRA': (
-    sequence(_linear, functools.partial(nnx.LoRALinear, 3, 3, lora_rank=2)),
+  'low rank': (lambda rngs: nnx.Sequential(*[LowRank(3, rngs)] * 2), X),
+  'mask': (masked, X),
+  'state': (stateful, X),
+  'attention, recurrent': (recurrent, SEQUENCES),
+  'embedding': (language, jnp.array([[0, 1, 4]])),
+  'stack': (
+    lambda rngs: Stack(lambda rngs: nnx.Linear(3, 3, rngs=rngs), rngs),
     X,
   ),
-  'normalized': (
-    lambda rngs: nnx.Sequential(
-      nnx.WeightNorm(_linear(rngs=rngs), rngs=rngs),
-      nnx.SpectralNorm(_linear(rngs=rngs), rngs=rngs),
-      nnx.LayerNorm(3, rngs=rngs),
-      _linear(rngs=rngs),
-    ),
-    X,
-  ),
+  'various': (various, SEQUENCES),
+  'normalized': (normalized, X),
   'Linen': (linen_in_nnx, X),
 }
 
 
 def plain_arrays(tree):
   """Keys as the integers that they hold."""
+  is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
   return jax.tree.map(
-    lambda a: (
-      jax.random.key_data(a)
-      if jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
-      else a
-    ),
-    tree,
+    lambda a: jax.random.key_data(a) if is_key(a) else a, tree
   )
 
 
-def state(model, kind=nnx.Not(Feedback)):
-  """{path: arrays} of a model."""
+def state(model, kind=None):
+  """{path: arrays} of a model; by default all but feedback."""
+  kind = kind or nnx.Not(Feedback)
   return plain_arrays(nnx.to_pure_dict(nnx.state(model, kind)))
 
 
@@ -304,13 +271,19 @@ def params(model):
   return state(model, nnx.Param)
 
 
-def gradient(model, *args, call=lambda model, *args: model(*args), **kwargs):
-  """Of sum(y^2) in the parameters."""
+def gradient_and_output(model, x, call=lambda model, x: model(x)):
+  """Gradient of sum(y^2) in the parameters, and y."""
 
-  def loss(model, *args):
-    return (call(model, *args) ** 2).sum()
+  def loss(model, x):
+    y = call(model, x)
+    return (y**2).sum(), y
 
-  return nnx.to_pure_dict(nnx.grad(loss, **kwargs)(model, *args))
+  dW, y = nnx.grad(loss, has_aux=True)(model, x)
+  return nnx.to_pure_dict(dW), y
+
+
+def gradient(model, x, **kwargs):
+  return gradient_and_output(model, x, **kwargs)[0]
 
 
 def differ(actual, expected):

@@ -65,7 +65,9 @@ def test_private_names_of_jax_and_flax_are_in_one_place_each():
   for path in sorted((ROOT / 'symjax_bp').glob('*.py')):
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines):
-      private = re.search(r'\b(?:jax|flax)\._\w+|_call_wrapped_method\(self', line)
+      private = re.search(
+        r'\b(?:jax|flax)\._\w+|_call_wrapped_method\(self', line
+      )
       if private:
         above = '\n'.join(lines[max(0, number - 3) : number + 4])
         assert 'Private' in above, f'{path.name}:{number + 1}: {line}'

@@ -72,6 +72,17 @@ def test_random_feedback_in_closed_form():
   )
 
 
+def test_a_whole_model_with_its_functions_can_be_the_parameters():
+  def gradient(predict, params):
+    f = symjax_bp.with_feedback(predict, symjax_bp.rndf())
+    feedback = f.init(jax.random.key(1), params)
+    total = lambda params: f(params, feedback, X).sum()
+    return jax.tree.leaves(eqx.filter_grad(total)(params))
+
+  whole = gradient(lambda model, x: jax.vmap(model)(x), MODEL)
+  assert_same_bits(whole, gradient(predict, PARAMS))
+
+
 def test_a_module_in_the_place_of_a_function_is_refused():
   try:
     symjax_bp.with_feedback(MODEL, symjax_bp.usf())

@@ -251,16 +251,6 @@ def test_vmap_over_a_number_is_a_loop(make, name, numbers):
   assert repr(make(**{name: jnp.float32(1)})) == f'{make.__name__}({name}=...)'
 
 
-@pytest.mark.parametrize(
-  'rule', [rule for rule in RULES.values() if rule.keeps_state], ids=str
-)
-def test_the_same_key_draws_the_same_and_another_key_something_else(rule):
-  first, again, other = (weights(rule, W, seed) for seed in (0, 0, 1))
-  assert_same_bits(first, again)
-  if rule.name != 'frozen_sign':
-    assert (np.asarray(first) != np.asarray(other)).mean() > 0.99
-
-
 def test_what_stays_and_what_follows_W():
   state, V = state_and_weights(feedback.rndf())
   assert_is_normal(V, 0.05)
@@ -359,15 +349,11 @@ def test_the_names_of_the_paper():
   [
     (lambda: feedback.brsf(1.5), r'p_flip must be .* \[0, 1\], not 1.5'),
     (lambda: feedback.frsf(math.nan), 'p_flip must be .* not nan'),
-    (lambda: feedback.brsf('25%'), "p_flip must be .* not '25%'"),
     (lambda: feedback.brsf(True), 'p_flip must be .* not True'),
     (lambda: feedback.rndf(0.0), 'sigma must be a positive.* not 0.0'),
     (lambda: feedback.kolen_pollack(math.inf), 'sigma must be .* not inf'),
     (lambda: feedback.usf(scale='lecun'), "scale must be .* not 'lecun'"),
-    (lambda: feedback.usf(scale=-2.0), 'scale must be .* not -2.0'),
     (lambda: feedback.low_rank(rank=0), 'rank must be .* not 0'),
-    (lambda: feedback.product_feedback(width=2.5), 'width must be .* not 2.5'),
-    (lambda: feedback.local_loss(factors={}), "of .*'amplify'.* not {}"),
     (lambda: feedback.local_loss(factors={'hebb': 1}), "not {'hebb': 1}"),
     (lambda: feedback.from_name('xSF'), "one of BP, uSF.* not 'xSF'"),
     (lambda: feedback.from_name('uSF-25%'), "not 'uSF-25%'"),
@@ -376,7 +362,6 @@ def test_the_names_of_the_paper():
     (lambda: feedback.frsf().weights(W), r'R must be given for frsf\(\)'),
     (lambda: feedback.frsf().weights(W, W.T), r'R .* \(400, 504\), not \(504,'),
     (lambda: weights(feedback.usf(), W > 0), 'real floating dtype .* not bool'),
-    (lambda: feedback.rule(3), 'function must be a function, not 3'),
     (lambda: feedback.rule(mixed, 3), 'initial must be a function .* not 3'),
   ],
 )  # fmt: skip

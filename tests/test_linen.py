@@ -55,7 +55,8 @@ def test_layers_are_those_of_flax_but_for_dx(name):
 
   @fast_jit
   def run():
-    results = [pull_back(plain.apply, params, x)]
+    twin = linen.plain_twin(layer)
+    results: list = [pull_back(each.apply, params, x) for each in (plain, twin)]
     for rule, given in zip(rules, variables, strict=True):
       model = layer.clone(feedback=rule)
       apply = lambda p, x, m=model, given=given: m.apply({**given, **p}, x)
@@ -64,7 +65,8 @@ def test_layers_are_those_of_flax_but_for_dx(name):
       results.append((*pull_back(apply, params, x), at_V))
     return results
 
-  (true_dx, expected), *results = run()
+  (true_dx, expected), twin, *results = run()
+  assert_same_bits(twin, (true_dx, expected))
   for rule, given, result in zip(rules, variables, results, strict=True):
     dx, others, dx_at_V = result
     assert_same_bits(without_feedback(given), {'params': params})

@@ -141,8 +141,9 @@ def test_statistics_keys_and_what_is_sown_are_those_of_flax():
     y, variables = model.init_with_output(keys, X)
     y_plain, given = plain.init_with_output(keys, X)
     pairs = [((y, without_feedback(variables)), (y_plain, given))]
-    for more in ((), 'intermediates', 'feedback_weights', 'feedback', True):
-      mutable = more if more is True else ['batch_stats', more]
+    names = ('intermediates', 'feedback_weights', 'feedback')
+    lists = [['batch_stats', name] for name in names]
+    for mutable in ('batch_stats', *lists, True):
       expected = plain.apply(given, X, rngs=rngs, mutable=mutable)
       for start, key in ((variables, {}), (given, RNGS)):
         y, changed = model.apply(start, X, rngs=rngs | key, mutable=mutable)
@@ -164,11 +165,8 @@ def test_init_works_where_it_works_in_flax():
   model = linen.with_feedback(Noisy('devices'), sbp.usf())
   jax.eval_shape(model.init, keys, X)  # There is no such axis.
   # An argument that is no array steers the call.
-  model, shape = (
-    linen.with_feedback(Noisy(), sbp.usf()),
-    jax.eval_shape(lambda: X),
-  )
-  rows = linen.layer_rules(model, shape, train=False)
+  model = linen.with_feedback(Noisy(), sbp.usf())
+  rows = linen.layer_rules(model, X, train=False)
   assert [row.use for row in rows] == ['product', 'product']
 
 
@@ -342,10 +340,13 @@ def test_lifts_that_would_lose_or_change_feedback_are_refused():
   message = r"layer'.*variable_axes={'feedback': 0}"
   with pytest.raises(ValueError, match=message):
     Lifted('scan', ('params',)).init(KEY, X)
-  for norm in (nn.WeightNorm, nn.SpectralNorm):
-    model = norm(linen.Dense(5, feedback=sbp.rndf(), name='layer'))
-    with pytest.raises(ValueError, match="'layer' keeps .* put with_feedback"):
-      model.init(KEY, X, *(norm is nn.SpectralNorm) * [False])
+  for norm, options in (
+    (nn.WeightNorm, {}),
+    (nn.SpectralNorm, {'update_stats': False}),
+  ):
+    model = norm(linen.Dense(5, feedback=sbp.rndf()))
+    with pytest.raises(ValueError, match="instance' .* put with_feedback"):
+      model.init(KEY, X, **options)
 
 
 def test_an_asymmetric_cell_in_a_recurrent_layer():

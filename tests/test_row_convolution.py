@@ -19,13 +19,6 @@ FASTER = {
   'padded unevenly': (
     (20, 12, 9, 6), (7, 4, 6, 70), {'padding': ((1, 0), (3, 1))}
   ),
-  'columns with a stride': (
-    (20, 12, 9, 6), (5, 4, 6, 70), {'window_strides': (1, 2)}
-  ),
-  'features first': (
-    (20, 6, 12, 9), (70, 6, 5, 4),
-    {'dimension_numbers': ('NCHW', 'OIHW', 'NCHW')},
-  ),
   'an odd layout': (
     (12, 20, 9, 6), (6, 5, 70, 4),
     {'dimension_numbers': ('HNWC', 'IHOW', 'WNCH')},
@@ -38,7 +31,6 @@ FASTER = {
 }  # fmt: skip
 LEFT_ALONE = {
   'keeps the size': ((20, 12, 9, 6), (5, 4, 6, 70), {'padding': 'SAME'}),
-  'a few rows less': ((20, 30, 9, 6), (3, 4, 6, 70), {}),
   'rows with a stride': (
     (20, 12, 9, 6), (5, 4, 6, 70), {'window_strides': (2, 1)}
   ),
@@ -48,7 +40,6 @@ LEFT_ALONE = {
     {'lhs_dilation': (2, 1), 'padding': ((0, 0), (0, 0))},
   ),
   'groups': ((20, 12, 9, 6), (5, 4, 3, 140), {'feature_group_count': 2}),
-  'batch groups': ((20, 12, 9, 6), (5, 4, 6, 70), {'batch_group_count': 2}),
   'kernel larger than image': ((200, 4, 4, 64), (6, 6, 64, 64), {}),
   'small': ((2, 12, 9, 6), (5, 4, 6, 7), {}),
 }  # fmt: skip
@@ -142,27 +133,19 @@ def test_export_with_a_symbolic_size(shape):
   assert_same_bits(exported.call(x), expected)
 
 
-def test_transformations():
+def test_under_vmap_and_a_second_reverse_pass():
   with jax.enable_x64(True):
-    rows, plain, (*xWV, g) = functions(MNIST, row_convolution=True)
-    x, W, V = (a.astype(jnp.float64) for a in xWV)
-    g = g.astype(jnp.float64)
-
-    @jax.jit
-    @jax.grad
-    def dx(x, V):
-      return (rows(x, W, V) ** 2).sum() / 2
-
-    batched = jax.vmap(dx, (None, 0))(x, jnp.stack([V, -2 * V]))
-    y = plain(x, W)
-    expected = gradients(plain, y, x, V)[1]
-    # The reverse pass of a reverse pass sees V again.
-    second = jax.jit(jax.grad(lambda x: dx(x, V).sum()))(x)
-    y_bar = plain(jnp.ones_like(x), V)
-    pairs = (
-      (batched[0], expected),
-      (batched[1], -2 * expected),
-      (second, gradients(plain, y_bar, x, V)[1]),
+    rows, plain, arrays = functions(MNIST, row_convolution=True)
+    x, W, V, g = (a.astype(jnp.float64) for a in arrays)
+    dx = lambda x, V: jax.vjp(lambda x: rows(x, W, V), x)[1](g)[0]
+    batched = jax.jit(jax.vmap(dx, (None, 0)))(x, jnp.stack([V, -2 * V]))
+    expected = gradients(plain, g, x, V)[1]
+    # dx is linear in g; its reverse pass is the product at V.
+    dg = jax.jit(jax.grad(lambda g: jax.vjp(rows, x, W, V)[1](g)[0].sum()))(g)
+    pairs = zip(
+      (*batched, dg),
+      (expected, -2 * expected, plain(jnp.ones_like(x), V)),
+      strict=True,
     )
     for found, wanted in pairs:
       np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)

@@ -136,11 +136,8 @@ def _interceptor():
       return call(*args, **kwargs)
     clone = module.clone(parent=None)
     inside = True
-    y = _layer(
-      lambda x, params: clone.apply({'params': params}, x, method=method),
-      *args,
-      module.variables['params'],
-    )
+    op = lambda x, params: clone.apply({'params': params}, x, method=method)
+    y = _layer(op, args[0], module.variables['params'])
     inside = False
     return y
 
@@ -203,8 +200,8 @@ class ByHand(nn.Module):
 
   def __call__(self, x):
     h = nn.tanh(self.body(x))
-    y = self.head(h)
-    return y + self.head.apply({'params': self.head.variables['params']}, h**2)
+    y, params = self.head(h), self.head.variables['params']
+    return y + jnp.asarray(self.head.apply({'params': params}, h**2))
 
 
 LINEN = {
@@ -215,39 +212,31 @@ LINEN = {
   'Conv, circular': (nn.Conv(5, (3,), padding='CIRCULAR'), (2, 8, 3)),
   'Conv, causal': (nn.Conv(5, (3,), padding='CAUSAL'), (2, 8, 3)),
   'Conv, grouped and strided': (
-    nn.Conv(6, (3, 3), 2, feature_group_count=3),
-    (2, 8, 8, 3),
+    nn.Conv(6, (3, 3), 2, feature_group_count=3), (2, 8, 8, 3)
   ),
   'Conv, dilated': (
-    nn.Conv(6, (3, 3), kernel_dilation=2, padding='REFLECT'),
-    (2, 8, 8, 3),
+    nn.Conv(6, (3, 3), kernel_dilation=2, padding='REFLECT'), (2, 8, 8, 3)
   ),
   'Conv, 3-d': (
-    nn.Conv(4, (2, 2, 2), input_dilation=2, padding=1),
-    (1, 3, 3, 3, 2),
+    nn.Conv(4, (2, 2, 2), input_dilation=2, padding=1), (1, 3, 3, 3, 2)
   ),
   'Conv, masked': (
-    nn.Conv(5, (3,), mask=np.tri(9, 5).reshape(3, 3, 5)),
-    (2, 8, 3),
+    nn.Conv(5, (3,), mask=np.tri(9, 5).reshape(3, 3, 5)), (2, 8, 3)
   ),
   'ConvTranspose': (nn.ConvTranspose(5, (3, 3), (2, 2)), (2, 5, 5, 3)),
   'ConvTranspose, transposed kernel': (
-    nn.ConvTranspose(5, (3, 3), (2, 2), transpose_kernel=True),
-    (2, 5, 5, 3),
+    nn.ConvTranspose(5, (3, 3), (2, 2), transpose_kernel=True), (2, 5, 5, 3)
   ),
   'ConvLocal': (nn.ConvLocal(5, (3, 3)), (2, 6, 6, 3)),
   'attention': (nn.MultiHeadDotProductAttention(2), (2, 5, 8)),
   'attention, dropout, normalized queries': (
     nn.MultiHeadDotProductAttention(
       2, dropout_rate=0.3, deterministic=False, normalize_qk=True
-    ),
-    (2, 5, 8),
+    ), (2, 5, 8)
   ),
   'LSTM': (rnn(nn.LSTMCell), (2, 3, 3)),
   'OptimizedLSTM': (
-    rnn(nn.OptimizedLSTMCell),
-    (2, 3, 3),
-    {'reference': rnn(nn.LSTMCell)},
+    rnn(nn.OptimizedLSTMCell), (2, 3, 3), {}, {'reference': rnn(nn.LSTMCell)}
   ),
   'GRU': (rnn(nn.GRUCell), (2, 3, 3)),
   'MGU': (rnn(nn.MGUCell), (2, 3, 3)),
@@ -255,60 +244,40 @@ LINEN = {
   'ConvLSTM': (rnn(nn.ConvLSTMCell, (3,)), (2, 3, 6, 3)),
   'Bidirectional': (
     lambda: nn.Bidirectional(rnn(nn.SimpleCell)(), rnn(nn.SimpleCell)()),
-    (2, 3, 3),
+    (2, 3, 3)
   ),
-  'BatchNorm': (
-    nn.Sequential(
-      [nn.Dense(6), nn.BatchNorm(use_running_average=False), nn.Dense(2)]
-    ),
-    (4, 3),
-  ),
-  'GroupNorm': (
-    nn.Sequential([nn.Conv(6, (3,)), nn.GroupNorm(2), nn.Conv(2, (3,))]),
-    (2, 6, 3),
-  ),
-  'bfloat16': (
-    nn.Sequential(
-      [nn.Dense(6, dtype=jnp.bfloat16), nn.Dense(2, dtype=jnp.bfloat16)]
-    ),
-    (4, 3),
-  ),
-  'PReLU and Dropout': (
-    nn.Sequential(
-      [nn.Dense(6), nn.PReLU(), nn.Dropout(0.5, deterministic=False)]
-    ),
-    (4, 3),
-    {'uses': {'layers_1/negative_slope': 'scale'}},
-  ),
-  'WeightNorm': (
-    nn.Sequential([nn.WeightNorm(nn.Dense(6)), nn.WeightNorm(nn.Dense(2))]),
-    (4, 3),
-  ),
+  'BatchNorm': (nn.Sequential(
+    [nn.Dense(6), nn.BatchNorm(use_running_average=False), nn.Dense(2)]
+  ), (4, 3)),
+  'GroupNorm': (nn.Sequential(
+    [nn.Conv(6, (3,)), nn.GroupNorm(2), nn.Conv(2, (3,))]
+  ), (2, 6, 3)),
+  'bfloat16': (nn.Sequential(
+    [nn.Dense(6, dtype=jnp.bfloat16), nn.Dense(2, dtype=jnp.bfloat16)]
+  ), (4, 3)),
+  'PReLU and Dropout': (nn.Sequential(
+    [nn.Dense(6), nn.PReLU(), nn.Dropout(0.5, deterministic=False)]
+  ), (4, 3), {'layers_1/negative_slope': 'scale'}),
+  'WeightNorm': (nn.Sequential(
+    [nn.WeightNorm(nn.Dense(6)), nn.WeightNorm(nn.Dense(2))]
+  ), (4, 3)),
   'SpectralNorm': (Spectral(), (4, 3)),
   'nn.scan': (lambda: nn.scan(Block, **_STACKED, length=3)(), (4, 6)),
   'nn.scan of nn.remat': (
-    lambda: nn.scan(nn.remat(Block), **_STACKED, length=3)(),
-    (4, 6),
+    lambda: nn.scan(nn.remat(Block), **_STACKED, length=3)(), (4, 6)
   ),
   'nn.remat_scan': (lambda: nn.remat_scan(nn.Dense, (2, 2))(6), (4, 6)),
   'nn.vmap': (lambda: nn.vmap(nn.Dense, **_STACKED)(5), (4, 2, 3)),
   'vision transformer': (
-    VisionTransformer(),
-    (2, 4, 4, 3),
-    {'uses': {'token': 'added', 'position': 'added'}},
+    VisionTransformer(), (2, 4, 4, 3), {'token': 'added', 'position': 'added'}
   ),
   'language model, tied embedding': (
-    LanguageModel(),
-    np.arange(10).reshape(2, 5),
-    {
-      'uses': {
-        'Embed_0/embedding': 'looked up, added, product',
-        'Embed_1/embedding': 'added',
-      }
-    },
+    LanguageModel(), np.arange(10).reshape(2, 5),
+    {'Embed_0/embedding': 'looked up, added, product',
+     'Embed_1/embedding': 'added'},
   ),
   'applied by hand': (ByHand(), (4, 3)),
-}
+}  # fmt: skip
 
 
 # --- NNX and Equinox ---------------------------------------------------------
@@ -409,39 +378,33 @@ NNX = {
   'nnx Conv, BatchNorm, Dropout, Linear': (Network, (2, 4, 4, 3)),
   'nnx LinearGeneral': (
     lambda rngs: nnx.LinearGeneral((3, 6), 5, axis=(-2, -1), rngs=rngs),
-    (4, 3, 6),
+    (4, 3, 6)
   ),
   'nnx Einsum': (
-    lambda rngs: nnx.Einsum('bi,ihd->bhd', (3, 2, 5), rngs=rngs),
-    (4, 3),
+    lambda rngs: nnx.Einsum('bi,ihd->bhd', (3, 2, 5), rngs=rngs), (4, 3)
   ),
   'nnx ConvTranspose': (
-    lambda rngs: nnx.ConvTranspose(3, 5, (3,), strides=2, rngs=rngs),
-    (2, 5, 3),
+    lambda rngs: nnx.ConvTranspose(3, 5, (3,), strides=2, rngs=rngs), (2, 5, 3)
   ),
   'nnx attention': (
     lambda rngs: nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs),
-    (2, 5, 8),
+    (2, 5, 8)
   ),
   'nnx LSTM': (nnx_rnn(nnx.LSTMCell), (2, 3, 3)),
   'nnx OptimizedLSTM': (nnx_rnn(nnx.OptimizedLSTMCell), (2, 3, 3)),
   'nnx GRU': (nnx_rnn(nnx.GRUCell), (2, 3, 3)),
   'nnx SimpleCell': (nnx_rnn(nnx.SimpleCell), (2, 3, 3)),
   'nnx LoRALinear': (
-    lambda rngs: nnx.LoRALinear(3, 5, lora_rank=2, rngs=rngs),
-    (4, 3),
-    {'reference': _lora},
+    lambda rngs: nnx.LoRALinear(3, 5, lora_rank=2, rngs=rngs), (4, 3),
+    {}, {'reference': _lora},
   ),
   'nnx Embed.attend': (
-    lambda rngs: nnx.Embed(7, 4, rngs=rngs),
-    np.arange(3),
-    {
-      'call': lambda embed, tokens: embed.attend(jnp.tanh(embed(tokens))),
-      'uses': {'embedding': 'looked up, product'},
-    },
+    lambda rngs: nnx.Embed(7, 4, rngs=rngs), np.arange(3),
+    {'embedding': 'looked up, product'},
+    {'call': lambda embed, tokens: embed.attend(jnp.tanh(embed(tokens)))},
   ),
   'nnx scan': (Stack, (2, 4)),
-}
+}  # fmt: skip
 
 
 def equinox(make, x, call=lambda module, x: jax.vmap(module)(x), **options):
@@ -463,20 +426,17 @@ EQUINOX = {
   'eqx MLP': (functools.partial(eqx.nn.MLP, 3, 2, 8, 2), (4, 3)),
   'eqx Conv2d': (functools.partial(eqx.nn.Conv2d, 3, 5, 3), (2, 3, 6, 6)),
   'eqx ConvTranspose2d': (
-    functools.partial(eqx.nn.ConvTranspose2d, 3, 5, 3, 2),
-    (2, 3, 5, 5),
+    functools.partial(eqx.nn.ConvTranspose2d, 3, 5, 3, 2), (2, 3, 5, 5)
   ),
   'eqx attention': (
-    functools.partial(eqx.nn.MultiheadAttention, 2, 8),
-    (2, 5, 8),
-    {'call': lambda module, x: jax.vmap(module)(x, x, x)},
+    functools.partial(eqx.nn.MultiheadAttention, 2, 8), (2, 5, 8),
+    {}, {'call': lambda module, x: jax.vmap(module)(x, x, x)},
   ),
   'eqx GRU': (
-    functools.partial(eqx.nn.GRUCell, 3, 4),
-    (2, 5, 3),
-    {'call': _over_time, 'reference': None, 'uses': {'bias_n': 'added'}},
+    functools.partial(eqx.nn.GRUCell, 3, 4), (2, 5, 3),
+    {'bias_n': 'added'}, {'call': _over_time, 'reference': None},
   ),
-}
+}  # fmt: skip
 
 
 # --- Functions of a product, parameters and data -----------------------------
@@ -546,6 +506,14 @@ def _unrolled(product, params, x):
 
 def _fori(product, W, x):
   return lax.fori_loop(0, 3, lambda i, h: jnp.tanh(product(h, W[i])), x)
+
+
+def _mapped(product, W, x):
+  return lax.map(lambda row: product(jnp.tanh(product(row, W)), W.T), x)
+
+
+def _ensemble(product, W, x):
+  return jax.vmap(lambda W: product(jnp.tanh(product(x, W)), W.T))(W)
 
 
 def _branches(product, params, x):
@@ -678,39 +646,19 @@ ARITHMETIC = {
 FUNCTIONS = {
   **{name: (chain(each), (3, 3), (4, 3)) for name, each in CHAINS.items()},
   'Haiku': (
-    _haiku,
-    {'a': {'w': (3, 4), 'b': (4,)}, 'b': {'w': (4, 2), 'b': (2,)}},
-    (4, 3),
-    {'uses': {'a/b': 'added', 'b/b': 'added'}},
+    _haiku, {'a': {'w': (3, 4), 'b': (4,)}, 'b': {'w': (4, 2), 'b': (2,)}},
+    (4, 3), {'a/b': 'added', 'b/b': 'added'},
   ),
   'joined': (_joined, {'a': (3, 3), 'b': (6,), 'c': (2,)}, (4, 3)),
-  'unrolled': (
-    _unrolled,
-    {'U': (3, 3), 'W': (3, 3)},
-    (4, 3, 3),
-    {'uses': {'U': 'added, product'}},  # The first state is a constant.
+  'unrolled': (  # From a state that is a constant.
+    _unrolled, {'U': (3, 3), 'W': (3, 3)}, (4, 3, 3), {'U': 'added, product'}
   ),
   'fori_loop': (_fori, (3, 3, 3), (4, 3)),
-  'lax.map': (
-    lambda product, W, x: lax.map(
-      lambda row: product(jnp.tanh(product(row, W)), W.T), x
-    ),
-    (3, 5),
-    (4, 3),
-  ),
-  'ensemble': (
-    lambda product, W, x: jax.vmap(
-      lambda W: product(jnp.tanh(product(x, W)), W.T)
-    )(W),
-    (2, 3, 5),
-    (4, 3),
-  ),
+  'lax.map': (_mapped, (3, 5), (4, 3)),
+  'ensemble': (_ensemble, (2, 3, 5), (4, 3)),
   'chosen by data': (_chosen, (3, 3), (4, 3)),
   'carried': (
-    _carried,
-    {'W': (3, 3), 'h': (4, 3)},
-    (4, 3),
-    {'uses': {'h': 'added'}},
+    _carried, {'W': (3, 3), 'h': (4, 3)}, (4, 3), {'h': 'added'}
   ),
   'cond and switch': (_branches, {'a': (3, 3), 'b': (3, 3)}, (4, 3)),
   'checkpoint, dots saved': (_checkpointed(_DOTS), (3, 5), (4, 3)),
@@ -719,31 +667,22 @@ FUNCTIONS = {
   'weight first and by hand': (_by_hand, (3, 5), (4, 3)),
   'ragged_dot': (_ragged, (2, 3, 3), (4, 3)),
   'LoRA, merged': (
-    _merged,
-    {'W': (3, 3), 'A': (3, 1), 'B': (1, 3)},
-    (4, 3),
-    {'uses': {'A': 'excluded', 'B': 'excluded'}, 'exclude': ('A', 'B')},
+    _merged, {'W': (3, 3), 'A': (3, 1), 'B': (1, 3)}, (4, 3),
+    {'A': 'excluded', 'B': 'excluded'}, {'exclude': ('A', 'B')},
   ),
   'experts, gathered': (
-    _gathered,
-    _EXPERTS,
-    (6, 3),
-    {'uses': {'experts': 'looked up, product'}},
+    _gathered, _EXPERTS, (6, 3), {'experts': 'looked up, product'}
   ),
   'experts, dispatched': (_dispatched, _EXPERTS, (6, 3)),
   'embedding and attention': (
-    _attention,
-    {name: (4, 4) for name in 'Eqkv'},
-    np.arange(4),
-    {'uses': {'E': 'looked up'}},
+    _attention, {name: (4, 4) for name in 'Eqkv'}, np.arange(4),
+    {'E': 'looked up'},
   ),
   'scale and weight decay': (
-    _decayed,
-    {'W': (3, 3), 'gain': (1, 3)},
-    (4, 3),
-    {'uses': {'W': 'product, added', 'gain': 'scale'}},
+    _decayed, {'W': (3, 3), 'gain': (1, 3)}, (4, 3),
+    {'W': 'product, added', 'gain': 'scale'},
   ),
-}
+}  # fmt: skip
 
 _KINDS = (
   (linen, LINEN), (nnx_model, NNX), (equinox, EQUINOX), (function, FUNCTIONS)
@@ -756,5 +695,6 @@ def model(name: str, wide: bool = False) -> Model:
   """A model in the default precision, which is double if ``wide``."""
   assert jax.config.read('jax_enable_x64') == wide
   make, row = next((make, t[name]) for make, t in _KINDS if name in t)
-  options = {} if isinstance(row[-1], (tuple, np.ndarray)) else row[-1]
-  return make(*row[: len(row) - bool(options)], **options)
+  count = 3 if make is function else 2
+  uses, options = (*row[count:], {}, {})[:2]
+  return make(*row[:count], uses=uses, **options)
