@@ -31,7 +31,7 @@ from experiments.files import (
 from experiments.tasks import Arrays
 
 _KEPT = 2
-# Names of arrays: no paths. What a rule keeps is called 'kernel:frsf(p_flip=1)'.
+# Names of arrays, no paths; 'kernel:frsf(p_flip=0.5)' is what a rule keeps.
 _NAME = re.compile(r'[\w.:()=]+')
 _LARGEST = 2**32  # bytes of a state; the paper's have less than 2**27
 _SPARE_BYTES = 2**20  # what Orbax writes beside the arrays, and more

@@ -11,7 +11,9 @@ What rules keep is held in variables of type ``Feedback``, in the attribute
 filter for kernels matches their paths: ``nnx.grad`` and
 ``nnx.Optimizer(..., nnx.Param)`` leave them alone; ``nnx.split``, ``nnx.state``
 and checkpoints carry them. To learn feedback (Kolen-Pollack) use
-``nnx.Any(nnx.Param, Feedback)``.
+``nnx.Any(nnx.Param, Feedback)``. A filter for a whole module, such as
+``nnx.PathContains('layers')``, matches all its variables, feedback too: combine
+it with ``nnx.Param``.
 
 Methods are traced, as by ``jax.jit``: the values of arrays are not known to
 Python in them. ``Net.method(model, ...)`` calls one as it is written.

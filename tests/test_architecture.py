@@ -10,6 +10,7 @@ import sys
 import symjax_bp
 
 ROOT = pathlib.Path(symjax_bp.__file__).parents[1]
+_PRIVATE = r'\b(?:jax|flax)\._\w+|_call_wrapped_method\(self'
 
 
 def run_alone(program):
