@@ -136,9 +136,9 @@ def test_fan_and_features_by_counting(name):
   """Ones count terms; with W = 1 nothing varies along the features of y."""
   operation = OPERATIONS[name]
   options = dict(operation.product.options)
-  ones = jnp.ones(operation.x), jnp.ones(operation.W)
-  y, pullback = jax.vjp(operation.plain, *ones)
-  dx, _ = pullback(jnp.ones_like(y))
+  W = jnp.ones(operation.W)
+  y, pullback = jax.vjp(lambda x: operation.plain(x, W), jnp.ones(operation.x))
+  (dx,) = pullback(jnp.ones_like(y))
   fan = operation.product.fan(operation.W)
   if 'lhs_dilation' not in options:  # Its zeros are inputs too.
     assert fan.inputs == y.max()
@@ -151,7 +151,7 @@ def test_fan_and_features_by_counting(name):
   if groups > 1:  # All see the same, so that only W tells features apart.
     x = jnp.concatenate([x[: len(x) // images, ..., :1]] * images)
     x = jnp.broadcast_to(x, operation.x)
-  y = np.asarray(operation.plain(x, ones[1]))
+  y = np.asarray(operation.plain(x, W))
   same = [i for i in range(y.ndim) if np.ptp(y, i).max() < 1e-5 * np.ptp(y)]
   features = operation.product.feature_axes(y.ndim, len(operation.W))
   assert features == tuple(same)
