@@ -129,7 +129,9 @@ def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   """Whether a parameter can have a rule: floating, no bias, no scale."""
   # Equinox keeps functions among the parameters.
   is_array = hasattr(leaf, 'dtype') or isinstance(leaf, (float, complex))
-  no_weight = path.rpartition('/')[2] in _NO_WEIGHTS or not is_array
+  *parents, name = path.split('/')
+  # nnx.WeightNorm keeps its scales in a dictionary of that name.
+  no_weight = name in _NO_WEIGHTS or 'scales' in parents or not is_array
   return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
 
 

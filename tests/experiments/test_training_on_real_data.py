@@ -11,7 +11,7 @@ from experiments.program import Setup, program
 
 DATA = Path(
   os.environ.get(
-    'SYMJAX_BP_DATA', Path(__file__).parents[2] / 'shared' / 'data'
+    'SYMJAX_BP_DATA', Path(__file__).parents[2].parent / 'shared' / 'data'
   )
 )
 SETS = (
