@@ -210,7 +210,7 @@ _INNER = {
   'shard_map': 'jaxpr',
 }
 CONTROL = frozenset(_INNER) | {'cond', 'while'}
-# The results of a scan that feed back into it.
+# Functions with a derivative of their own.
 _DERIVED = _names('custom_jvp_call custom_vjp_call')
 
 
@@ -341,7 +341,7 @@ class _Analysis:
         'is used by plain backpropagation inside the function: differentiate '
         'what with_feedback returns',
       )
-    if eqn.primitive.name in CONTROL and any(k.of_weight for k in kinds):
+    if eqn.primitive.name in CONTROL and weight.of_weight:
       return self.control(eqn, kinds)
     if eqn.primitive.name == 'optimization_barrier':
       return Step(eqn, 'through', kinds, kinds)

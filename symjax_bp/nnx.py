@@ -220,7 +220,7 @@ class _Opened:
     params: {path: array} of the model's parameters and of its attributes that
       are arrays.
     constants: the paths of the latter.
-    others: the state of the nodes besides, and arrays among the arguments.
+    others: all other state of the nodes, and the arrays among the arguments.
   """
 
   def __init__(self, model: Any, args: Any, kwargs: Any):

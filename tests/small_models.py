@@ -81,7 +81,7 @@ def weights(kind, model, variables):
   return W, model.weights(W, variables['feedback'])
 
 
-# States of the last kernel under frsf(0.5), and what is said of them.
+# Wrong states of the last kernel under frsf(0.5), and the message for each.
 NAME, KEEPS = 'frsf(p_flip=0.5)', 'frsf(p_flip=0.5) keeps float32(6, 3)'
 R = jnp.ones((6, 3))
 STATES = {
