@@ -12,8 +12,8 @@ from typing import Annotated
 
 import tyro
 
-from experiments.grid import Protocol
 from experiments.options import Execution, Hosts, ProtocolOptions, Selection
+from experiments.paper.protocol import Protocol
 
 Results = Annotated[Path, tyro.conf.arg(metavar='DIR')]
 _Flat = tyro.conf.OmitArgPrefixes

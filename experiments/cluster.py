@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments import backend, machine
 from experiments.executors import POLL
-from experiments.grid import Run
+from experiments.paper.protocol import Run
 from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
+from experiments.training import backend, machine
 
 # Ray's own switch to a cluster of this host alone: it listens on loopback.
 _ONE_HOST = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}

@@ -6,11 +6,11 @@ from typing import Any
 
 from experiments import cli, datasets, listing
 from experiments.datasets import Dataset, DatasetError
-from experiments.grid import Run
 from experiments.options import Execution, Selection
+from experiments.paper.protocol import Run
 from experiments.running import execute, run_in_step, start_jax
+from experiments.runs.store import Store, StoreError, load
 from experiments.selection import Loader, selected_runs, selected_tables
-from experiments.store import Store, StoreError, load
 
 _DEMO_CONDITIONS = (
   'SGD',

@@ -21,8 +21,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from experiments import executors
-from experiments.grid import Run
 from experiments.options import Hosts
+from experiments.paper.protocol import Run
 from experiments.runner import StopRequest
 from experiments.tasks import Event, Failed, Settings, Task
 

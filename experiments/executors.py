@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from experiments.grid import Run
+from experiments.paper.protocol import Run
 from experiments.tasks import Event, Failed, Settings, Stopped, Task
 
 POLL = 0.2  # seconds between questions whether to stop

@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil
 
-from experiments.files import StoreError, not_written, read_text
+from experiments.runs.files import StoreError, not_written, read_text
 
 _RENEWALS = 4  # within a time limit
 _GIVEN_UP = (0.0, 0.0)  # times of access and change

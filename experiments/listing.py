@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from experiments import conditions, datasets
+from experiments import datasets
+from experiments.paper import conditions
 
 
 def list_all(data_dir: Path | None) -> None:

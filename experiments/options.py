@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from experiments.grid import RATES, Protocol, Run
+from experiments.paper.protocol import RATES, Protocol, Run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

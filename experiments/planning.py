@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from experiments import placement, train
-from experiments.conditions import names_of
 from experiments.datasets import Dataset
-from experiments.grid import Run
-from experiments.holdout import held_out_size
-from experiments.models import multiply_adds, training_flops
-from experiments.program import Setup, program
+from experiments.paper.conditions import names_of
+from experiments.paper.protocol import Run
+from experiments.training import loop as train
+from experiments.training import placement
+from experiments.training.holdout import held_out_size
+from experiments.training.models import multiply_adds, training_flops
+from experiments.training.program import Setup, program
 
 _STEPS = 5
 

@@ -16,17 +16,10 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from experiments import backend, machine
 from experiments.executors import POLL
-from experiments.grid import Run
-from experiments.tasks import (
-  Epoch,
-  Event,
-  Failed,
-  Settings,
-  Stopped,
-  Task,
-)
+from experiments.paper.protocol import Run
+from experiments.tasks import Epoch, Event, Failed, Settings, Stopped, Task
+from experiments.training import backend, machine
 
 _GRACE = 8.0  # seconds that a stop may take; pre-emption often gives ten
 

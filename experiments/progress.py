@@ -15,8 +15,8 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
-from experiments.conditions import names_of
-from experiments.grid import Run
+from experiments.paper.conditions import names_of
+from experiments.paper.protocol import Run
 
 _LINE_EVERY = 10.0  # seconds between lines when the output is no terminal
 

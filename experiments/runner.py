@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from experiments.executors import Executor
-from experiments.grid import Run
 from experiments.leases import Lease, Leases
-from experiments.store import RunFolder, Store
+from experiments.paper.protocol import Run
+from experiments.runs.store import RunFolder, Store
 from experiments.tasks import (
   Epoch,
   Event,

@@ -5,14 +5,15 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from experiments import backend, cluster, executors, processes, runner
+from experiments import cluster, executors, processes, runner
 from experiments.executors import Executor
-from experiments.grid import Run
 from experiments.options import Execution, Hosts
+from experiments.paper.protocol import Run
 from experiments.progress import reporter
+from experiments.runs.store import Store
 from experiments.selection import Loader
-from experiments.store import Store
 from experiments.tasks import Settings
+from experiments.training import backend
 
 
 def start_jax(devices: int | None = None) -> None:
@@ -27,7 +28,7 @@ def _settings(
   """How this process carries out runs."""
   mesh = None
   if options.executor == 'local':
-    from experiments.devices import mesh_for
+    from experiments.training.devices import mesh_for
 
     mesh = mesh_for(runs, options.devices)
   return Settings(
@@ -41,7 +42,7 @@ def _settings(
 def _executor(settings: Settings, options: Execution) -> Executor:
   """The executor that is asked for."""
   if options.executor == 'local':
-    from experiments.together import group_size
+    from experiments.training.vmapped import group_size
 
     return executors.Local(
       settings, group_size(options.together, settings.mesh)

@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments import conditions, datasets, grid
+from experiments import datasets
 from experiments.datasets import Dataset
 from experiments.datasets.spec import WEIGHT_LAYERS
-from experiments.grid import Run
-from experiments.holdout import check_batches, check_holdout
 from experiments.options import Selection
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.paper.protocol import Run
+from experiments.training.holdout import check_batches, check_holdout
 
 
 @dataclasses.dataclass(frozen=True)

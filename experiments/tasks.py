@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from experiments.datasets import Dataset
-from experiments.grid import Run
+from experiments.paper.protocol import Run
 
 Arrays = Mapping[str, np.ndarray]  # a state's, by their places in it
 Load = Callable[[Run], Dataset]

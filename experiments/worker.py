@@ -9,18 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax.sharding import Mesh
 
-from experiments import (
-  checkpoints,
-  devices,
-  machine,
-  placement,
-  together,
-  train,
-)
 from experiments.datasets import DatasetError
-from experiments.grid import Run
-from experiments.placement import Placed
-from experiments.program import State, program
+from experiments.paper.protocol import Run
+from experiments.runs import checkpoints
 from experiments.tasks import (
   Epoch,
   Event,
@@ -32,6 +23,11 @@ from experiments.tasks import (
   Task,
   Unfit,
 )
+from experiments.training import devices, machine, placement
+from experiments.training import loop as train
+from experiments.training import vmapped as together
+from experiments.training.placement import Placed
+from experiments.training.program import State, program
 
 _FIRST_CHECKPOINT = 0.5  # seconds; what one costs before any was written
 

@@ -5,19 +5,13 @@ from collections.abc import Sequence
 
 import jax
 
-from experiments import cli, machine, models
-from experiments.bench import (
-  files,
-  in_jax,
-  in_torch,
-  operations,
-  plots,
-  tables,
-)
+from experiments import cli
+from experiments.bench import files, in_jax, in_torch, operations, plots, tables
 from experiments.bench.contenders import Contender, check_steps, take_turns
 from experiments.bench.results import Result, summarized
 from experiments.bench.workload import Workload
 from experiments.datasets import SHAPES
+from experiments.training import machine, models
 from symjax_bp import from_name
 
 

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import files, machine
 from experiments.report.figures import Picture
+from experiments.runs import files
+from experiments.training import machine
 
 
 def folder(out: Path) -> Path:

@@ -12,13 +12,14 @@ import time
 
 import tyro
 
-from experiments import backend, processes, runner
-from experiments.grid import Protocol
+from experiments import processes, runner
 from experiments.options import Selection
+from experiments.paper.protocol import Protocol
 from experiments.progress import reporter
+from experiments.runs.store import Store
 from experiments.selection import Loader, selected_runs
-from experiments.store import Store
 from experiments.tasks import Settings
+from experiments.training import backend
 
 
 def measure(repeats: int = 3, epochs: int = 20) -> None:

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import conditions, grid
 from experiments.bench.contenders import Contender
 from experiments.bench.results import FLAX, PRODUCT
 from experiments.bench.workload import PROTOCOL, RATE, Workload
-from experiments.grid import Run
-from experiments.placement import Images, Parts, Placed
-from experiments.program import Setup, program
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.paper.protocol import Run
+from experiments.training.placement import Images, Parts, Placed
+from experiments.training.program import Setup, program
 
 _PRODUCT = 2048  # rows and columns
 PRODUCT_FLOPS = 2 * _PRODUCT**3

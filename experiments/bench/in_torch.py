@@ -14,8 +14,8 @@ from experiments.bench.contenders import Contender
 from experiments.bench.results import BIOTORCH, TORCH
 from experiments.bench.workload import PROTOCOL, RATE, Workload
 from experiments.datasets import SHAPES
-from experiments.models import ARCHITECTURES, Conv, Full
-from experiments.pooling import Pool
+from experiments.training.models import ARCHITECTURES, Conv, Full
+from experiments.training.pooling import Pool
 
 _LAYOUTS = ('contiguous', 'channels_last')
 

@@ -12,7 +12,7 @@ from experiments.bench.contenders import Contender
 from experiments.bench.results import OPERATIONS
 from experiments.bench.workload import Workload
 from experiments.datasets import SHAPES
-from experiments.models import ARCHITECTURES, Conv, Full
+from experiments.training.models import ARCHITECTURES, Conv, Full
 from symjax_bp import primitives
 
 Operation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

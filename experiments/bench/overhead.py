@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.store import load
+from experiments.runs.store import load
 
 RUNS = (1, 2, 4, 8)
 _EPOCHS, _IMAGES = 3, 300

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments import cli, machine
+from experiments import cli
 from experiments.bench import files, plots
 from experiments.bench.contenders import check_steps
 from experiments.bench.family import AXES, step_times
 from experiments.bench.overhead import RUNS, grid_times
 from experiments.report.markdown import table
+from experiments.training import machine
 
 _RUN = 30.0  # seconds, of the run to which overhead is compared
 

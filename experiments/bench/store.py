@@ -14,10 +14,12 @@ from typing import Any
 
 import tyro
 
-from experiments import report, store, train
-from experiments.conditions import CONDITIONS
+from experiments import report
 from experiments.datasets import SPECS
-from experiments.grid import Protocol, Run, runs_of, unique
+from experiments.paper.conditions import CONDITIONS
+from experiments.paper.protocol import Protocol, Run, runs_of, unique
+from experiments.runs import store
+from experiments.training import loop as train
 
 _PROTOCOL = Protocol()
 

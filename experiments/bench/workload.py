@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments.datasets import SHAPES
-from experiments.grid import Protocol
+from experiments.paper.protocol import Protocol
 
 PROTOCOL = Protocol()
 # Weights that stay where they are take as long as others, and none diverges.

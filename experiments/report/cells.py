@@ -5,8 +5,8 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments.conditions import BatchPlan
-from experiments.grid import RATES
+from experiments.paper.conditions import BatchPlan
+from experiments.paper.protocol import RATES
 from experiments.report import statistics
 from experiments.report.runs import Run
 

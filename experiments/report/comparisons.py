@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.report import paper
+from experiments.paper import published as paper
 from experiments.report.cells import Cell
 from experiments.report.figures import (
   OURS,

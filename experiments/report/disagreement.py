@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from experiments.grid import Protocol
+from experiments.paper.protocol import Protocol
 from experiments.report import naming
 from experiments.report.findings import OPEN
 from experiments.report.naming import counted

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
-from experiments.conditions import CONDITIONS, Condition
+from experiments.paper.conditions import CONDITIONS, Condition
 
 
 def counted(number: int, noun: str) -> str:

@@ -15,12 +15,7 @@ from experiments.report.contents import Contents
 from experiments.report.figures import Picture
 from experiments.report.runs import Run
 from experiments.report.studies import Study
-from experiments.report.tables import (
-  LEGEND,
-  MARKS,
-  notes,
-  shown_cells,
-)
+from experiments.report.tables import LEGEND, MARKS, notes, shown_cells
 
 _SVG = 'http://www.w3.org/2000/svg'
 _XLINK = 'http://www.w3.org/1999/xlink'

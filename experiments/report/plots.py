@@ -8,8 +8,8 @@ from matplotlib.collections import PatchCollection
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from experiments.grid import RATES
-from experiments.report import paper
+from experiments.paper import published as paper
+from experiments.paper.protocol import RATES
 from experiments.report.cells import Cell, mean_error
 from experiments.report.figures import (
   ErrorAxis,

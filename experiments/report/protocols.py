@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from experiments.conditions import CONDITIONS
-from experiments.report import naming, paper
+from experiments.paper import published as paper
+from experiments.paper.conditions import CONDITIONS
+from experiments.report import naming
 from experiments.report.studies import Store
 
 HOW = (

@@ -9,8 +9,8 @@ import dataclasses
 import shlex
 from collections.abc import Iterable
 
-from experiments.conditions import CONDITIONS, find
-from experiments.grid import RATES, Protocol
+from experiments.paper.conditions import CONDITIONS, find
+from experiments.paper.protocol import RATES, Protocol
 from experiments.report import naming
 from experiments.report.runs import Run
 from experiments.report.studies import Study

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
-from experiments.conditions import BatchPlan
+from experiments.paper.conditions import BatchPlan
 
 _NAMED = 20  # torn records
 

@@ -11,9 +11,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from experiments.conditions import names_of
-from experiments.grid import Protocol
-from experiments.report import naming, paper
+from experiments.paper import published as paper
+from experiments.paper.conditions import names_of
+from experiments.paper.protocol import Protocol
+from experiments.report import naming
 from experiments.report.cells import Cell
 from experiments.report.runs import Outcome, Record, Run, read
 

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
-from experiments.conditions import CONDITIONS, TABLES, Table
-from experiments.report import naming, paper, statistics
+from experiments.paper import published as paper
+from experiments.paper.conditions import CONDITIONS, TABLES, Table
+from experiments.report import naming, statistics
 from experiments.report.cells import Cell, Result
 from experiments.report.studies import Study
 

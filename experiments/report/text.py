@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from experiments.conditions import find_table
+from experiments.paper.conditions import find_table
 from experiments.report.findings import OPEN
 from experiments.report.studies import Store
 from experiments.report.tables import (

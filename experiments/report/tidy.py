@@ -3,7 +3,7 @@
 import csv
 import io
 
-from experiments.conditions import TABLES
+from experiments.paper.conditions import TABLES
 from experiments.report.cells import Result
 from experiments.report.studies import Store, Study
 from experiments.report.tables import Entry, Line, fill, grids

@@ -11,12 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 import numpy as np
 
-from experiments.report import paper, statistics
-from experiments.report.conclusions import (
+from experiments.paper import published as paper
+from experiments.paper.conclusions import (
   CONCLUSIONS,
   AcrossDatasets,
   Conclusion,
 )
+from experiments.report import statistics
 from experiments.report.findings import Finding, Judgement
 from experiments.report.studies import Store, Study
 

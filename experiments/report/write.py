@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from experiments.files import write_whole
 from experiments.report import markdown, page, results, text, tidy
 from experiments.report.contents import contents
 from experiments.report.runs import Record
 from experiments.report.studies import gather
+from experiments.runs.files import write_whole
 
 
 def write_report(

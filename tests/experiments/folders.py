@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import checkpoints, store
-from experiments.grid import Run
-from experiments.store import Store
+from experiments.paper.protocol import Run
+from experiments.runs import checkpoints, store
+from experiments.runs.store import Store
 from tests.experiments import tiny
 
 ENVIRONMENT = {'jax': '0.10.0', 'cores': '2'}

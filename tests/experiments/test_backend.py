@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import backend
+from experiments.training import backend
 
 
 def test_flags_of_the_user_are_kept(monkeypatch):

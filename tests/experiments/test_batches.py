@@ -4,10 +4,11 @@ import dataclasses
 
 import pytest
 
-from experiments import commands, grid, options, selection
+from experiments import commands, options, selection
 from experiments.cli import RunCommand
-from experiments.conditions import THEN_500
 from experiments.options import ProtocolOptions, Selection
+from experiments.paper import protocol as grid
+from experiments.paper.conditions import THEN_500
 from experiments.tasks import Failed, Settings, Stopped, Task
 from experiments.worker import Worker
 from tests.experiments import tiny

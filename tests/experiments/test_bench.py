@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import backend, cli, commands, models
+from experiments import cli, commands
 from experiments.bench import (
   family,
   in_jax,
@@ -24,7 +24,8 @@ from experiments.bench.contenders import Contender, take_turns
 from experiments.bench.results import summarized
 from experiments.bench.workload import Workload
 from experiments.datasets import SHAPES
-from experiments.models import Network
+from experiments.training import backend, models
+from experiments.training.models import Network
 from symjax_bp import symmetric, with_feedback
 
 TIMIT = Workload(architecture='timit', batch_norm='none', batch=4)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, store
-from experiments.store import StoreError
+from experiments.runs import checkpoints, store
+from experiments.runs.store import StoreError
 from tests.experiments import folders
 
 

@@ -5,18 +5,11 @@ import sys
 import numpy as np
 import pytest
 
-from experiments import (
-  backend,
-  cli,
-  commands,
-  grid,
-  options,
-  planning,
-  running,
-  selection,
-)
-from experiments.conditions import TABLES
-from experiments.store import Store
+from experiments import cli, commands, options, planning, running, selection
+from experiments.paper import protocol as grid
+from experiments.paper.conditions import TABLES
+from experiments.runs.store import Store
+from experiments.training import backend
 
 
 @pytest.fixture(name='main')

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 import experiments
-from experiments import conditions, grid
-from experiments.conditions import CONDITIONS, TABLES, find
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.paper.conditions import CONDITIONS, TABLES, find
 
 _ONE_HUNDRED = [[(None, 100)]]
 _BOTTOM, _TOP = 'last layer', 'before last layer'
@@ -87,7 +88,7 @@ def test_content_of_all_45_columns():
 
 
 def test_tables_are_those_of_the_published_numbers():
-  path = Path(experiments.__file__).parent / 'paper_results.csv'
+  path = Path(experiments.__file__).parent / 'paper' / 'results.csv'
   columns: dict[str, dict[str, None]] = {}
   with path.open(encoding='utf-8') as file:
     for row in csv.DictReader(file):

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import devices, placement, train
-from experiments.program import Setup, program
+from experiments.training import devices, placement
+from experiments.training import loop as train
+from experiments.training.program import Setup, program
 from tests.experiments import tiny
 
 _PLAN = ((None, 72),)  # three of 216 images; 2, 4 and 8 divide it

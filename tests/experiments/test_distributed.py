@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import experiments
-from experiments import store, train
 from experiments.distributed import LOST
 from experiments.options import Hosts
+from experiments.runs import store
+from experiments.training import loop as train
 from tests.experiments import folders, halting
 
 _ROOT = Path(experiments.__file__).parents[1]

@@ -9,11 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from experiments import cluster, executors, machine, processes, runner, store
+from experiments import cluster, executors, processes, runner
 from experiments.cluster import Ray
 from experiments.datasets import DatasetError
-from experiments.store import Store
+from experiments.runs import store
+from experiments.runs.store import Store
 from experiments.tasks import Settings
+from experiments.training import machine
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener
 

@@ -5,8 +5,9 @@ import math
 
 import pytest
 
-from experiments import conditions, grid
-from experiments.grid import Protocol, Run
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.paper.protocol import Protocol, Run
 
 _RUN = Run(
   dataset='MNIST',

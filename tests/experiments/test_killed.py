@@ -13,7 +13,7 @@ import time
 import pytest
 
 from experiments import executors, runner
-from experiments.store import Store, StoreError, load
+from experiments.runs.store import Store, StoreError, load
 from experiments.tasks import Settings
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener

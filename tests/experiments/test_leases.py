@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from experiments.files import StoreError
 from experiments.leases import Leases
+from experiments.runs.files import StoreError
 
 
 def _aged(folder, seconds: float) -> None:

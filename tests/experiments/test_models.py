@@ -9,7 +9,7 @@ import pytest
 
 from experiments.datasets import SHAPES, SPECS
 from experiments.datasets.spec import WEIGHT_LAYERS
-from experiments.models import (
+from experiments.training.models import (
   ARCHITECTURES,
   Network,
   Pool,

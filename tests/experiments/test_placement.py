@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import placement, train
-from experiments.holdout import held_out_rows
-from experiments.placement import calibration_batches, mini_batches
+from experiments.training import loop as train
+from experiments.training import placement
+from experiments.training.holdout import held_out_rows
+from experiments.training.placement import calibration_batches, mini_batches
 from tests.experiments import tiny
 
 

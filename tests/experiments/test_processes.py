@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 import experiments
-from experiments import processes, store
+from experiments import processes
+from experiments.runs import store
 from tests.experiments import folders, halting
 
 _ROOT = Path(experiments.__file__).parents[1]

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import experiments
-from experiments import datasets, report, store, train
-from experiments.grid import Protocol, Run
+from experiments import datasets, report
+from experiments.paper.protocol import Protocol, Run
+from experiments.runs import store
+from experiments.training import loop as train
 
 _FOLDER = Path(experiments.__file__).parent
 _RESULTS, _CHOICES = (

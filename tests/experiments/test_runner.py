@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import executors, placement, runner, store, worker
+from experiments import executors, runner, worker
 from experiments.datasets import DatasetError
-from experiments.store import Store
+from experiments.runs import store
+from experiments.runs.store import Store
 from experiments.tasks import Settings
+from experiments.training import placement
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener
 

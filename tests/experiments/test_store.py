@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import files, store
-from experiments.store import Store, StoreError
+from experiments.runs import files, store
+from experiments.runs.store import Store, StoreError
 from tests.experiments import folders, tiny
 
 

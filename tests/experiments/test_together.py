@@ -10,13 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import devices, models, runner, together, train, worker
+from experiments import runner, worker
 from experiments.datasets import SPECS
 from experiments.executors import Local
-from experiments.models import Conv, Full
-from experiments.pooling import Pool
-from experiments.store import Store
+from experiments.runs.store import Store
 from experiments.tasks import Epoch, Failed, Finished, Settings, Task
+from experiments.training import devices, models
+from experiments.training import loop as train
+from experiments.training import vmapped as together
+from experiments.training.models import Conv, Full
+from experiments.training.pooling import Pool
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import placement, train
-from experiments.program import Setup, program
+from experiments.training import loop as train
+from experiments.training import placement
+from experiments.training.program import Setup, program
 from symjax_bp.metrics import Alignment
 from tests.experiments import tiny
 

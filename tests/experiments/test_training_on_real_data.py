@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import conditions, datasets, grid, placement, train
-from experiments.program import Setup, program
+from experiments import datasets
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.training import loop as train
+from experiments.training import placement
+from experiments.training.program import Setup, program
 
 DATA = Path(
   os.environ.get(

@@ -8,9 +8,13 @@ import optax
 import pytest
 
 import symjax_bp
-from experiments import conditions, datasets, grid, placement, train
-from experiments.models import Network
-from experiments.program import Setup, program
+from experiments import datasets
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.training import loop as train
+from experiments.training import placement
+from experiments.training.models import Network
+from experiments.training.program import Setup, program
 from tests.experiments import tiny
 
 

@@ -3,9 +3,11 @@
 import jax
 import numpy as np
 
-from experiments import conditions, grid, placement
-from experiments import train as training
 from experiments.datasets import SPECS, Dataset
+from experiments.paper import conditions
+from experiments.paper import protocol as grid
+from experiments.training import loop as training
+from experiments.training import placement
 
 CLASSES = 10
 

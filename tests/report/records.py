@@ -6,9 +6,9 @@ import json
 import random
 from typing import Any
 
-from experiments.conditions import CONDITIONS
 from experiments.datasets.specs import SPECS
-from experiments.report import paper
+from experiments.paper import published as paper
+from experiments.paper.conditions import CONDITIONS
 
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
 PROTOCOL = {

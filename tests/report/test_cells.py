@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments.conditions import CONDITIONS
-from experiments.report import naming, paper, rerun
+from experiments.paper import published as paper
+from experiments.paper.conditions import CONDITIONS
+from experiments.report import naming, rerun
 from experiments.report.studies import gather
 from tests.report.records import cell, like_the_paper, record
 

@@ -3,7 +3,7 @@
 import pytest
 
 from experiments import report
-from experiments.report.conclusions import CONCLUSIONS, Conclusion
+from experiments.paper.conclusions import CONCLUSIONS, Conclusion
 from experiments.report.findings import FAILS, HOLDS, OPEN
 from tests.report.records import cell, like_the_paper
 

@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.text import Text
 
-from experiments import files, report
+from experiments import report
 from experiments.report import comparisons, figures, plots, studies
+from experiments.runs import files
 from tests.report.records import cell, like_the_paper, record
 
 OLD = {

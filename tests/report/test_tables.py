@@ -7,8 +7,9 @@ import pytest
 from scipy import stats
 
 from experiments import report
-from experiments.conditions import TABLES
-from experiments.report import markdown, paper, statistics, text, tidy
+from experiments.paper import published as paper
+from experiments.paper.conditions import TABLES
+from experiments.report import markdown, statistics, text, tidy
 from experiments.report.studies import gather
 from experiments.report.tables import fill, flag, grids
 from tests.report.records import cell, like_the_paper, record

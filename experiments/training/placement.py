@@ -11,10 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import devices
 from experiments.datasets import Dataset
-from experiments.grid import Run
-from experiments.holdout import held_out_rows
+from experiments.paper.protocol import Run
+from experiments.training import devices
+from experiments.training.holdout import held_out_rows
 
 _ROWS_AT_ONCE = 1000  # bounds the memory that a sum over images takes
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from experiments.conditions import BatchPlan, Condition
+from experiments.paper.conditions import BatchPlan, Condition
 
 VERSION = 2
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)

@@ -5,7 +5,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-_FILE = Path(__file__).parents[1] / 'paper_results.csv'
+_FILE = Path(__file__).with_name('results.csv')
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments.files import (
+from experiments.runs.files import (
   StoreError,
   read_json,
   read_text,

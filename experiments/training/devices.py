@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from experiments.grid import Run
+from experiments.paper.protocol import Run
 
 AXIS = 'data'
 

@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments import devices
 from experiments.datasets import SHAPES
-from experiments.grid import Run
-from experiments.models import Network
-from experiments.placement import Images, Parts, Placed
+from experiments.paper.protocol import Run
+from experiments.training import devices
+from experiments.training.models import Network
+from experiments.training.placement import Images, Parts, Placed
 from symjax_bp import from_name, linen, metrics, optim, redraw
 from symjax_bp.batch_norm import calibrate
 

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import devices, train
-from experiments.grid import Run
-from experiments.placement import Parts, Placed
-from experiments.program import Program, Setup, State, program
-from experiments.train import Line, Rows
+from experiments.paper.protocol import Run
+from experiments.training import devices
+from experiments.training import loop as train
+from experiments.training.loop import Line, Rows
+from experiments.training.placement import Parts, Placed
+from experiments.training.program import Program, Setup, State, program
 
 _ON_ACCELERATORS = 32  # runs at once; bounds the memory that they take
 _KEPT_PROGRAMS = 8

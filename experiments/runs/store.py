@@ -30,7 +30,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.files import (
+from experiments.leases import Leases, forget
+from experiments.paper.protocol import VERSION, Run
+from experiments.runs.files import (
   UNFINISHED,
   StoreError,
   not_written,
@@ -38,8 +40,6 @@ from experiments.files import (
   read_text,
   write_atomically,
 )
-from experiments.grid import VERSION, Run
-from experiments.leases import Leases, forget
 from experiments.tasks import Arrays
 
 _RUN_ID = re.compile('[0-9a-f]{20}')
@@ -200,7 +200,7 @@ class RunFolder:
 
   def save(self, epoch: int, state: Arrays) -> None:
     """Writes the state after an epoch and drops all but the last two."""
-    from experiments import checkpoints
+    from experiments.runs import checkpoints
 
     checkpoints.save(self.path / 'checkpoints', epoch, state)
 
@@ -213,7 +213,7 @@ class RunFolder:
       The epoch (0 if there is none), the state (None then), and what could
       not be used, in words.
     """
-    from experiments import checkpoints
+    from experiments.runs import checkpoints
 
     lines = self.metrics()
     epoch, state, problems = checkpoints.restore(
@@ -225,7 +225,7 @@ class RunFolder:
 
   def drop_last(self) -> None:
     """Removes the last state, so that ``restore`` gives the one before."""
-    from experiments import checkpoints
+    from experiments.runs import checkpoints
 
     checkpoints.drop_last(self.path / 'checkpoints')
 

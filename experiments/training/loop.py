@@ -14,15 +14,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import devices
-from experiments.grid import Protocol, Run
-from experiments.placement import (
+from experiments.paper.protocol import Protocol, Run
+from experiments.training import devices
+from experiments.training.placement import (
   Parts,
   Placed,
   calibration_batches,
   mini_batches,
 )
-from experiments.program import Program, Setup, State, program
+from experiments.training.program import Program, Setup, State, program
 
 Line = dict[str, Any]  # of metrics, of an epoch
 Measured = dict[str, Any]  # of an epoch, as arrays

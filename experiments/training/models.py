@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.datasets.spec import SHAPES
-from experiments.pooling import Pool, pool
+from experiments.training.pooling import Pool, pool
 from symjax_bp.batch_norm import BatchNorm
 
 

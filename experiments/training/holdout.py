@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.datasets import splits
-from experiments.grid import Protocol, Run
+from experiments.paper.protocol import Protocol, Run
 
 
 def held_out_size(count: int, protocol: Protocol) -> int:

@@ -1,0 +1,1 @@
+"""The paper as data: conditions, protocol, conclusions, published numbers."""

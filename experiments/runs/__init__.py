@@ -1,0 +1,1 @@
+"""Runs and their folders: who trains what, where, and what is kept."""

@@ -1,0 +1,1 @@
+"""Trains one run: networks, data on the device, compiled step, epochs."""
