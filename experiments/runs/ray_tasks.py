@@ -84,6 +84,7 @@ def on_ray(
           yield run, outcome
     finally:
       token.unlink(missing_ok=True)
+      Path(lock.lock_file).unlink(missing_ok=True)
       lock.release()
       ray.shutdown()
 
@@ -92,10 +93,11 @@ def on_ray(
 
 def _token(results: Path) -> tuple[Path, filelock.BaseFileLock]:
   """A file that says that this launch lasts; removes those of dead drivers."""
-  for token in results.glob('.launch-*[0-9a-f]'):
-    lock = filelock.FileLock(f'{token}.lock', timeout=0)
+  for path in results.glob('.launch-*.lock'):
+    lock = filelock.FileLock(path, timeout=0)
     with contextlib.suppress(filelock.Timeout), lock:
-      token.unlink(missing_ok=True)
+      path.with_suffix('').unlink(missing_ok=True)
+      path.unlink(missing_ok=True)
   token = results / f'.launch-{uuid.uuid4().hex}'
   lock = filelock.FileLock(f'{token}.lock')
   lock.acquire()
