@@ -1,7 +1,7 @@
 """Checkpoints: the state after an epoch, whole or not used.
 
-A checkpoint is one file, ``EPOCH.msgpack``: the SHA-256 digest of the rest, a
-newline, and the arrays as ``flax.serialization`` writes them. Reading executes
+A checkpoint is one file, ``EPOCH.msgpack``: the SHA-256 digest of its epoch and
+the rest, a newline, and the arrays as ``flax.serialization`` writes them. Reading executes
 nothing, and a damaged file is never parsed.
 """
 
@@ -26,7 +26,7 @@ def save(folder: Path, epoch: int, state: Any) -> None:
     StoreError: if it cannot be written.
   """
   body = serialization.msgpack_serialize(by_name(state))
-  digest = hashlib.sha256(body).hexdigest().encode()
+  digest = _digest(epoch, body)
   folder.mkdir(exist_ok=True)
   write_atomically(_path(folder, epoch), digest + b'\n' + body)
   # Those of later epochs could not be read, or the run would not be here.
@@ -59,7 +59,7 @@ def restore(
     try:
       if epoch > last:
         raise ValueError(f'there are metrics of {last} epochs only')
-      return epoch, fit(_read(_path(folder, epoch)), like), problems
+      return epoch, fit(_read(folder, epoch), like), problems
     except Exception as error:  # damaged files can raise anything
       reason = (str(error).strip() or type(error).__name__).split('\n')[0]
       path = _path(folder, epoch)
@@ -67,11 +67,15 @@ def restore(
   return 0, None, problems
 
 
-def _read(path: Path) -> dict[str, Any]:
-  digest, _, body = (read_bytes(path) or b'').partition(b'\n')
-  if digest.decode('ascii', 'replace') != hashlib.sha256(body).hexdigest():
+def _read(folder: Path, epoch: int) -> Any:
+  digest, _, body = (read_bytes(_path(folder, epoch)) or b'').partition(b'\n')
+  if digest != _digest(epoch, body):
     raise ValueError('the file is damaged')
   return serialization.msgpack_restore(body)
+
+
+def _digest(epoch: int, body: bytes) -> bytes:
+  return hashlib.sha256(f'{epoch}\n'.encode() + body).hexdigest().encode()
 
 
 def by_name(state: Any) -> dict[str, np.ndarray]:

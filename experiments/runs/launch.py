@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 from experiments.paper.protocol import Run
 from experiments.runs.store import RunFolder, tidy
@@ -74,7 +75,7 @@ class Summary:
   failed: int = 0  # for good
 
 
-class LaunchListener(Listener):
+class LaunchListener(Listener, Protocol):
   """Receives the progress of runs and the outcome of attempts."""
 
   def run_failed(self, run: Run, error: str, again: bool) -> None:

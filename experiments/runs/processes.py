@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import connection
-from typing import Any
+from typing import Any, cast
 
 from experiments.datasets import DatasetError
 from experiments.paper.protocol import Run
@@ -176,7 +176,7 @@ def _work(pipe: Any, place: Place, options: Options) -> None:
     os.sched_setaffinity(0, place.cores)
   machine.keep_memory()
   threading.Thread(target=_end_with_the_driver, daemon=True).start()
-  listener = _Sender(pipe)
+  listener = cast(Listener, _Sender(pipe))
   while True:
     run = pipe.recv()
     try:

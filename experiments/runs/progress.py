@@ -93,7 +93,10 @@ class Reporter:
 
   def message(self, text: str) -> None:
     """Something the user should know."""
-    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    try:
+      self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    except OSError:  # nobody reads it any more; training goes on
+      self._console.quiet = True
 
   def _ended(self, run: Run, text: str) -> None:
     self._done += 1

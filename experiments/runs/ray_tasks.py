@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import filelock
 
@@ -19,7 +19,7 @@ from experiments.paper.protocol import Run
 from experiments.runs.files import StoreError
 from experiments.runs.launch import Launcher
 from experiments.runs.store import RunFolder
-from experiments.runs.train import Options, Outcome, train_runs
+from experiments.runs.train import Listener, Options, Outcome, train_runs
 from experiments.training import machine
 
 _POLL = 0.5  # seconds between checks for a stop request
@@ -39,8 +39,9 @@ def on_ray(
 ) -> Launcher:
   """Trains each run as a Ray task; as many at once as the cluster has room for.
 
-  While a launch lasts, a hidden file lies in the results folder. A task that
-  cannot see it at its start refuses; one that sees it go stops.
+  During a launch, two hidden files are in the results folder. Tasks stop when
+  the first one is removed, and refuse to start where they cannot see the
+  second one, a lock.
 
   Args:
     options: how to train.
@@ -75,6 +76,7 @@ def on_ray(
           _show(run, options, listener, seen)
         for task in ready:
           run = tasks.pop(task)
+          seen.pop(run.run_id, None)  # a retry starts anew
           outcome, messages = _outcome(ray, task, stop())
           for message in messages:
             listener.message(message)
@@ -99,10 +101,14 @@ def _token(results: Path) -> tuple[Path, filelock.BaseFileLock]:
       path.with_suffix('').unlink(missing_ok=True)
       path.unlink(missing_ok=True)
   token = results / f'.launch-{uuid.uuid4().hex}'
-  lock = filelock.FileLock(f'{token}.lock')
+  lock = filelock.FileLock(_lock_of(token))
   lock.acquire()
   token.touch()
   return token, lock
+
+
+def _lock_of(token: Path) -> Path:
+  return token.with_suffix('.lock')
 
 
 def _show(run: Run, options: Options, listener: Any, seen: dict) -> None:
@@ -200,7 +206,7 @@ def _task(
   """Trains a run in a Ray worker, which has not imported JAX before."""
   import ray
 
-  if not token.exists():
+  if not _lock_of(token).exists():
     raise StoreError(_NOT_SHARED.format(options.results))
   assigned = ray.get_runtime_context().get_assigned_resources()
   stop, done = threading.Event(), threading.Event()
@@ -215,7 +221,9 @@ def _task(
     machine.configure()  # memory, and a compilation cache on that host
     listener = _Messages()
     try:
-      ((_, outcome),) = train_runs([run], options, listener, stop.is_set)
+      ((_, outcome),) = train_runs(
+        [run], options, cast(Listener, listener), stop.is_set
+      )
       return outcome, listener.messages
     finally:
       done.set()

@@ -185,22 +185,23 @@ def _train(
     options.scan,
     stopping,
   )
-  outcome = Outcome('done')
-  try:
-    for done in epochs:
-      for i, (state, line) in done.items():
-        _record(group[i], state, line, environment, listener)
-      if pace.due():
-        began = time.perf_counter()
-        _save(group)
-        pace.took(time.perf_counter() - began)
-  except loop.Stopped:
-    outcome = Outcome('stopped')
-    _save(group)
-  except StoreError:
-    raise
-  except Exception as error:
-    outcome = Outcome('failed', _in_words(error), in_group=len(group) > 1)
+  outcome, done = Outcome('done'), {}
+  while done is not None:
+    try:
+      done = next(epochs, None)
+    except loop.Stopped:
+      outcome = Outcome('stopped')
+      _save(group)
+      break
+    except Exception as error:  # it depends on the device what can be raised
+      outcome = Outcome('failed', _in_words(error), in_group=len(group) > 1)
+      break
+    for i, (state, line) in (done or {}).items():
+      _record(group[i], state, line, environment, listener)
+    if done and pace.due():
+      began = time.perf_counter()
+      _save(group)
+      pace.took(time.perf_counter() - began)
   return [
     (each.folder.run, Outcome('done') if each.ended else outcome)
     for each in group

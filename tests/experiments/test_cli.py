@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, commands, options, planning, running, selection
-from experiments.paper import protocol as grid
+from experiments.paper import protocol
 from experiments.paper.conditions import TABLES
 from experiments.runs.store import Store
 from experiments.training import backend
@@ -167,7 +167,9 @@ def test_every_option_is_in_the_help(main):
 
 
 def _runs(**chosen):
-  return selection.selected_runs(options.Selection(**chosen), grid.Protocol())
+  return selection.selected_runs(
+    options.Selection(**chosen), protocol.Protocol()
+  )
 
 
 def test_a_selection_is_tables_and_conditions_times_datasets_and_rates():
@@ -301,7 +303,7 @@ def test_plan_calibrated(main, tmp_path):
 def test_the_cost_of_a_run_by_hand():
   (run,) = selection.selected_runs(
     options.Selection(condition=('uSF+BN',), rate=(1.0,)),
-    grid.Protocol(epochs=2),
+    protocol.Protocol(epochs=2),
   )
   data = commands.datasets.load('digits')
   forward = 2 * (288_000 + 1_600_000 + 400_000 + 5_000)

@@ -11,10 +11,10 @@ import sys
 import time
 
 import pytest
+from experiments.tasks import Settings
 
 from experiments import executors, runner
 from experiments.runs.store import Store, StoreError, load
-from experiments.tasks import Settings
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener
 

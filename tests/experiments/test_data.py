@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.datasets import DatasetError
+from experiments.training import data as device
 from experiments.training import loop as train
-from experiments.training import placement
-from experiments.training.holdout import held_out_rows
-from experiments.training.placement import calibration_batches, mini_batches
+from experiments.training.data import (
+  calibration_batches,
+  held_out_rows,
+  mini_batches,
+)
 from tests.experiments import tiny
 
 
@@ -22,10 +26,10 @@ def test_the_held_out_tenth_is_balanced_disjoint_and_seeded():
   assert counts.max() - counts.min() <= 1
   both = np.concatenate([placed.held_out, placed.trained])
   np.testing.assert_array_equal(np.sort(both), np.arange(240))
-  again = held_out_rows(data.y_train, dataclasses.replace(run, rate=100.0))
-  np.testing.assert_array_equal(again, placed.held_out)
-  other = held_out_rows(data.y_train, dataclasses.replace(run, seed=1))
-  assert set(other) != set(placed.held_out)
+  again = tiny.placed(dataclasses.replace(run, rate=100.0), data)
+  np.testing.assert_array_equal(again.held_out, placed.held_out)
+  other = tiny.placed(dataclasses.replace(run, seed=1), data)
+  assert set(other.held_out) != set(placed.held_out)
 
 
 def test_nothing_is_held_out_at_0():
@@ -36,38 +40,31 @@ def test_nothing_is_held_out_at_0():
 
 def test_a_small_class_is_left_to_train_on():
   labels = np.repeat(np.arange(4, dtype=np.int32), [40, 40, 5, 1])
-  held_out = held_out_rows(labels, tiny.run(holdout=0.4))
+  held_out = held_out_rows(labels, 0, round(0.4 * 86))
   counts = np.bincount(labels[held_out], minlength=4)
   np.testing.assert_array_equal(counts, [15, 15, 4, 0])
 
 
-@pytest.mark.parametrize('share', [0.03, 0.99])
-def test_too_few_for_both_sides(share):
-  run = tiny.run(holdout=share)
-  with pytest.raises(ValueError, match=f'holdout is {share}.*10 classes.*--tr'):
-    held_out_rows(tiny.dataset().y_train, run)
-
-
 def test_the_mean_is_of_the_images_trained_on(monkeypatch):
-  monkeypatch.setattr(placement, '_ROWS_AT_ONCE', 100)
+  monkeypatch.setattr(device, '_ROWS_AT_ONCE', 100)
   data = tiny.dataset()
   placed = tiny.placed(tiny.run(), data)
   wanted = data.x_train[placed.trained].astype(np.float64).mean(0)
-  np.testing.assert_allclose(placed.parts.mean, wanted, rtol=1e-6, atol=1e-7)
+  np.testing.assert_allclose(placed.arrays.mean, wanted, rtol=1e-6, atol=1e-7)
   everything = data.x_train.mean(0)
-  assert np.abs(np.asarray(placed.parts.mean) - everything).max() > 0.01
+  assert np.abs(np.asarray(placed.arrays.mean) - everything).max() > 0.01
 
 
 @pytest.mark.parametrize('condition', ['uSF', 'uSF+BN+BM'])
 def test_what_is_held_out_is_never_trained_on(condition):
   run = tiny.run(condition)
   placed = tiny.placed(run)
-  x, y = map(np.array, placed.parts.train)
+  x, y = map(np.array, placed.arrays.train)
   x[placed.held_out] = np.nan
   y[placed.held_out] = (y[placed.held_out] + 1) % tiny.CLASSES
-  images = placement.Images(jnp.asarray(x), jnp.asarray(y))
+  images = device.Images(jnp.asarray(x), jnp.asarray(y))
   poisoned = dataclasses.replace(
-    placed, parts=placed.parts._replace(train=images)
+    placed, arrays=placed.arrays._replace(train=images)
   )
   clean, dirty = (
     [*train.epochs(run, p, train.start(run, p))][-1] for p in (placed, poisoned)
@@ -102,7 +99,7 @@ def test_mini_batches():
 
 def test_mini_batches_are_no_larger_than_the_set():
   rows = np.arange(216, dtype=np.int32)
-  run = dataclasses.replace(tiny.run(), batch_plan=((3, 100), (None, 500)))
+  run = tiny.with_plan(tiny.run(), ((3, 100), (None, 500)))
   assert mini_batches(run, 3, rows).shape == (2, 100)
   assert mini_batches(run, 4, rows).shape == (1, 216)
 
@@ -113,3 +110,24 @@ def test_calibration_batches_go_round():
   assert batches.shape == (20, 100)
   for first in range(0, 20, 2):  # two mini-batches a round, without repeats
     assert len(set(batches[first : first + 2].ravel())) == 200
+
+
+def test_a_dataset_is_uploaded_once_and_then_let_go():
+  small, large = (260, 60), (300, 60)
+  for size in (small, large):
+    data, folder = tiny.dataset(*size), tiny.folder(*size)
+    of_seeds = [
+      device.device_data(tiny.run('uSF', data, seed=seed), folder)
+      for seed in (0, 1)
+    ]
+    first, second = (each.arrays.train.x for each in of_seeds)
+    assert first is second
+    del of_seeds, first, second
+  # The images of the first dataset are gone.
+  assert not any(x.shape == (260, 1845) for x in jax.live_arrays())
+
+
+def test_a_dataset_that_changed_meanwhile():
+  run = tiny.run('uSF', tiny.dataset(300))
+  with pytest.raises(DatasetError, match='TIMIT80: .* has changed since this'):
+    device.device_data(run, tiny.folder())

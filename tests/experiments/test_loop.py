@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.training import data as device
 from experiments.training import loop as train
-from experiments.training import placement
-from experiments.training.program import Setup, program
+from experiments.training.step import Setup, program
 from symjax_bp.metrics import Alignment
 from tests.experiments import tiny
 
@@ -87,8 +87,8 @@ def test_evaluation_uses_averaged_statistics_of_training_batches(monkeypatch):
   placed = tiny.placed(run, data)
   (state,), (line,) = tiny.train(run, placed)
   functions = program(Setup.of(run, placed))
-  batches = placement.calibration_batches(run, 1, placed.trained)
-  variables = functions.statistics(state['params'], placed.parts, batches)
+  batches = device.calibration_batches(run, 1, placed.trained)
+  variables = functions.statistics(state['params'], placed.arrays, batches)
 
   # Moving averages (alpha 0.05) of means and standard deviations, over 20
   # mini-batches, starting from nothing: weights 0.95^(19 - k), normalised.
@@ -133,7 +133,7 @@ def test_training_scores_are_of_the_images_as_they_were_met():
   data = tiny.dataset()
   placed = tiny.placed(run, data)
   (state,), (line,) = tiny.train(run, placed)
-  met = placement.mini_batches(run, 1, placed.trained).ravel()
+  met = device.mini_batches(run, 1, placed.trained).ravel()
   x = data.x_train[met] - data.x_train[placed.trained].mean(0)
   params = state['params']
   for layer in ('Dense_0', 'Dense_1'):

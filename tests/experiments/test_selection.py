@@ -3,20 +3,19 @@
 import dataclasses
 
 import pytest
+from experiments.options import ProtocolOptions, Selection
+from experiments.tasks import Failed, Settings, Stopped, Task
+from experiments.worker import Worker
 
 from experiments import commands, options, selection
 from experiments.cli import RunCommand
-from experiments.options import ProtocolOptions, Selection
-from experiments.paper import protocol as grid
 from experiments.paper.conditions import THEN_500
-from experiments.tasks import Failed, Settings, Stopped, Task
-from experiments.worker import Worker
 from tests.experiments import tiny
 
 
 def _runs(*conditions, devices=1, **protocol):
   chosen = options.Selection(condition=conditions, rate=(1.0, 10.0))
-  return selection.selected_runs(chosen, grid.Protocol(**protocol), devices)
+  return selection.selected_runs(chosen, protocol.Protocol(**protocol), devices)
 
 
 @pytest.mark.parametrize(
