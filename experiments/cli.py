@@ -71,7 +71,7 @@ class Execution:
       ValueError: if not; names the option.
     """
     for name, allowed, holds in (
-      ('workers', 'positive', (self.workers or 1) > 0),
+      ('workers', 'positive', self.workers is None or self.workers > 0),
       ('together', 'positive', self.together is None or self.together > 0),
       ('cpus_per_run', 'at least 0', (self.cpus_per_run or 0) >= 0),
       ('gpus_per_run', 'at least 0', (self.gpus_per_run or 0) >= 0),

@@ -10,7 +10,6 @@ import pytest
 import symjax_bp
 from experiments import datasets
 from experiments.paper import conditions, protocol
-from experiments.training import data as device
 from experiments.training import loop as train
 from experiments.training.models import NETWORKS, Network
 from experiments.training.step import Setup, program
