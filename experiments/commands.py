@@ -9,8 +9,9 @@ from experiments.datasets import Dataset, DatasetError
 from experiments.options import Execution, Selection
 from experiments.paper.protocol import Run
 from experiments.running import execute, run_in_step, start_jax
-from experiments.runs.store import Store, StoreError, load
+from experiments.runs.store import Store, StoreError
 from experiments.selection import Loader, selected_runs, selected_tables
+from experiments.studies import load
 
 _DEMO_CONDITIONS = (
   'SGD',
@@ -130,9 +131,11 @@ def _report(command: cli.Report) -> int:
 
   records = load(command.results)
   print(report.text_tables(records))
+  results = command.results
+  folder = results if results.is_dir() else results.parent
   paths = report.write_report(
     records,
-    command.out or command.results / 'report',
+    command.out or folder / 'report',
     markdown_only=command.markdown_only,
   )
   print('written:')

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.paper.conditions import BatchPlan, Condition
@@ -159,13 +159,7 @@ class Run:
   @property
   def run_id(self) -> str:
     """Hash of everything that can change the result."""
-    config = self.config()
-    for words in ('source', 'note'):
-      del config[words]
-    # 1 and 1.0 are the same number, and the same run.
-    config = json.loads(json.dumps(config), parse_int=float)
-    text = json.dumps(config, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
+    return run_id(self.config())
 
   def batch_size(self, epoch: int, images: int) -> int:
     """The size of mini-batches of so many images in an epoch, from 1."""
@@ -182,6 +176,15 @@ class Run:
   def batch_sizes(self, images: int) -> list[int]:
     """All sizes that mini-batches of so many images have, rising."""
     return sorted({min(size, images) for _, size in self.batch_plan})
+
+
+def run_id(config: Mapping[str, Any]) -> str:
+  """The name of a run's folder, from its stored configuration."""
+  identity = {k: v for k, v in config.items() if k not in ('source', 'note')}
+  # 1 and 1.0 are the same number, and the same run.
+  identity = json.loads(json.dumps(identity), parse_int=float)
+  text = json.dumps(identity, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def runs_of(
