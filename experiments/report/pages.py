@@ -270,10 +270,10 @@ def _environments(results: Results) -> Frame:
   """Machine and versions: a column for each combination, most runs first."""
   counts = results.runs[results.runs.finished].environment.value_counts()
   order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-  columns = [pd.Series(dict(about), name=f'{count} runs', dtype=object)
-             for about, count in order if about]  # fmt: skip
-  if not columns:
+  if not any(about for about, _ in order):
     return pd.DataFrame()
+  columns = [pd.Series(dict(about), name=f'{count} runs', dtype=object)
+             for about, count in order]  # fmt: skip
   return pd.concat(columns, axis=1).sort_index().fillna('')
 
 

@@ -33,6 +33,7 @@ _STORY = (
   'brSF-50%+BN+BM', 'RndF', 'RndF+BN', 'RndF+BN+BM',
 )  # fmt: skip
 _P_NAME = re.compile(r'(brSF|frSF)(?:-([0-9.]+)%)?\+BN\+BM')
+_USUAL = re.compile('[0-9]+ epochs?(, [0-9]+ images)?')
 _P_RULES = {
   'brSF': ('o', '-', 'redrawn at every update'),
   'frSF': ('s', '--', 'drawn once'),
@@ -97,7 +98,8 @@ def _figure(
   across = min(count, 3)
   down = -(-count // across)
   figure = Figure(
-    figsize=(across * size[0], down * size[1] + 1), layout='constrained'
+    figsize=(max(across * size[0], 5.6), down * size[1] + 1),
+    layout='constrained',
   )
   figure.suptitle(title, x=0.01, ha='left')
   panels = [*figure.subplots(down, across, squeeze=False).flat]
@@ -123,7 +125,7 @@ def _picture(
 def _slug(text: str) -> str:
   """A text as part of a file name; different texts stay different."""
   plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
-  if plain == re.sub(r',? ', '-', text.lower()):
+  if text in paper.datasets() or _USUAL.fullmatch(text):
     return plain
   return f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'.strip('-')
 
@@ -225,7 +227,8 @@ def _legend(
   figure: Figure, entries: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> None:
   handles = [Line2D([], [], label=label, **look) for label, look in entries]
-  figure.legend(handles=handles, loc='outside lower left', ncols=3,
+  figure.legend(handles=handles, loc='outside lower left',
+                ncols=min(len(figure.axes) + 1, 3),
                 handlelength=3)  # fmt: skip
 
 

@@ -28,6 +28,9 @@ _RUN = (
   'seed',
 )  # fmt: skip
 _SHARED = ('dataset', 'protocol', 'environment')
+_BROKEN = (
+  ArithmeticError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def load(path: str | os.PathLike[str]) -> list[Record]:
@@ -114,7 +117,7 @@ def _check(record: Record, where: str) -> None:
       == record.result
       and _lines(*_columns(record.metrics)) == record.metrics
     )
-  except (KeyError, IndexError, TypeError, ValueError):
+  except _BROKEN:
     same = False
   if not same:
     raise StoreError(
@@ -136,7 +139,7 @@ def _counts(record: Record) -> tuple[int, int]:
   found = record.result or {}
   try:
     return round(100 / (100 - found['chance_error'])), found['train_images']
-  except (KeyError, TypeError, ValueError, ArithmeticError):
+  except _BROKEN:
     return 0, 0
 
 
@@ -213,7 +216,7 @@ def _read(path: Path) -> list[Record]:
     if head['format'] != _FORMAT:
       raise ValueError(f'its format is {head["format"]!r}, not {_FORMAT}')
     shared = [[*head[f'{name}s']] for name in _SHARED]
-  except (KeyError, TypeError, ValueError, RecursionError) as error:
+  except _BROKEN as error:
     raise StoreError(
       f'{path} is not a study file of this version: its first line can not be '
       f'read ({_words(error)}).'
@@ -222,13 +225,13 @@ def _read(path: Path) -> list[Record]:
   for number, line in enumerate(others, start=2):
     try:
       records.append(_record(shared, _json(line)))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except _BROKEN as error:
       records.append(_broken(f'{path.name}, line {number}', _words(error)))
   return records
 
 
 def _record(shared: Sequence[Sequence[Any]], line: Any) -> Record:
-  """The run of a line; any error says what is wrong with it."""
+  """The run of a line; an error says what is wrong with it."""
   parts = []
   for name, table in zip(_SHARED, shared, strict=True):
     at = line[name]
@@ -241,13 +244,16 @@ def _record(shared: Sequence[Sequence[Any]], line: Any) -> Record:
     **{name: dataset[name] for name in _DATASET},
     **{name: line[name] for name in _RUN},
   }
+  columns, diverged = line['epochs'], line['diverged']
+  if not isinstance(columns, dict) or not columns.get('test_error'):
+    raise ValueError('it has no epochs')
   for name in ('test_error', 'holdout_error'):
-    for error in line['epochs'].get(name, ()):
+    for error in columns.get(name, ()):
       if not isinstance(error, int | float) or not math.isfinite(error):
         raise ValueError(f'{name} is {error!r}, not a finite number')
-  if not line['epochs'].get('test_error'):
-    raise ValueError('it has no epochs')
-  metrics = _lines(line['epochs'], line['diverged'])
+  if not isinstance(diverged, bool):
+    raise ValueError(f'diverged is {diverged!r}, not true or false')
+  metrics = _lines(columns, diverged)
   counts = {name: dataset[name] for name in ('classes', 'train_images')}
   for name, count in counts.items():
     if not isinstance(count, int) or count < 2:
