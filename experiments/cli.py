@@ -140,7 +140,7 @@ def run(
   status = _train(runs, results, selection.data_dir, execution)
   if status in (0, 1):
     from experiments import report as reports
-    from experiments.runs.store import load
+    from experiments.studies import load
 
     ids = {each.run_id for each in runs}
     records = [record for record in load(results) if record.run_id in ids]
@@ -311,7 +311,7 @@ def report(
     markdown_only: write RESULTS.md and its plots, nothing else.
   """
   from experiments import report as reports
-  from experiments.runs.store import load
+  from experiments.studies import load
 
   records = load(results)
   print(reports.text_tables(records))
@@ -335,7 +335,7 @@ def claims(
     results: results folder, a study's JSONL file, or a folder of them.
   """
   from experiments import report as reports
-  from experiments.runs.store import load
+  from experiments.studies import load
 
   print(reports.claims_text(load(results)))
   return 0

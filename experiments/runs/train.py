@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from experiments.datasets import DatasetError
 from experiments.paper.protocol import Run
+from experiments.paper.results import result as result_of
 from experiments.runs.files import StoreError
 from experiments.runs.store import RunFolder
 
@@ -217,14 +218,13 @@ def _record(
 ) -> None:
   """Records an epoch, and the result after the last one."""
   from experiments.runs import checkpoints
-  from experiments.training import loop
 
   run = each.folder.run
   each.folder.append(line)
   each.lines.append(line)
   listener.epoch_finished(run, line)
   if line['epoch'] == run.protocol.epochs or not line['finite']:
-    result = loop.result(
+    result = result_of(
       each.lines,
       classes=each.data.classes,
       train_images=len(each.data.trained),

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from experiments.datasets import DatasetError
+from experiments.paper.results import result
 from experiments.runs import launch as launching
 from experiments.runs import store, train
 from experiments.runs.launch import Interrupted, StopRequest, in_this_process
@@ -242,8 +243,8 @@ def _check_close(found, wanted, runs):
           assert value == pytest.approx(other[name], abs=1.01 * one)
         else:
           assert value == pytest.approx(other[name], rel=1e-4, abs=1e-4)
-    result = json.loads(found[run.run_id, 'result.json'])
-    assert result == loop.result(lines, classes=10, train_images=216)
+    found_result = json.loads(found[run.run_id, 'result.json'])
+    assert found_result == result(lines, classes=10, train_images=216)
 
 
 def test_a_group_is_its_runs(tmp_path, as_one, alone):

@@ -4,12 +4,17 @@ import pytest
 
 from experiments import report
 from experiments.paper.conclusions import CONCLUSIONS, Conclusion
-from experiments.report.findings import FAILS, HOLDS, OPEN
+from experiments.report import frame
+from experiments.report.claims import FAILS, HOLDS, OPEN, judge
 from tests.report.records import cell, like_the_paper
 
 
+def claims(records):
+  return judge(frame.read(records))
+
+
 def claim(records, key):
-  return next(c for c in report.claims(records) if c.key == key)
+  return next(c for c in claims(records) if c.row.key == key)
 
 
 def of(errors):
@@ -79,8 +84,8 @@ CASES = [
 @pytest.mark.parametrize('key, errors, effect, verdict', CASES)
 def test_effect_and_verdict(key, errors, effect, verdict):
   found = claim(of(errors), key)
-  assert found.verdict == verdict
-  assert found.best_validation.effect == pytest.approx(effect, abs=1e-6)
+  assert found.best.verdict == verdict
+  assert found.best.effect == pytest.approx(effect, abs=1e-6)
 
 
 def test_every_conclusion_is_tried_above_or_across_datasets():
@@ -92,17 +97,17 @@ def test_every_conclusion_is_tried_above_or_across_datasets():
 @pytest.mark.parametrize('row', CONCLUSIONS, ids=lambda row: row.key)
 def test_without_any_one_of_its_conditions_nothing_is_decided(row):
   everything = like_the_paper(('MNIST', 'CIFAR', 'Cal101'), only=row.needs)
-  assert claim(everything, row.key).verdict != OPEN
+  assert claim(everything, row.key).best.verdict != OPEN
   for missing in row.needs:
     others = tuple(name for name in row.needs if name != missing)
     if others:
       some = like_the_paper(('MNIST', 'CIFAR', 'Cal101'), only=others)
-      assert claim(some, row.key).verdict == OPEN
+      assert claim(some, row.key).best.verdict == OPEN
 
 
 def test_incomplete_cells_decide_nothing():
   records = cell('BM', 5.0) + cell('SGD', 2.0)[:4]
-  assert claim(records, 'BM and SGD').verdict == OPEN
+  assert claim(records, 'BM and SGD').best.verdict == OPEN
 
 
 def test_a_claim_holds_on_more_than_half_of_the_datasets():
@@ -112,10 +117,10 @@ def test_a_claim_holds_on_more_than_half_of_the_datasets():
     *cell('SGD', 2.0, dataset='CIFAR'),
   ]
   found = claim(good + bad, 'BM and SGD')
-  assert found.verdict == FAILS
-  assert found.best_validation.brief == 'does not hold (1 of 2 datasets)'
+  assert found.best.verdict == FAILS
+  assert found.best.where == '1 of 2 datasets'
   more = [*cell('BM', 2.0, dataset='zoo'), *cell('SGD', 2.0, dataset='zoo')]
-  assert claim(good + bad + more, 'BM and SGD').verdict == HOLDS
+  assert claim(good + bad + more, 'BM and SGD').best.verdict == HOLDS
 
 
 def test_copies_of_a_dataset_have_one_vote():
@@ -126,14 +131,14 @@ def test_copies_of_a_dataset_have_one_vote():
       *cell('BM', error, digest=digest), *cell('SGD', 2.0, digest=digest)
     ]
   ]  # fmt: skip
-  found = claim(copies, 'BM and SGD').best_validation
+  found = claim(copies, 'BM and SGD').best
   assert found.summary('points') == ('holds (1 of 1 dataset), mean 1.50 points')
   bad = [
     *cell('BM', 9.0, dataset='CIFAR'),
     *cell('SGD', 2.0, dataset='CIFAR'),
   ]
-  found = claim(copies + bad, 'BM and SGD').best_validation
-  assert found.brief == 'does not hold (1 of 2 datasets)'
+  found = claim(copies + bad, 'BM and SGD').best
+  assert found.where == '1 of 2 datasets'
   assert found.effect == pytest.approx((1.5 + 7) / 2)
 
 
@@ -145,14 +150,14 @@ def test_seeds_are_paired_and_give_an_interval():
     for name, extra in (('BM', 1.0), ('SGD', 0.0))
     for run in cell(name, 5.0 * seed + 2 + extra, seed=seed)
   ]
-  (finding,) = claim(records, 'BM and SGD').best_validation.findings
+  (finding,) = claim(records, 'BM and SGD').best.findings
   assert finding.seeds == 3
   assert finding.interval == pytest.approx((1.0, 1.0))
 
 
 def test_seeds_that_only_one_condition_has_are_left_out():
   records = cell('BM', 5.0) + cell('SGD', 4.0) + cell('SGD', 80.0, seed=1)
-  (finding,) = claim(records, 'BM and SGD').best_validation.findings
+  (finding,) = claim(records, 'BM and SGD').best.findings
   assert (finding.seeds, finding.effect) == (1, 1.0)
   assert finding.interval is None
   assert finding.text('points') == 'holds, 1.00 points (1 of 2 seeds)'
@@ -161,21 +166,21 @@ def test_seeds_that_only_one_condition_has_are_left_out():
 
 
 def test_held_out_errors_have_a_verdict_of_their_own():
-  records = [*cell('BM', 3.0, honest=9.0), *cell('SGD', 2.0)]
+  records = [*cell('BM', 3.0, held_out=9.0), *cell('SGD', 2.0)]
   found = claim(records, 'BM and SGD')
-  assert found.best_validation.verdict == HOLDS
+  assert found.best.verdict == HOLDS
   assert found.held_out.verdict == FAILS
 
 
 def test_the_papers_numbers_pass_most_of_its_claims():
   """Counted by hand from its tables: BM - SGD is 3.29 on CIFAR100 alone."""
-  found = {c.key: c.paper for c in report.claims(cell('SGD', 1.0))}
-  assert found['BM and SGD'].brief == 'holds (14 of 15 datasets)'
+  found = {c.row.key: c.paper for c in claims(cell('SGD', 1.0))}
+  assert found['BM and SGD'].where == '14 of 15 datasets'
   (exception,) = (f for f in found['BM and SGD'].findings if not f.holds)
   assert exception.label == 'CIFAR100'
   assert exception.effect == pytest.approx(3.29)
-  assert found['BM batches'].brief == 'holds (3 of 5 datasets)'
-  assert found['uSF fails'].brief == 'holds (14 of 15 datasets)'  # not TIMIT80
+  assert found['BM batches'].where == '3 of 5 datasets'
+  assert found['uSF fails'].where == '14 of 15 datasets'  # not TIMIT80
   assert found['BM settings'].verdict == FAILS
 
 
@@ -188,7 +193,7 @@ def test_the_paper_is_judged_on_the_datasets_at_hand_too():
     for run in cell(name, 30.0, dataset=dataset)
   ]
   found = claim(records, 'BM and SGD').paper_here
-  assert found.brief == 'does not hold (1 of 2 datasets)'
+  assert found.where == '1 of 2 datasets'
   assert found.effect == pytest.approx((0.32 + 3.29) / 2)
   copies = [
     run
@@ -197,25 +202,25 @@ def test_the_paper_is_judged_on_the_datasets_at_hand_too():
     for run in cell(name, 30.0, dataset='CIFAR100', digest=digest)
   ]
   found = claim(copies, 'BM and SGD')
-  assert [f.label for f in found.best_validation.findings] == [
+  assert [f.label for f in found.best.findings] == [
     'CIFAR100 [d1]',
     'CIFAR100 [d2]',
   ]
-  assert found.paper_here.brief == 'does not hold (CIFAR100)'
+  assert found.paper_here.where == 'CIFAR100'
   others = cell('BM', 3.0, dataset='digits') + cell(
     'SGD', 2.0, dataset='digits'
   )
   found = claim(others, 'BM and SGD').paper_here
-  assert found.brief == 'holds (14 of 15 datasets)'
+  assert found.where == '14 of 15 datasets'
 
 
 def test_runs_with_the_papers_numbers_get_the_papers_verdicts():
   compared = 0
-  for found in report.claims(like_the_paper(('MNIST', 'CIFAR'), noise=0.0)):
-    if found.conclusion == 'Appendix':
+  for found in claims(like_the_paper(('MNIST', 'CIFAR'), noise=0.0)):
+    if found.row.conclusion == 'Appendix':
       continue  # the paper ran SGD and BM again for it; a store has one of each
     published = {f.label: f for f in found.paper.findings}
-    for finding in found.best_validation.findings:
+    for finding in found.best.findings:
       same = published[finding.label]
       assert finding.holds == same.holds
       assert finding.effect == pytest.approx(same.effect)
@@ -238,27 +243,27 @@ def test_the_gain_by_bm_is_compared_with_the_size_of_training_sets():
   found = claim(
     _gains(MNIST=54000, Cal101=2754, Flowers17=918), 'BN+BM gain and size'
   )
-  assert found.verdict == HOLDS
-  assert found.best_validation.effect == pytest.approx(-1.0)
+  assert found.best.verdict == HOLDS
+  assert found.best.effect == pytest.approx(-1.0)
   # The paper's gains are -0.21, 4.32 and 4.41.
-  assert found.paper_here.brief == 'holds (over 3 datasets)'
+  assert found.paper_here.where == 'over 3 datasets'
   assert found.paper_here.effect == pytest.approx(-1.0)
-  assert found.paper.brief == 'holds (over 15 datasets)'
+  assert found.paper.where == 'over 15 datasets'
   # The sizes are those that were trained on, not the paper's.
   turned = _gains(MNIST=500, Cal101=600, Flowers17=700)
-  assert claim(turned, 'BN+BM gain and size').verdict == FAILS
+  assert claim(turned, 'BN+BM gain and size').best.verdict == FAILS
   # A second copy is no second dataset.
   copy = cell('BN', 50.0, digest='d2') + cell('BN+BM', 49.9, digest='d2')
   two = [r for r in _gains(MNIST=54000, Cal101=2754, Flowers17=918)
          if r.config['dataset'] != 'Cal101']  # fmt: skip
-  assert claim(two + copy, 'BN+BM gain and size').verdict == OPEN
+  assert claim(two + copy, 'BN+BM gain and size').best.verdict == OPEN
   equal = _gains(MNIST=900, Cal101=900, Flowers17=900)
-  assert claim(equal, 'BN+BM gain and size').verdict == OPEN
+  assert claim(equal, 'BN+BM gain and size').best.verdict == OPEN
 
 
 def test_text_names_verdicts_and_what_is_missing():
   shown = report.claims_text(cell('SGD', 2.0) + cell('BM', 3.0))
-  assert 'best validation:  holds (MNIST), 1.00 points' in shown
-  assert 'paper, same rows: holds (MNIST), 0.32 points' in shown
-  assert 'paper, all rows:  holds (14 of 15 datasets)' in shown
+  assert 'best test error:      holds (MNIST), 1.00 points' in shown
+  assert 'paper, same datasets: holds (MNIST), 0.32 points' in shown
+  assert 'paper, all datasets:  holds (14 of 15 datasets)' in shown
   assert 'needs SGD, uSF' in shown
