@@ -383,8 +383,6 @@ def _train(
     print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
     return 0
   store.create(results)
-  print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
-  machine.start_jax(execution.devices)
   options = Options(
     results,
     data_dir,
@@ -392,8 +390,13 @@ def _train(
     execution.scan,
     execution.checkpoint_share,
   )
-  launcher = _launcher(execution, options)
   with reporter(len(missing)) as listener:
+    listener.message(
+      f'{len(missing)} of {len(runs)} runs to do; results in {results}'
+    )
+    for line in machine.configure(execution.devices):
+      listener.message(f'set {line}')
+    launcher = _launcher(execution, options)
     try:
       summary = launch.launch(
         missing, launcher, options, listener, execution.retries
