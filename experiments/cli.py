@@ -448,9 +448,11 @@ def _launcher(execution: Execution, options):
 
 def main() -> None:
   """Parses the command line and runs the command."""
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(AttributeError):  # a stream may be replaced
-      stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by who started the program
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+    with contextlib.suppress(AttributeError):  # a test may replace it
+      getattr(sys, name).reconfigure(errors='backslashreplace')
   try:
     status = app.cli(
       prog='python -m experiments',
@@ -462,7 +464,9 @@ def main() -> None:
   except ValueError as error:  # DatasetError and StoreError are of that kind
     print(f'error: {error}', file=sys.stderr)
     status = 2
-  except BrokenPipeError:  # the reader of the output, such as `head`, has gone
+  except OSError as error:
+    if not isinstance(error, BrokenPipeError):  # the reader, such as `head`
+      print(f'error: {error}', file=sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
   except KeyboardInterrupt:
