@@ -294,7 +294,8 @@ def _details(results: Results) -> dict[CellKey, _Detail]:
     ['seed', 'plan', 'rate', 'run_id'], ascending=[True, True, False, True]
   )
   runs = runs.assign(spark=[_spark(errors) for errors in runs.errors])
-  groups = runs.explode('condition').groupby(['protocol', 'label', 'condition'])
+  by = ['protocol', 'label', 'condition']
+  members = runs.explode('condition').groupby(by).groups
   found: dict[CellKey, _Detail] = {}
   for key, cell in results.cells.items():
     protocol, label, name = key
@@ -302,7 +303,7 @@ def _details(results: Results) -> dict[CellKey, _Detail]:
     if first not in found:
       title = f'{label}, {protocol}'
       found[first] = _Detail(
-        f'cell-{len(found)}', title, [], cell, groups.get_group(key)
+        f'cell-{len(found)}', title, [], cell, runs.loc[members[key]]
       )
     found[first].names.append(name)
   return found

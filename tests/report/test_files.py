@@ -142,7 +142,9 @@ def test_results_of_runs_are_on_the_page(folder):
   assert text.count('▲') > 10
   for words in ('held-out', '4/5 rates', '<b>diverged</b>', 'failed: '):
     assert words in text
-  assert 'python -m experiments run --dataset MNIST --condition SGD' in text
+  command = 'python -m experiments run --dataset MNIST --condition uSF+BN'
+  for seed in ('', ' --seed 1'):
+    assert f'<pre>{command} --rate 0.1{seed} --epochs 4</pre>' in text
 
 
 def test_results_md_has_protocols_claims_machine_and_commands(folder):
