@@ -38,11 +38,11 @@ HOW = (
   "Errors in %, ours | the paper's number. The first line of a cell is the "
   'best test error, selected as in the paper: the lowest over epochs and '
   'rates. Held-out: epoch and rate are chosen on a held-out part of the '
-  'training set (of equals the first epoch and the highest rate), and the '
-  'test error is read there. [a, b]: 95 % bootstrap interval over seeds, or'
-  ' over datasets for a mean over datasets; with two or three of them it is'
-  ' their range. ▲ 3 points or more worse than the baseline of the row '
-  '(yellow in the paper), ▼ 3 points or more better (blue).'
+  'training set (ties: the first epoch, the highest rate), and the test '
+  'error is read there. [a, b]: 95 % bootstrap interval over seeds, or over'
+  ' datasets for a mean over datasets; for two or three values it is their '
+  'range. ▲ 3 points or more worse than the baseline of the row (yellow in '
+  'the paper), ▼ 3 points or more better (blue).'
 )
 _WIDTH = 120
 
@@ -261,7 +261,7 @@ def _part(of: Sequence[bool]) -> str:
 
 
 def _differs(entry: Entry) -> bool:
-  """Whether the cell compares with its baseline otherwise in the paper."""
+  """Whether comparisons with the baseline are not all the same."""
   held_out = entry.held_out and entry.flag_held_out != entry.flag
   return bool(entry.flagged and (held_out or not entry.agrees))
 
