@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import re
 import textwrap
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from experiments.report.frame import (
   first_name,
   words,
 )
-from experiments.report.plots import Picture
 from experiments.report.tables import (
   MARKS,
   Entry,
@@ -33,6 +33,9 @@ from experiments.report.tables import (
   grids,
   settings,
 )
+
+if typing.TYPE_CHECKING:
+  from experiments.report.plots import Picture
 
 HOW = (
   "Errors in %, ours | the paper's number. The first line of a cell is the "
@@ -152,7 +155,7 @@ def _by_protocol(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
 
 
 def markdown(
-  results: Results, claims: Sequence[Claim], pictures: Sequence[Picture]
+  results: Results, claims: Sequence[Claim], pictures: 'Sequence[Picture]'
 ) -> str:
   """RESULTS.md; protocols with other settings have a table of their own."""
   decided = {
@@ -177,8 +180,8 @@ def markdown(
 def html(
   results: Results,
   claims: Sequence[Claim],
-  overall: Sequence[Picture],
-  pictures: Mapping[tuple[str, str], Sequence[Picture]],
+  overall: 'Sequence[Picture]',
+  pictures: 'Mapping[tuple[str, str], Sequence[Picture]]',
 ) -> str:
   """One page that needs nothing else: no network, no scripts, no files.
 
@@ -318,7 +321,7 @@ def _spark(errors: Sequence[tuple[int, float]]) -> str:
   )
 
 
-def _uri(picture: Picture) -> str:
+def _uri(picture: 'Picture') -> str:
   return 'data:image/svg+xml;base64,' + base64.b64encode(picture.svg).decode()
 
 
