@@ -7,7 +7,7 @@ selection), our held-out test errors, and the numbers in the paper.
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from experiments.paper.conclusions import (
   Conclusion,
 )
 from experiments.report import statistics
-from experiments.report.frame import Results, Row
+from experiments.report.frame import Results
 from experiments.report.statistics import Interval
 
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not enough runs'
@@ -177,70 +177,55 @@ class Claim:
     }
 
 
-_Sample = Mapping[int, float]  # error in % by seed
-
-
 @dataclasses.dataclass(frozen=True)
 class _Source:
-  """Where errors come from.
+  """A row's errors in percent, ours or the paper's, by condition and seed."""
 
-  Attributes:
-    datasets: by row label, the name of its dataset.
-    errors: by (label, condition): error by seed; None if not settled.
-    chance: by label: error of guessing.
-    size: by label: number of images trained on.
-  """
-
-  datasets: Mapping[str, str]
-  errors: Callable[[str, str], _Sample | None]
-  chance: Callable[[str], float | None]
-  size: Callable[[str], int | None]
+  label: str
+  dataset: str
+  chance: float | None
+  train_images: int | None
+  errors: Mapping[str, Mapping[int, float]]
 
 
 def judge(results: Results) -> list[Claim]:
   """All conclusions for every protocol, in the paper's order."""
   claims = []
   for protocol in results.protocols:
-    rows = [row for row in results.rows.values() if row.protocol == protocol]
-    ours = _ours(results, rows, 'best')
-    held_out = _ours(results, rows, 'held_out')
-    claims += [_claim(protocol, row, ours, held_out) for row in CONCLUSIONS]
+    ours, held_out = (
+      [
+        _Source(row.label, row.name, row.chance, row.train_images, {
+          name: selection.values
+          for (*key, name), cell in results.cells.items()
+          if tuple(key) == row.key and cell.settled
+          and (selection := getattr(cell, which))
+        })
+        for row in results.rows.values()
+        if row.protocol == protocol
+      ]
+      for which in ('best', 'held_out')
+    )  # fmt: skip
+    for row in CONCLUSIONS:
+      best, everywhere = _judged(row, ours), _papers(row)
+      names = {name for finding in best.findings for name in finding.datasets}
+      here = _papers(row, frozenset(names))
+      here = here if here.findings else everywhere
+      held = _judged(row, held_out)
+      claims.append(Claim(protocol, row, best, held, everywhere, here))
   return claims
 
 
-def _claim(
-  protocol: str,
-  row: Conclusion | AcrossDatasets,
-  ours: _Source,
-  held_out: _Source,
-) -> Claim:
-  best, everywhere = _judged(row, ours), _papers(row)
-  names = frozenset(n for finding in best.findings for n in finding.datasets)
-  here = _papers(row, names)
-  return Claim(
-    protocol=protocol,
-    row=row,
-    best=best,
-    held_out=_judged(row, held_out),
-    paper=everywhere,
-    paper_here=here if here.findings else everywhere,
-  )
-
-
-def _ours(results: Results, rows: Sequence[Row], which: str) -> _Source:
-  by_label = {row.label: row for row in rows}
-
-  def errors(label: str, condition: str) -> _Sample | None:
-    cell = results.cells.get((*by_label[label].key, condition))
-    selection = getattr(cell, which) if cell and cell.settled else None
-    return selection.values if selection else None
-
-  return _Source(
-    {label: row.name for label, row in by_label.items()},
-    errors,
-    lambda label: by_label[label].chance,
-    lambda label: by_label[label].train_images,
-  )
+@functools.cache
+def _published() -> list[_Source]:
+  """The paper's own numbers."""
+  errors = defaultdict(dict)
+  for (dataset, condition), error in paper.by_condition().items():
+    errors[dataset][condition] = {0: error}
+  return [
+    _Source(name, name, 100 * (1 - 1 / SPECS[name].classes), SPECS[name].train,
+            errors[name])
+    for name in paper.datasets()
+  ]  # fmt: skip
 
 
 @functools.cache
@@ -248,50 +233,40 @@ def _papers(
   row: Conclusion | AcrossDatasets, datasets: frozenset[str] | None = None
 ) -> Judgement:
   """The paper's own numbers judged, on the named datasets or on all."""
-
-  def errors(dataset: str, condition: str) -> _Sample | None:
-    error = paper.by_condition().get((dataset, condition))
-    return None if error is None else {0: error}
-
-  names = paper.datasets() if datasets is None else datasets
-  return _judged(row, _Source(
-    {name: name for name in paper.datasets() if name in names},
-    errors,
-    lambda dataset: 100 * (1 - 1 / SPECS[dataset].classes),
-    lambda dataset: SPECS[dataset].train,
-  ))  # fmt: skip
+  named = paper.datasets() if datasets is None else datasets
+  return _judged(row, [of for of in _published() if of.dataset in named])
 
 
-def _judged(row: Conclusion | AcrossDatasets, source: _Source) -> Judgement:
+def _judged(
+  row: Conclusion | AcrossDatasets, sources: Iterable[_Source]
+) -> Judgement:
   """Applies a conclusion to every row that has what it needs."""
   if isinstance(row, AcrossDatasets):
-    found = [_across(row, source)]
+    found = [_across(row, sources)]
   else:
-    found = [_finding(row, source, label) for label in source.datasets]
+    found = [_finding(row, source) for source in sources]
   return Judgement(tuple(finding for finding in found if finding))
 
 
 def _samples(
-  source: _Source, label: str, needs: Iterable[str], helps: Iterable[str] = ()
+  source: _Source, needs: Iterable[str], helps: Iterable[str] = ()
 ) -> dict[str, list[float]] | None:
   """Errors over the seeds that all conditions share; None if there is none."""
-  found = {name: source.errors(label, name) for name in needs}
-  needed = {name: sample for name, sample in found.items() if sample}
-  if len(needed) < len(found):
-    return None
-  seeds = sorted(set.intersection(*(set(s) for s in needed.values())))
+  found = {name: source.errors.get(name, {}) for name in needs}
+  seeds = set.intersection(*(set(sample) for sample in found.values()))
   if not seeds:
     return None
   for name in helps:
-    sample = source.errors(label, name)
-    if sample and set(seeds) <= set(sample):
-      needed[name] = sample
-  return {name: [s[seed] for seed in seeds] for name, s in needed.items()}
+    if seeds <= set(source.errors.get(name, {})):
+      found[name] = source.errors[name]
+  return {
+    name: [sample[seed] for seed in sorted(seeds)]
+    for name, sample in found.items()
+  }
 
 
-def _finding(row: Conclusion, source: _Source, label: str) -> Finding | None:
-  samples = _samples(source, label, row.needs, row.helps)
-  chance = source.chance(label)
+def _finding(row: Conclusion, source: _Source) -> Finding | None:
+  samples, chance = _samples(source, row.needs, row.helps), source.chance
   if samples is None or chance is None:
     return None
 
@@ -302,30 +277,26 @@ def _finding(row: Conclusion, source: _Source, label: str) -> Finding | None:
   value = float(effect(*(np.asarray(mean) for mean in means.values())))
   value = round(value, 6)  # 55.15 - 52.15 is 3, not 2.9999...
   return Finding(
-    label,
-    (source.datasets[label],),
+    source.label,
+    (source.dataset,),
     value,
     statistics.effect_interval(tuple(samples.values()), effect),
     len(next(iter(samples.values()))),
-    max(len(source.errors(label, name) or ()) for name in samples),
+    max(len(source.errors[name]) for name in samples),
     bool(row.holds(value, means, chance)),
   )
 
 
-def _across(row: AcrossDatasets, source: _Source) -> Finding | None:
+def _across(row: AcrossDatasets, sources: Iterable[_Source]) -> Finding | None:
   found = defaultdict(list)
-  for label, dataset in source.datasets.items():
-    samples = _samples(source, label, row.needs)
-    size = source.size(label)
-    if samples and size is not None:
+  for source in sources:
+    samples = _samples(source, row.needs)
+    if samples and source.train_images is not None:
       gain = np.mean(samples[row.without]) - np.mean(samples[row.with_bm])
-      found[dataset].append((size, float(gain)))
-  if not found:
-    return None
+      found[source.dataset].append((source.train_images, float(gain)))
   # Copies of a dataset are one.
-  sizes, gains = np.transpose(
-    [np.mean(copies, axis=0) for copies in found.values()]
-  )
+  pairs = [np.mean(copies, axis=0) for copies in found.values()]
+  sizes, gains = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
   effect = statistics.rank_correlation(sizes, gains)
   if effect is None:
     return None

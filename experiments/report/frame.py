@@ -428,7 +428,7 @@ def _cells(runs: Frame, rows: list[RowKey]) -> dict[CellKey, Cell]:
   runs = runs.explode('condition', ignore_index=True)
   runs['fall'] = -runs.rate
   runs['full'] = [len(RATES) * _PLANS.get(name, 1) for name in runs.condition]
-  done = runs[runs.finished]
+  done = runs[runs.finished].astype({'diverged': bool})
   grid = done[done.rate.isin(RATES)].drop_duplicates([*_SEED, 'rate', 'plan'])
   present = grid.groupby(_SEED).size().rename('present')
   best = done.sort_values(['best', 'fall', 'run_id']).drop_duplicates(_SEED)
@@ -445,7 +445,7 @@ def _cells(runs: Frame, rows: list[RowKey]) -> dict[CellKey, Cell]:
   counts = pd.DataFrame({
     'expected': runs.drop_duplicates(_SEED).groupby(_CELL).full.sum(),
     'present': present.groupby(_CELL).sum(),
-    'diverged': done[done.diverged == True].groupby(_CELL).size(),  # noqa: E712
+    'diverged': done[done.diverged].groupby(_CELL).size(),
   }).fillna(0).astype(int).to_dict('index')  # fmt: skip
   place = {name: at for at, name in enumerate(COLUMNS)}
   order = sorted(counts, key=lambda key: (

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import re
 import textwrap
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from experiments.report.frame import (
   first_name,
   words,
 )
-from experiments.report.plots import Picture
 from experiments.report.tables import (
   MARKS,
   Entry,
@@ -34,15 +34,18 @@ from experiments.report.tables import (
   settings,
 )
 
+if typing.TYPE_CHECKING:
+  from experiments.report.plots import Picture
+
 HOW = (
   "Errors in %, ours | the paper's number. The first line of a cell is the "
   'best test error, selected as in the paper: the lowest over epochs and '
   'rates. Held-out: epoch and rate are chosen on a held-out part of the '
-  'training set (of equals the first epoch and the highest rate), and the '
-  'test error is read there. [a, b]: 95 % bootstrap interval over seeds, or'
-  ' over datasets for a mean over datasets; with two or three of them it is'
-  ' their range. ▲ 3 points or more worse than the baseline of the row '
-  '(yellow in the paper), ▼ 3 points or more better (blue).'
+  'training set (ties: the first epoch, the highest rate), and the test '
+  'error is read there. [a, b]: 95 % bootstrap interval over seeds, or over'
+  ' datasets for a mean over datasets; for two or three values it is their '
+  'range. ▲ 3 points or more worse than the baseline of the row (yellow in '
+  'the paper), ▼ 3 points or more better (blue).'
 )
 _WIDTH = 120
 
@@ -152,7 +155,7 @@ def _by_protocol(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
 
 
 def markdown(
-  results: Results, claims: Sequence[Claim], pictures: Sequence[Picture]
+  results: Results, claims: Sequence[Claim], pictures: 'Sequence[Picture]'
 ) -> str:
   """RESULTS.md; protocols with other settings have a table of their own."""
   decided = {
@@ -177,8 +180,8 @@ def markdown(
 def html(
   results: Results,
   claims: Sequence[Claim],
-  overall: Sequence[Picture],
-  pictures: Mapping[tuple[str, str], Sequence[Picture]],
+  overall: 'Sequence[Picture]',
+  pictures: 'Mapping[tuple[str, str], Sequence[Picture]]',
 ) -> str:
   """One page that needs nothing else: no network, no scripts, no files.
 
@@ -261,7 +264,7 @@ def _part(of: Sequence[bool]) -> str:
 
 
 def _differs(entry: Entry) -> bool:
-  """Whether the cell compares with its baseline otherwise in the paper."""
+  """Whether comparisons with the baseline are not all the same."""
   held_out = entry.held_out and entry.flag_held_out != entry.flag
   return bool(entry.flagged and (held_out or not entry.agrees))
 
@@ -294,7 +297,8 @@ def _details(results: Results) -> dict[CellKey, _Detail]:
     ['seed', 'plan', 'rate', 'run_id'], ascending=[True, True, False, True]
   )
   runs = runs.assign(spark=[_spark(errors) for errors in runs.errors])
-  groups = runs.explode('condition').groupby(['protocol', 'label', 'condition'])
+  by = ['protocol', 'label', 'condition']
+  members = runs.explode('condition').groupby(by).groups
   found: dict[CellKey, _Detail] = {}
   for key, cell in results.cells.items():
     protocol, label, name = key
@@ -302,7 +306,7 @@ def _details(results: Results) -> dict[CellKey, _Detail]:
     if first not in found:
       title = f'{label}, {protocol}'
       found[first] = _Detail(
-        f'cell-{len(found)}', title, [], cell, groups.get_group(key)
+        f'cell-{len(found)}', title, [], cell, runs.loc[members[key]]
       )
     found[first].names.append(name)
   return found
@@ -317,7 +321,7 @@ def _spark(errors: Sequence[tuple[int, float]]) -> str:
   )
 
 
-def _uri(picture: Picture) -> str:
+def _uri(picture: 'Picture') -> str:
   return 'data:image/svg+xml;base64,' + base64.b64encode(picture.svg).decode()
 
 

@@ -125,7 +125,10 @@ def _picture(
 def _slug(text: str) -> str:
   """A text as part of a file name; different texts stay different."""
   plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
-  if text in paper.datasets() or _USUAL.fullmatch(text):
+  known = {name.lower() for name in paper.datasets()}
+  if text in paper.datasets() or _USUAL.fullmatch(text) or (
+    text == plain and text not in known
+  ):  # fmt: skip
     return plain
   return f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'.strip('-')
 
@@ -365,10 +368,11 @@ def _rates(
   # Of several batch plans the better one.
   settings = settings.sort_values('best').drop_duplicates(['condition', 'rate'])
   rates = sorted({*RATES, *settings.rate})
-  table = settings.pivot(index='condition', columns='rate')
-  table = table.reindex(conditions)
-  errors = table['best'].reindex(columns=rates).to_numpy(float)
-  diverged = table['diverged'].reindex(columns=rates).to_numpy() == True  # noqa: E712
+  table = settings.pivot(index='condition', columns='rate', values='best')
+  table = table.reindex(index=conditions, columns=rates)
+  errors = table.to_numpy(float)
+  ended = settings[settings.diverged.astype(bool)]
+  diverged = set(zip(ended.condition, ended.rate, strict=True))
   low, high = max(np.nanmin(errors), 0.01), np.nanmax(errors)
   kind = colors.LogNorm if high > _LOGARITHMIC * low else colors.Normalize
   norm = kind(low * 0.95, max(high, low) * 1.2, clip=True)
@@ -384,7 +388,7 @@ def _rates(
         best = error == np.nanmin(errors[row])
         axes.text(
           column + 0.5, row + 0.5,
-          f'{error:.2f}{" ×" * bool(diverged[row, column])}',
+          f'{error:.2f}{" ×" * ((conditions[row], rates[column]) in diverged)}',
           color='white' if norm(max(error, low)) > 0.6 else 'black',
           ha='center', va='center', fontsize=8.5,
           fontweight='bold' if best else 'normal',

@@ -18,101 +18,61 @@ def cells(records):
   return {(label, name): cell for (_, label, name), cell in found.items()}
 
 
-def sgd(records):
-  return cells(records)['MNIST', 'SGD']
-
-
-def test_best_is_the_lowest_over_rates_and_the_mean_over_seeds():
-  best = sgd([
-    record('SGD', 9.0, rate=1.0, seed=0),
-    record('SGD', 4.0, rate=10.0, seed=0),
-    record('SGD', 8.0, rate=1.0, seed=1),
-    record('SGD', 12.0, rate=10.0, seed=1),
-  ]).best  # fmt: skip
-  assert best.values == {0: 4.0, 1: 8.0}
-  assert best.mean == 6.0
-  assert {seed: rate for seed, (rate, _) in best.chosen.items()} == {
-    0: 10.0,
-    1: 1.0,
-  }
-
-
-def test_held_out_is_the_test_error_of_the_run_the_held_out_part_chose():
-  found = sgd([
-    record('SGD', 4.0, rate=1.0, held_out=4.5, holdout=7.0),
-    record('SGD', 5.0, rate=10.0, held_out=6.5, holdout=3.0),
-  ])  # fmt: skip
-  assert (found.best.mean, found.held_out.mean) == (4.0, 6.5)
-
-
-def test_of_equals_the_highest_rate_is_chosen():
-  found = sgd([
-    record('SGD', 4.0, rate=rate, held_out=4.0 + rate, holdout=3.0)
-    for rate in (0.1, 10.0, 1.0)
-  ])  # fmt: skip
-  assert found.best.chosen[0][0] == found.held_out.chosen[0][0] == 10.0
-  assert found.held_out.mean == 14.0
+@pytest.mark.parametrize(
+  'records, best, held_out, mark',
+  [
+    # Rates: the lowest error; the run that the held-out part chose.
+    ([record(error=4.0, rate=1.0, held_out=4.5, holdout=7.0),
+      record(error=5.0, rate=10.0, held_out=6.5, holdout=3.0)],
+     {0: 4.0}, {0: 6.5}, '2/5 rates'),
+    # Of equals the highest rate.
+    ([record(error=4.0, rate=rate, held_out=rate, holdout=3.0)
+      for rate in (0.1, 10.0, 1.0)],
+     {0: 4.0}, {0: 10.0}, '3/5 rates'),
+    # Seeds.
+    ([record(error=9.0, seed=0), record(error=4.0, rate=10.0, seed=0),
+      record(error=8.0, seed=1), record(error=12.0, rate=10.0, seed=1)],
+     {0: 4.0, 1: 8.0}, {0: 4.0, 1: 12.0}, '4/10 runs'),
+    # Incomplete seeds do not count beside complete ones.
+    ([*cell('SGD', 5.0), *cell('SGD', 1.0, seed=1)[:2]],
+     {0: 5.0}, {0: 5.0}, '7/10 runs'),
+    # Rates of one's own do not complete a cell.
+    ([*cell('SGD', 5.0)[:4], record(error=1.0, rate=3.0, holdout=99.0)],
+     {0: 1.0}, {0: 5.0}, '4/5 rates'),
+    # Unfinished runs are not results.
+    ([dataclasses.replace(record(), result=None)], {}, {}, '0/5 rates'),
+    # Both procedures of uSF+BM are expected, and the better one counts.
+    (cell('uSF+BM', 5.0)[:5], {0: 5.0}, {0: 5.0}, '5/10 runs'),
+    ([*cell('uSF+BM', 5.0)[:5], *(cell('uSF+BM', 2.0))[5:]],
+     {0: 2.0}, {0: 5.0}, ''),
+    # A diverged run keeps its best so far.
+    ([record('uSF', 50.0, diverged=True)], {0: 50.0}, {0: 50.0}, '1/5 rates'),
+  ],
+)  # fmt: skip
+def test_both_results_and_completeness(records, best, held_out, mark):
+  for order in (records, records[::-1]):
+    found = next(iter(cells(order).values()))
+    assert (found.best.values if found.best else {}) == best
+    assert (found.held_out.values if found.held_out else {}) == held_out
+    assert found.mark == mark
+    assert found.diverged == sum(made.result['diverged'] for made in records
+                                 if made.result)  # fmt: skip
 
 
 def test_without_a_held_out_part_there_is_no_held_out_result():
   made = record('SGD', 4.0)
   made.result.update(holdout_error=None, honest_error=None, honest_epoch=None)
-  found = sgd([made])
+  found = cells([made])['MNIST', 'SGD']
   assert found.held_out is None
   assert found.best.mean == 4.0
 
 
 def test_interval_needs_two_seeds_and_lies_between_the_values():
-  assert sgd(cell('SGD', 5.0)).best.interval is None
+  assert cells(cell('SGD', 5.0))['MNIST', 'SGD'].best.interval is None
   records = [r for s in range(3) for r in cell('SGD', 5.0 + s, seed=s)]
-  three = sgd(records).best
+  three = cells(records)['MNIST', 'SGD'].best
   low, high = three.interval
   assert 5.0 <= low < three.mean < high <= 7.0
-  assert sgd(records[::-1]).best.interval == three.interval
-
-
-def test_a_cell_lacking_a_rate_is_shown_and_marked():
-  found = sgd(cell('SGD', 5.0)[:4])
-  assert (found.present, found.expected) == (4, 5)
-  assert found.mark == '4/5 rates'
-  assert not found.settled
-  assert found.best.mean == 5.0
-
-
-def test_rates_of_ones_own_do_not_complete_a_cell():
-  found = sgd([*cell('SGD', 5.0)[:4], record('SGD', 1.0, rate=3.0)])
-  assert found.mark == '4/5 rates'
-  assert found.best.mean == 1.0
-
-
-def test_both_procedures_of_usf_bm_are_expected_and_the_better_one_counts():
-  records = cell('uSF+BM', 5.0)
-  records[7].result['paper_error'] = 2.0  # of the second procedure
-  found = cells(records)['MNIST', 'uSF+BM']
-  assert (found.present, found.expected) == (10, 10)
-  assert found.best.mean == 2.0
-  half = cells(cell('uSF+BM', 5.0)[:5])['MNIST', 'uSF+BM']
-  assert half.mark == '5/10 runs'
-
-
-def test_incomplete_seeds_do_not_count_beside_complete_ones():
-  found = sgd(cell('SGD', 5.0) + cell('SGD', 1.0, seed=1)[:2])
-  assert found.best.values == {0: 5.0}
-  assert found.mark == '7/10 runs'
-  assert found.settled
-
-
-def test_unfinished_runs_are_not_results():
-  made = dataclasses.replace(record('SGD', 5.0), result=None)
-  found = sgd([made, *cell('BM', 4.0)])
-  assert found.best is None
-  assert found.mark == '0/5 rates'
-
-
-def test_a_diverged_run_keeps_its_best_so_far_and_is_counted():
-  found = cells([record('uSF', 50.0, diverged=True)])['MNIST', 'uSF']
-  assert found.best.mean == 50.0
-  assert found.diverged == 1
 
 
 @pytest.mark.parametrize('name', COLUMNS)
