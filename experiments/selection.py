@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments import datasets
 from experiments.datasets import Dataset
-from experiments.datasets.spec import WEIGHT_LAYERS
+from experiments.datasets import WEIGHT_LAYERS
 from experiments.options import Selection
 from experiments.paper import conditions
 from experiments.paper import protocol as grid

@@ -1,20 +1,26 @@
 """The original archives of the sets that have builders of their own.
 
 Nothing is unpacked to disk: members are read from the archive, or from a
-folder in which a person unpacked it.
+folder in which a person unpacked it. Archives within archives are read too.
+Hidden files and those that a system adds, as in a zip file made on macOS, are
+left out.
 """
 
 import contextlib
 import dataclasses
 import hashlib
+import lzma
+import re
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
-from experiments.datasets.errors import DatasetError
+from experiments.datasets.folders import check_inside, hidden
+from experiments.datasets.samples import readable
+from experiments.datasets.specs import DatasetError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,13 +144,28 @@ ORIGINALS: Mapping[str, Original] = {
   ),
 }
 
-# What reading a damaged archive raises.
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error)
+# What reading a damaged, encrypted or unsupported archive raises.
+_DAMAGED = (
+  tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError,
+  EOFError, KeyError, RuntimeError, UnicodeError, OverflowError, ValueError,
+)  # fmt: skip
+_PACKED = re.compile(r'\.(zip|tar|tgz|tbz2?|txz|tar\.\w+)$', re.IGNORECASE)
+_DEEPEST = 3  # archives in archives
 
 
 def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
-  """Where a person puts an archive."""
-  return manual_dir / (archive.name or builder)
+  """Where a person puts an archive, or has put it in another form.
+
+  A folder, or another kind of archive, of the same name does as well.
+  """
+  path = manual_dir / (archive.name or builder)
+  if path.exists() or not manual_dir.is_dir():
+    return path
+  stem = _PACKED.sub('', path.name)
+  for entry in sorted(manual_dir.iterdir()):
+    if _PACKED.sub('', entry.name) == stem:
+      return entry
+  return path
 
 
 def instructions(builder: str, manual_dir: str | Path) -> str:
@@ -176,58 +197,101 @@ def verify(path: Path, archive: Archive) -> None:
     )
 
 
-def members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+Members = Iterator[tuple[str, Callable[[], bytes]]]
+
+
+def members(path: Path) -> Members:
   """All files in an archive or folder, as (name, function that reads it).
 
-  A folder may hold archives: their members are given too. The functions must
-  be called before the next member is asked for.
+  The functions must be called before the next member is asked for.
 
   Args:
-    path: a .tar, .tar.gz, .tgz or .zip file, or a folder.
+    path: a tar or zip file, or a folder.
 
   Raises:
     DatasetError: missing, or a damaged archive.
   """
   if path.is_dir():
+    inside = path.resolve()
     for file in sorted(entry for entry in path.rglob('*') if entry.is_file()):
-      if file.suffix.lower() in ('.tar', '.tgz', '.gz', '.zip'):
+      if any(map(hidden, file.relative_to(path).parts)):
+        continue
+      check_inside(file, inside)
+      if _PACKED.search(file.name):
         yield from members(file)
       else:
-        yield file.relative_to(path.parent).as_posix(), file.read_bytes
-    return
-  if not path.is_file():
+        name = readable(file.relative_to(path.parent).as_posix())
+        yield name, lambda file=file: _read(str(file), file.open('rb'))
+  elif path.is_file():
+    with _reading(str(path)), open(path, 'rb') as file:
+      yield from _unpacked(file, str(path), 1)
+  else:
     raise DatasetError(f'{path}: no such file or folder')
-  with _reading(path):
-    if path.suffix.lower() == '.zip':
-      with zipfile.ZipFile(path) as packed:
+
+
+def _unpacked(file: IO[bytes], at: str, depth: int) -> Members:
+  with _reading(at):
+    if depth > _DEEPEST:
+      raise ValueError(f'archives are nested more than {_DEEPEST} deep')
+    zip_file = file.read(2) == b'PK'
+    file.seek(0)
+    if zip_file:
+      with zipfile.ZipFile(file) as packed:
         for info in packed.infolist():
           if not info.is_dir():
-            yield (
-              info.filename,
-              lambda info=info: _read(path, packed.open(info)),
-            )
-    else:
-      with tarfile.open(path) as packed:
-        for member in packed:
-          file = packed.extractfile(member) if member.isreg() else None
-          if file is not None:
-            yield member.name, lambda file=file: _read(path, file)
-        # tarfile takes a cut before or inside of a header for the end, which is
-        # two empty blocks, of which it has read one.
-        if packed.fileobj and packed.fileobj.read(512) != bytes(512):
-          raise tarfile.ReadError('it has no end')
+            opened = lambda info=info: packed.open(info)
+            yield from _member(_zip_name(info), opened, at, depth)
+      return
+    with tarfile.open(fileobj=file) as packed:
+      for member in packed:
+        if member.isreg() or member.islnk():
+          opened = lambda member=member: packed.extractfile(member)
+          yield from _member(member.name, opened, at, depth)
+      # tarfile takes a cut before or inside of a header for the end, which is
+      # two empty blocks, of which it has read one.
+      if packed.fileobj and packed.fileobj.read(512) != bytes(512):
+        raise tarfile.ReadError('it has no end')
 
 
-def _read(path: Path, file: IO[bytes]) -> bytes:
-  with _reading(path), file:
-    return file.read()
+def _zip_name(info: zipfile.ZipInfo) -> str:
+  """The name of a member; macOS writes UTF-8 without the flag that says so."""
+  name = info.filename.replace('\\', '/')
+  if not info.flag_bits & 0x800:
+    with contextlib.suppress(UnicodeError):
+      return name.encode('cp437').decode()
+  return name
+
+
+def _member(
+  name: str, opened: Callable[[], IO[bytes] | None], at: str, depth: int
+) -> Members:
+  parts = PurePosixPath(name).parts
+  if any(hidden(part) for part in parts if part != '..'):
+    return
+  if _PACKED.search(name):
+    if (file := opened()) is not None:
+      with file:
+        yield from _unpacked(file, f'{at}/{readable(name)}', depth + 1)
+  else:
+    yield readable(name), lambda: _read(at, opened())
+
+
+def _read(at: str, file: IO[bytes] | None) -> bytes:
+  with _reading(at):
+    if file is None:
+      raise tarfile.ReadError('a member is no file')
+    with file:
+      return file.read()
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(at: str) -> Iterator[None]:
   try:
     yield
+  except DatasetError:
+    raise
   except _DAMAGED as error:
     raise DatasetError(
-      f'{path}: damaged or truncated archive: {error}; get it again'
+      f'{at}: damaged or truncated archive, or of an unknown kind: {error}; '
+      'get it again'
     ) from error

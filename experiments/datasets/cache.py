@@ -1,12 +1,15 @@
 """Decoded arrays on disk: written whole or not at all, rebuilt if damaged."""
 
+import functools
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
+import tempfile
 import uuid
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,15 +19,36 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def default_dir() -> Path:
-  """The user's cache folder for this program, by the platform's convention."""
-  home = Path.home()
-  if sys.platform == 'win32':
-    base = os.environ.get('LOCALAPPDATA') or home / 'AppData' / 'Local'
-  elif sys.platform == 'darwin':
-    base = home / 'Library' / 'Caches'
-  else:
-    base = os.environ.get('XDG_CACHE_HOME') or home / '.cache'
-  return Path(base) / 'symjax_bp'
+  """The user's cache folder for this program, by the platform's convention.
+
+  Without a home folder: one of this user's in the folder for temporary files.
+  """
+  variable = 'LOCALAPPDATA' if sys.platform == 'win32' else 'XDG_CACHE_HOME'
+  if sys.platform != 'darwin' and os.path.isabs(os.environ.get(variable, '')):
+    return Path(os.environ[variable]) / 'symjax_bp'
+  try:
+    home = Path.home()
+  except RuntimeError:
+    return _temporary_dir()
+  parts = {'win32': ('AppData', 'Local'), 'darwin': ('Library', 'Caches')}
+  return home.joinpath(*parts.get(sys.platform, ('.cache',)), 'symjax_bp')
+
+
+@functools.cache
+def _temporary_dir() -> Path:
+  """A private folder that is the same in each process, if no one else has it."""
+  user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME')
+  path = Path(tempfile.gettempdir()) / f'symjax_bp-{user}'
+  try:
+    path.mkdir(mode=0o700, exist_ok=True)
+    state = path.lstat()
+    # What another user can write there could be run as compiled programs.
+    if stat.S_ISDIR(state.st_mode) and not state.st_mode & 0o022:
+      if not hasattr(os, 'getuid') or state.st_uid == os.getuid():
+        return path
+  except OSError:
+    pass
+  return Path(tempfile.mkdtemp(prefix='symjax_bp-'))
 
 
 def fetch(
@@ -41,24 +65,25 @@ def fetch(
   Args:
     folder: where the file is kept; made if needed.
     name: beginning of the file name.
-    config: what decides the content, serialisable as JSON.
+    config: what decides the content, serializable as JSON.
     build: makes the arrays.
   """
   text = json.dumps(config, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-  path = folder / f'{name}-{digest}.npz'
+  path = folder / f'{re.sub(r"[^A-Za-z0-9-]", "_", name)[:40]}-{digest}.npz'
   try:
     # numpy leaves a damaged file open if it opened it itself.
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
       return {key: stored[key] for key in stored.files}
-  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+  except Exception:  # absent, or damaged in a way that zip and numpy tell
     arrays = build()
   try:
     write(path, arrays)
   except OSError as error:
     warnings.warn(
       f'cannot keep decoded data in {path} ({error}), it will be decoded again '
-      'next time: name a writable folder with --cache-dir',
+      'next time: set XDG_CACHE_HOME (on Windows LOCALAPPDATA) to a folder that '
+      'can be written',
       stacklevel=2,
     )
   return arrays

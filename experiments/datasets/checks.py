@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -10,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.datasets.loader import Dataset, load
-from experiments.datasets.lookup import locate
-from experiments.datasets.raw import Part
+from experiments.datasets.loader import Dataset, both, load, locate
+from experiments.datasets.samples import Part, stored_shape
 
 _COLUMNS = 10
 _MARGIN = 12

@@ -1,19 +1,40 @@
 """`load`: a dataset by its name, as arrays ready for its architecture."""
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
-from experiments.datasets import cache, images, names, splits
-from experiments.datasets.lookup import locate
-from experiments.datasets.raw import Source
-from experiments.datasets.spec import Spec
+from experiments.datasets import (
+  archives,
+  cache,
+  folders,
+  npz,
+  prepared,
+  samples,
+  splits,
+)
+from experiments.datasets.samples import Part, Raw, Source, drawn
+from experiments.datasets.specs import (
+  SHAPES,
+  SPECS,
+  DatasetError,
+  Spec,
+  find_known,
+  nearest,
+  plain,
+  require,
+)
+
+_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +52,8 @@ class Dataset:
       labels, the class names and the input shape: the same digest, the same
       data.
     source: where it came from, in words.
-    note: how it differs from the paper's set; empty if it does not.
+    note: how it differs from the paper's set, and what was ignored or changed
+      as it was read; empty if nothing.
     files_train: N names of samples, file names where there are any.
     files_test: M names.
   """
@@ -52,10 +74,12 @@ class Dataset:
 def load(
   name: str,
   *,
-  data_dir: str | os.PathLike[str] | None = None,
-  cache_dir: str | os.PathLike[str] | None = None,
+  data_dir: _Folder = None,
+  cache_dir: _Folder = None,
   seed: int = 0,
   train_size: int | None = None,
+  architecture: str | None = None,
+  test_share: float | None = None,
 ) -> Dataset:
   """Loads a dataset.
 
@@ -63,38 +87,49 @@ def load(
   the image folder `data_dir/NAME/train/CLASS/*.jpg|png` with `test` beside
   `train`; a folder prepared by tensorflow-datasets in `data_dir`, then one in
   its own default folder. NAME is the name given, then each of the aliases of
-  the spec, in any case. `digits` is embedded and needs no file.
+  the spec, in any case. `digits` is embedded and needs no file. Any other name
+  is the user's own file or image folder.
 
   Args:
-    name: the paper's name or an alias, in any case.
+    name: the paper's name or an alias, in any case, or one of the user's own.
     data_dir: folder with data.
     cache_dir: folder for decoded arrays; default: the user's cache folder.
     seed: of the drawn split and of the subset.
     train_size: train on a class-balanced subset of so many samples.
+    architecture: network for a dataset of the user's own, a key of `SHAPES`;
+      default: the first of mnist (gray), cifar and general whose input is at
+      least as large as the first training picture of each class.
+    test_share: share of each class to test on, for a dataset of the user's own
+      without a test part.
 
   Raises:
-    DatasetError: unknown name, data that is missing or broken, or a
-      `train_size` that cannot be.
+    DatasetError: unknown name, data that is missing or broken, or an argument
+      that cannot be.
   """
-  spec = names.find(name)
-  source = locate(name, data_dir, seed)
+  spec, source = locate(name, data_dir, seed, architecture, test_share)
+  config = {
+    'form': 2,
+    'source': source.key,
+    'shape': spec.shape,
+    'resize': 'bilinear',
+    'pillow': importlib.metadata.version('pillow'),
+  }
   arrays = cache.fetch(
     Path(cache_dir) if cache_dir is not None else cache.default_dir(),
     spec.name,
-    {
-      'form': 1,
-      'source': source.key,
-      'shape': spec.shape,
-      'resize': 'bilinear',
-      'pillow': importlib.metadata.version('pillow'),
-    },
+    config,
     lambda: _arrays(source, spec),
   )
-  classes = tuple(json.loads(arrays['classes'].tobytes()))
+  facts = json.loads(arrays['facts'].tobytes())
+  classes = tuple(facts['classes'])
   train = {key: arrays[f'{key}_train'] for key in ('x', 'y', 'hash', 'file')}
   test = {key: arrays[f'{key}_test'] for key in ('x', 'y', 'hash', 'file')}
+  if spec.source == 'own':
+    spec = _counted(spec, len(classes), len(train['y']), len(test['y']))
+  notes = _notes(spec, source, facts, len(train['y']), len(test['y']))
   if train_size is not None and train_size != len(train['y']):
     rows = splits.balanced_rows(train['y'], train_size, seed)
+    notes.append(f'trained on {train_size} of {len(train["y"])} samples')
     train = {key: values[rows] for key, values in train.items()}
   return Dataset(
     x_train=train['x'],
@@ -105,25 +140,277 @@ def load(
     spec=spec,
     digest=_digest(spec.shape, classes, train, test),
     source=source.text,
-    note=_note(spec, classes, arrays, len(train['y'])),
+    note='; '.join(notes),
     files_train=np.char.decode(train['file'], 'utf-8'),
     files_test=np.char.decode(test['file'], 'utf-8'),
+  )
+
+
+def find(
+  name: str,
+  data_dir: _Folder = None,
+  *,
+  seed: int = 0,
+  architecture: str | None = None,
+  test_share: float | None = None,
+) -> Spec:
+  """The spec of a dataset; those of the paper need not be there.
+
+  Args:
+    name: as in `load`.
+    data_dir: folder with data, looked at for the user's own.
+    seed: as in `load`.
+    architecture: as in `load`.
+    test_share: as in `load`.
+
+  Raises:
+    DatasetError: no such dataset, with the nearest name; or as `load`.
+  """
+  known = _known(name, architecture, test_share)
+  if known is not None:
+    return known
+  spec, source = locate(name, data_dir, seed, architecture, test_share)
+  raw = source.read()
+  return _counted(spec, len(raw.classes), *map(len, both(raw)))
+
+
+def locate(
+  name: str,
+  data_dir: _Folder,
+  seed: int = 0,
+  architecture: str | None = None,
+  test_share: float | None = None,
+) -> tuple[Spec, Source]:
+  """The spec and the source of a dataset, in the order that `load` documents.
+
+  Raises:
+    DatasetError: the dataset is nowhere, or what is there is not one.
+  """
+  spec = _known(name, architecture, test_share)
+  if spec is None:
+    return _own(name, data_dir, seed, architecture, test_share)
+  source = find_source(spec, name, data_dir, seed)
+  if source is None:
+    raise DatasetError(missing(spec, data_dir))
+  return spec, source
+
+
+def find_source(
+  spec: Spec, name: str, data_dir: _Folder, seed: int = 0
+) -> Source | None:
+  """The source of a dataset of the table, None where there is nothing."""
+  if spec.source == 'embedded':
+    return _embedded(spec, seed)
+  if data_dir is not None:
+    path = _entry(data_dir, name, *spec.aliases)
+    if path is not None:
+      form = folders if path.is_dir() else npz
+      return form.source(path, own=False)
+  for root in prepared.roots(data_dir):
+    if (path := prepared.version_folder(root, spec)) is not None:
+      return prepared.source(path, spec, seed)
+  return None
+
+
+def missing(spec: Spec, data_dir: _Folder) -> str:
+  """What was looked for in vain, and how to get it."""
+  alias = spec.aliases[0]
+  where = f'in {data_dir}' if data_dir is not None else '(no data_dir is given)'
+  text = (
+    f'{spec.name} was not found {where}: neither {alias}.npz nor {alias}/train '
+    'nor a prepared folder. '
+  )
+  for root in prepared.roots(data_dir):
+    for path in prepared.unfinished(root, spec):
+      text += f'The unfinished preparation in {path} is not used. '
+  run = f'`python -m experiments data prepare {spec.name}`'
+  if spec.source == 'download':
+    return f'{text}Run {run}'
+  manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
+  steps = archives.instructions(spec.builder, manual_dir)
+  return f'{text}First {steps}, then run {run}'
+
+
+def both(raw: Raw) -> tuple[Part, Part]:
+  """Training and test set, where the latter is known to be there."""
+  assert raw.test is not None
+  return raw.train, raw.test
+
+
+def _known(
+  name: str, architecture: str | None, test_share: float | None
+) -> Spec | None:
+  """The spec of the table, None for the user's own; checks the options."""
+  if architecture is not None and architecture not in SHAPES:
+    raise DatasetError(
+      f'architecture is {architecture!r}; it must be one of {", ".join(SHAPES)}'
+    )
+  if test_share is not None and not 0 < test_share < 1:
+    raise DatasetError(
+      f'test_share is {test_share}; it must be between 0 and 1'
+    )
+  spec = find_known(name)
+  if spec is None:
+    return None
+  if architecture not in (None, spec.architecture) or test_share is not None:
+    raise DatasetError(
+      f'{spec.name} has a network ({spec.architecture}) and a split of its own; '
+      'leave architecture and test_share out'
+    )
+  return spec
+
+
+def _entry(data_dir: _Folder, *wanted: str) -> Path | None:
+  """The npz file or image folder of the first name that fits."""
+  root = Path(cast(str, data_dir))
+  if not root.is_dir():
+    raise DatasetError(
+      f'data_dir {str(root)!r} is not a folder; name the folder that holds '
+      f'{wanted[-1]}.npz or {wanted[-1]}/train'
+    )
+  try:
+    found = [
+      path
+      for path in sorted(root.iterdir())
+      if not folders.hidden(path.name)
+      and (
+        path.suffix.lower() == '.npz'
+        or (path.is_dir() and not prepared.is_tfds(path))
+      )
+    ]
+  except OSError as error:
+    raise DatasetError(f'{root}: cannot be read: {error}') from error
+  for name in wanted:
+    for suffix in ('.npz', ''):
+      fits = [path for path in found if plain(path.name) == plain(name) + suffix]
+      exact = [path for path in fits if path.name == name + suffix]
+      if len(fits) > 1 and not exact:
+        raise DatasetError(
+          f'{fits[0]} and {fits[1]} are both {name!r}; rename one'
+        )
+      if fits:
+        return (exact or fits)[0]
+  return None
+
+
+def _own(
+  name: str,
+  data_dir: _Folder,
+  seed: int,
+  architecture: str | None,
+  share: float | None,
+) -> tuple[Spec, Source]:
+  """A dataset of the user's own; its counts are not known yet."""
+  path = None if data_dir is None else _entry(data_dir, name)
+  if path is None:
+    where = '' if data_dir is None else f' and not in {data_dir}'
+    raise DatasetError(
+      f'unknown dataset {name!r}{nearest(name)}; the datasets are '
+      f'{", ".join(SPECS)}{where}, or one of your own, NAME.npz or '
+      'NAME/train/CLASS/*.jpg with NAME/test in the folder --data-dir'
+    )
+  form = folders if path.is_dir() else npz
+  source = form.source(path, own=True, share=share)
+  protocol = 'train and test part as stored'
+  if share is not None:
+    protocol = f'{share} of each class drawn to test on, the rest trains'
+    source = dataclasses.replace(
+      source,
+      key=f'{source.key}, share {share}, seed {seed}',
+      read=functools.cache(lambda read=source.read: _shared(read(), share, seed)),
+    )
+  return Spec(
+    name=samples.readable(path.stem if path.is_file() else path.name),
+    classes=0,
+    architecture=architecture or _fitting(source),
+    train=0,
+    test=0,
+    protocol=protocol,
+    source='own',
+    license="the user's own",
+    homepage='',
+    citation='',
+    aliases=(name,),
+    in_paper=False,
+  ), source
+
+
+def _counted(spec: Spec, classes: int, train: int, test: int) -> Spec:
+  return dataclasses.replace(spec, classes=classes, train=train, test=test)
+
+
+def _shared(raw: Raw, share: float, seed: int) -> Raw:
+  split = splits.draw_share(
+    raw.train.names, raw.train.labels, raw.classes, share, seed
+  )
+  return drawn(raw.train, split, jpeg=raw.jpeg)
+
+
+def _fitting(source: Source) -> str:
+  """The network whose input fits the pictures; see `load`."""
+  train = source.read().train
+  sizes = []
+  for row in np.unique(train.labels, return_index=True)[1].tolist():
+    try:
+      sizes.append(samples.stored_shape(train.sample(row)))
+    except Exception as error:  # of Pillow, on damaged files
+      raise DatasetError(
+        f'{source.text}: sample {train.names[row]} cannot be decoded: {error}; '
+        'replace the file'
+      ) from error
+  for name in ('mnist', 'cifar', 'general', 'timit'):
+    shape = SHAPES[name]
+    if all(len(size) == len(shape) for size in sizes) and (
+      name == 'general'
+      or all(
+        have <= room
+        for size in sizes
+        for have, room in zip(size, shape, strict=True)
+      )
+    ):
+      return name
+  raise DatasetError(
+    f'{source.text}: has vectors of {sizes[0][0]} features; the only network '
+    f'for vectors takes {SHAPES["timit"][0]}'
+  )
+
+
+def _embedded(spec: Spec, seed: int) -> Source:
+  """scikit-learn's 1,797 digits of 8x8 pixels."""
+
+  def read() -> Raw:
+    module = require('sklearn.datasets', 'experiments', spec.name)
+    assert spec.draw is not None
+    digits = module.load_digits()
+    # Pixels count from 0 to 16.
+    pixels = np.round(digits['images'] * (255 / 16)).astype(np.uint8)
+    pixels = pixels[..., np.newaxis]
+    classes = [str(name) for name in digits['target_names']]
+    names = [f'row {i:04d}' for i in range(len(pixels))]
+    split = splits.draw_split(names, digits['target'], classes, spec.draw, seed)
+    whole = Part(pixels.__getitem__, digits['target'], names)
+    return drawn(whole, split, jpeg=False)
+
+  return Source(
+    text='scikit-learn, sklearn.datasets.load_digits()',
+    key=f'load_digits, seed {seed}',
+    read=read,
   )
 
 
 def _arrays(source: Source, spec: Spec) -> cache.Arrays:
   """What is cached: numbers and byte strings only."""
   raw = source.read()
-  arrays = {
-    'classes': np.frombuffer(json.dumps(raw.classes).encode(), np.uint8),
-    'jpeg': np.array(raw.jpeg),
-  }
-  for name, part in (('train', raw.train), ('test', raw.test)):
-    x, hashes = images.decode(part, spec.shape, source.text)
+  arrays, remarks = {}, collections.Counter()
+  for name, part in zip(('train', 'test'), both(raw), strict=True):
+    x, hashes, said = samples.decode(part, spec.shape, source.text)
     arrays[f'x_{name}'] = x
     arrays[f'y_{name}'] = part.labels
     arrays[f'hash_{name}'] = hashes
     arrays[f'file_{name}'] = np.char.encode(list(part.names), 'utf-8')
+    remarks += said
+  facts = {'classes': raw.classes, 'jpeg': raw.jpeg, 'remarks': remarks}
+  arrays['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   return arrays
 
 
@@ -142,22 +429,28 @@ def _digest(
   return total.hexdigest()
 
 
-def _note(
-  spec: Spec, classes: tuple[str, ...], arrays: cache.Arrays, train_used: int
-) -> str:
-  notes = []
+def _notes(
+  spec: Spec, source: Source, facts: Mapping, train: int, test: int
+) -> list[str]:
+  """How the data differ from the paper's, and what was ignored or changed."""
+  notes, classes = [], len(facts['classes'])
   if not spec.in_paper:
     notes.append("not one of the paper's datasets")
-  if len(classes) != spec.classes:
-    notes.append(f"{len(classes)} of the paper's {spec.classes} classes")
-  train, test = len(arrays['y_train']), len(arrays['y_test'])
+  if spec.source == 'own':
+    shape = 'x'.join(map(str, spec.shape))
+    notes.append(f'network {spec.architecture} ({shape})')
+    if 'drawn' in spec.protocol:
+      notes.append(spec.protocol)
+  if classes != spec.classes:
+    notes.append(f"{classes} of the paper's {spec.classes} classes")
   if (train, test) != (spec.train, spec.test):
     notes.append(
       f"{train} / {test} train / test samples, the paper's are {spec.train} / "
       f'{spec.test}'
     )
-  if spec.lossless and arrays['jpeg']:
+  if spec.lossless and facts['jpeg']:
     notes.append('lossy: kept as JPEG, the original pictures are not')
-  if train_used != train:
-    notes.append(f'trained on {train_used} of {train} samples')
-  return '; '.join(notes)
+  notes += [f'{count} {text}' for text, count in facts['remarks'].items()]
+  if source.note:
+    notes.append(source.note)
+  return notes

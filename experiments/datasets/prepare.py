@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from experiments.datasets import archives, lookup, names, prepared
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.loader import load
-from experiments.datasets.spec import Spec
+from experiments.datasets import archives, loader, prepared
+from experiments.datasets.specs import DatasetError, Spec, find_known, require
 
 State = Literal['ready', 'downloadable', 'needs a manual step']
 
@@ -32,16 +30,14 @@ def status(name: str, data_dir: str | os.PathLike[str] | None = None) -> Status:
 
   Files are looked for, not read: `check` reads them.
 
-  Args:
-    name: the paper's name or an alias.
-    data_dir: folder with data.
-
   Raises:
     DatasetError: unknown dataset.
   """
-  spec = names.find(name)
+  spec = find_known(name)
+  if spec is None:
+    return Status('ready', loader.locate(name, data_dir)[1].text)
   try:
-    source = lookup.find_source(name, data_dir, seed=0)
+    source = loader.find_source(spec, name, data_dir)
   except DatasetError as error:
     return Status('needs a manual step', str(error))
   if source is not None:
@@ -77,9 +73,14 @@ def prepare(
 
   Raises:
     DatasetError: original files are missing, damaged or of unexpected layout,
-      the download failed, or TensorFlow is needed and not installed.
+      the download failed, or a library is needed and not installed.
   """
-  spec = names.find(name)
+  spec = find_known(name)
+  if spec is None:
+    raise DatasetError(
+      f'{name!r} is none of the datasets that can be prepared; a set of your '
+      'own needs no preparation'
+    )
   if data_dir is not None:
     try:
       Path(data_dir).mkdir(parents=True, exist_ok=True)
@@ -88,12 +89,14 @@ def prepare(
         f'data_dir {str(data_dir)!r} cannot be made: {error}; name a folder '
         'that can be written'
       ) from error
-  if lookup.find_source(name, data_dir, seed=0) is None:
-    root = prepared.roots(data_dir)[0]
+  if loader.find_source(spec, name, data_dir) is None:
+    root = prepared.roots(data_dir)[0].absolute()
     progress(f'{spec.name}: preparing {spec.builder} in {root}')
-    _build(spec, root)
+    _build(spec, root, progress)
   progress(f'{spec.name}: decoding')
-  data = load(name, data_dir=data_dir, cache_dir=cache_dir)
+  data = loader.load(name, data_dir=data_dir, cache_dir=cache_dir)
+  if data.note:
+    progress(f'{spec.name}: {data.note}')
   progress(f'{spec.name}: ready, {data.source}')
   return Status('ready', data.source)
 
@@ -106,17 +109,24 @@ def _originals_in_place(spec: Spec, manual_dir: Path) -> bool:
   )
 
 
-def _build(spec: Spec, root: Path) -> None:
-  import tensorflow_datasets as tfds
-
+def _build(spec: Spec, root: Path, progress: Callable[[str], None]) -> None:
+  prepared.check_path(root)
+  ours = spec.builder in archives.ORIGINALS
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
+  needed = ['tensorflow_datasets', 'importlib_resources', 'scipy']
   if not _originals_in_place(spec, prepared.manual_dir(root)):
     if spec.source == 'manual':
-      raise DatasetError(lookup.missing(spec, root))
-    _require_tensorflow(spec)
-  if spec.builder in archives.ORIGINALS:
+      raise DatasetError(loader.missing(spec, root))
+    needed.append('tensorflow')
+  if spec.architecture == 'timit':
+    needed.append('soundfile')
+  for module in needed:
+    require(module, 'prepare', f'{spec.name}: preparing it')
+  if ours:
     import experiments.datasets.builders  # noqa: F401  (registers)
+  import tensorflow_datasets as tfds
+
   try:
     builder = tfds.builder(
       spec.builder, data_dir=root, file_format='array_record'
@@ -128,7 +138,7 @@ def _build(spec: Spec, root: Path) -> None:
   # formats each in its own way.
   except Exception as error:
     steps = ''
-    if spec.builder in archives.ORIGINALS:
+    if ours:
       steps = ', or ' + archives.instructions(
         spec.builder, prepared.manual_dir(root)
       )
@@ -136,14 +146,5 @@ def _build(spec: Spec, root: Path) -> None:
       f'{spec.name}: {spec.builder} could not be prepared in {root}: {error}; '
       f'see to that and run it again{steps}'
     ) from error
-
-
-def _require_tensorflow(spec: Spec) -> None:
-  try:
-    import importlib_resources  # noqa: F401
-    import tensorflow  # noqa: F401
-  except ImportError as error:
-    raise DatasetError(
-      f'{spec.name}: preparing it needs {error.name}; install it with '
-      '`pip install "symjax-bp[prepare]"` (reading prepared data does not)'
-    ) from error
+  if note := getattr(builder, 'ignored', ''):
+    progress(f'{spec.name}: {note}')

@@ -12,28 +12,32 @@ from typing import Any
 import numpy as np
 
 from experiments.datasets import speech
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.folder import fingerprint
-from experiments.datasets.raw import Part, Raw, Source, labels_of
-from experiments.datasets.spec import Spec
+from experiments.datasets.folders import fingerprint
+from experiments.datasets.samples import (
+  Part,
+  Raw,
+  Source,
+  drawn,
+  labels_of,
+  readable,
+)
+from experiments.datasets.specs import DatasetError, Spec, require
 from experiments.datasets.splits import Split, draw_split
 
 _INFO = 'dataset_info.json'
-# Splits that are not for us: unlabelled pictures of STL10, extra ones of SVHN.
+# Not among them: unlabeled pictures of STL10, extra ones of SVHN.
 _SPLITS = ('train', 'validation', 'test')
 _FEATURES = 'tensorflow_datasets.core.features.'
-_CLASSES = (
-  'pythonClassName',
-  'python_class_name',
-  'type',
-)  # keys, old ones too
+# Keys of class names, old ones too.
+_CLASSES = ('pythonClassName', 'python_class_name', 'type')
 _NAMES = ('file', 'file_name', 'image/file_name')
 
 
 def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
-  from tensorflow_datasets.core import constants
-
+  constants = require(
+    'tensorflow_datasets.core.constants', 'experiments', 'finding prepared data'
+  )
   own = Path(constants.DATA_DIR)
   return [own] if data_dir is None else [Path(data_dir), own]
 
@@ -79,16 +83,32 @@ def _number(version: Path) -> list[int]:
   return [int(n) for n in version.name.split('.')]
 
 
+def check_path(path: Path) -> None:
+  """Refuses a folder that tensorflow-datasets cannot write or read.
+
+  Raises:
+    DatasetError: its name is not UTF-8.
+  """
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise DatasetError(
+      f'{path}: tensorflow-datasets takes only names in UTF-8; name another '
+      'data_dir or rename the folder'
+    ) from error
+
+
 def source(path: Path, spec: Spec, seed: int) -> Source:
   """The dataset in a folder prepared by tensorflow-datasets.
 
   Raises:
     DatasetError: files are missing, or it is in another format.
   """
+  check_path(path)
   files = _files(path, spec)
   draw = f', {spec.draw}, seed {seed}' if spec.draw else ''
   return Source(
-    text=f'prepared folder {path}',
+    text=f'prepared folder {readable(str(path))}',
     key=fingerprint(path, files) + draw,
     read=lambda: _read(path, spec, seed),
   )
@@ -165,8 +185,9 @@ def _read(path: Path, spec: Spec, seed: int) -> Raw:
 def _split(path: Path, spec: Spec, seed: int) -> Raw:
   import tensorflow_datasets as tfds
 
-  # TFDS types the features of any builder as any feature.
-  builder: Any = tfds.builder_from_directory(path)
+  # TFDS takes a leading "~" for the home folder, and types
+  # the features of any builder as any feature.
+  builder: Any = tfds.builder_from_directory(path.absolute())
   skip = {'image': tfds.decode.SkipDecoding()}
   records = {
     split: builder.as_data_source(
@@ -180,7 +201,8 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
     return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
     whole, classes = _pictures(list(records.values()), builder.info.features)
-    return _parts(whole, _drawn(whole, classes, spec, seed, str(path)))
+    split = _drawn(whole, classes, spec, seed, str(path))
+    return drawn(whole, split, jpeg=False)
   if 'train' not in records or 'test' not in records:
     raise DatasetError(
       f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
@@ -242,15 +264,6 @@ def _drawn(
     raise DatasetError(f'{at}: {error}') from error
 
 
-def _parts(whole: Part, split: Split) -> Raw:
-  return Raw(
-    train=whole.take(split.train, split.train_labels),
-    test=whole.take(split.test, split.test_labels),
-    classes=split.classes,
-    jpeg=False,
-  )
-
-
 def _utterances(
   records: Sequence[Mapping[str, Any]], spec: Spec, seed: int, at: str
 ) -> Raw:
@@ -281,4 +294,4 @@ def _utterances(
   # A coefficient that never changes becomes 0.
   deviation[deviation == 0] = 1
   scaled = [((v - mean) / deviation).astype(np.float32) for v in values]
-  return _parts(whole, split)
+  return drawn(whole, split, jpeg=False)

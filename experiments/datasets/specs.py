@@ -1,16 +1,118 @@
-"""The 15 datasets of the paper, and an embedded one, as a literal table.
+"""The datasets: the paper's 15 and an embedded one, as a literal table.
 
 Counts are those of the paper's technical report (section 5.1). Where its text
-leaves the test set open, the error rates it prints decide: every number of a
-row must be a multiple of 1 / (test samples). That gives 6149 for Flowers102
-(the official test set) and 949 for Cal101 (15 classes have fewer than 40
-images); for iCub 2001 instead of the 2000 of the text, for TIMIT80 multiples
-of 1 / 2500 instead of the 1 / 8000 of the text. There the text is followed.
+leaves the test set open, the printed error rates decide: each number of a row
+must be a multiple of 1 / (test samples). That gives 6149 for Flowers102 (the
+official test set) and 949 for Cal101 (15 classes have fewer than 40 images).
+The error rates of iCub fit 2001 instead of the 2000 in the text, those of
+TIMIT80 multiples of 1 / 2500 instead of 1 / 8000; there the text is followed.
 """
 
+import dataclasses
+import difflib
+import importlib
 from collections.abc import Mapping
+from typing import Any
 
-from experiments.datasets.spec import Draw, Spec
+
+class DatasetError(ValueError):
+  """Data that is missing, broken or not as expected.
+
+  The message names the file or argument, what was expected there, and what
+  to do about it.
+  """
+
+
+# Input of each architecture of Table 1: (height, width, channels) of uint8
+# images, or (features,) of float32.
+SHAPES: Mapping[str, tuple[int, ...]] = {
+  'mnist': (28, 28, 1),
+  'cifar': (32, 32, 3),
+  'svhn': (32, 32, 3),
+  'general': (119, 119, 3),
+  'timit': (1845,),
+}
+
+# Layers of weights of each; here, as options are checked before JAX is there.
+WEIGHT_LAYERS: dict[str, int] = {
+  'general': 5, 'mnist': 4, 'cifar': 5, 'svhn': 4, 'timit': 3,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw:
+  """A seeded split: draw classes, then samples of each class.
+
+  Attributes:
+    classes: classes to draw, of those with enough samples.
+    train: training samples per class; None takes all that are not tested on.
+    test: test samples per class.
+    short_test: accept classes with fewer than `train + test` samples; they
+      give `train` for training and the rest, at least one, for testing.
+    exclude: names of classes that are never drawn.
+  """
+
+  classes: int
+  train: int | None
+  test: int
+  short_test: bool = False
+  exclude: tuple[str, ...] = ()
+
+  @property
+  def least(self) -> int:
+    """Samples that a class must have to be drawn."""
+    if self.train is None:
+      return self.test + 1
+    return self.train + (1 if self.short_test else self.test)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+  """One dataset as the paper uses it.
+
+  Attributes:
+    name: the paper's name, as in its tables.
+    classes: number of classes.
+    architecture: column of Table 1, a key of `SHAPES`.
+    train: training samples in all.
+    test: test samples in all.
+    train_per_class: training samples per class, None if they differ.
+    test_per_class: test samples per class, None if they differ.
+    protocol: the split in words.
+    source: 'embedded', 'download', 'manual' (a person must get it) or 'own'.
+    builder: tensorflow-datasets builder that prepares it; '' without one.
+    draw: how the split is drawn; None where the source has a split.
+    lossless: the original pictures are stored without loss.
+    license: what is known of the terms. No grant of rights.
+    homepage: where the set is described.
+    citation: the publication.
+    aliases: names of its files and folders in a data folder, first match wins.
+    in_paper: False for the embedded set and the user's own.
+  """
+
+  name: str
+  classes: int
+  architecture: str
+  train: int
+  test: int
+  train_per_class: int | None = None
+  test_per_class: int | None = None
+  protocol: str
+  source: str = 'download'
+  builder: str = ''
+  draw: Draw | None = None
+  lossless: bool = False
+  license: str = 'not stated by the authors; research use'
+  homepage: str
+  citation: str
+  aliases: tuple[str, ...]
+  in_paper: bool = True
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of one sample, as the architecture takes it."""
+    return SHAPES[self.architecture]
+
 
 _ROWS = (
   Spec(
@@ -22,7 +124,7 @@ _ROWS = (
     protocol='official train and test sets',
     builder='mnist',
     lossless=True,
-    licence='CC BY-SA 3.0',
+    license='CC BY-SA 3.0',
     homepage='http://yann.lecun.com/exdb/mnist/',
     citation='LeCun, Cortes, Burges, The MNIST database (1998)',
     aliases=('mnist',),
@@ -69,7 +171,7 @@ _ROWS = (
     protocol='cropped digits, official train and test sets, no extra images',
     builder='svhn_cropped',
     lossless=True,
-    licence='non-commercial use',
+    license='non-commercial use',
     homepage='http://ufldl.stanford.edu/housenumbers/',
     citation='Netzer et al., Reading digits in natural images (2011)',
     aliases=('svhn', 'svhn_cropped'),
@@ -82,10 +184,10 @@ _ROWS = (
     test=8000,
     train_per_class=500,
     test_per_class=800,
-    protocol='official train and test sets, no unlabelled images',
+    protocol='official train and test sets, no unlabeled images',
     builder='stl10',
     lossless=True,
-    licence='images from ImageNet, whose terms apply',
+    license='images from ImageNet, whose terms apply',
     homepage='https://cs.stanford.edu/~acoates/stl10/',
     citation='Coates, Lee, Ng, Analysis of single-layer networks (2011)',
     aliases=('stl10',),
@@ -104,7 +206,7 @@ _ROWS = (
     ),
     builder='caltech101',
     draw=Draw(classes=102, train=30, test=10, short_test=True),
-    licence='CC BY 4.0',
+    license='CC BY 4.0',
     homepage='https://doi.org/10.22002/D1.20086',
     citation='Fei-Fei, Fergus, Perona, CVIU 106 (2007)',
     aliases=('caltech101', 'cal101'),
@@ -123,7 +225,7 @@ _ROWS = (
     ),
     builder='caltech256',
     draw=Draw(classes=102, train=30, test=10, exclude=('257.clutter',)),
-    licence='CC BY 4.0',
+    license='CC BY 4.0',
     homepage='https://doi.org/10.22002/D1.20087',
     citation='Griffin, Holub, Perona, Caltech-256 (2007)',
     aliases=('caltech256_101', 'cal256-101', 'caltech256', 'caltech256_10'),
@@ -195,7 +297,7 @@ _ROWS = (
     source='manual',
     builder='pubfig83',
     draw=Draw(classes=80, train=85, test=15),
-    licence='pictures belong to their owners; non-commercial research only',
+    license='pictures belong to their owners; non-commercial research only',
     homepage='http://vision.seas.harvard.edu/pubfig83/',
     citation='Pinto, Stone, Zickler, Cox, CVPR workshops (2011)',
     aliases=('pubfig83-id', 'pubfig83'),
@@ -215,7 +317,7 @@ _ROWS = (
     source='manual',
     builder='sufr_w',
     draw=Draw(classes=80, train=10, test=5),
-    licence='pictures belong to their owners; research only',
+    license='pictures belong to their owners; research only',
     homepage='https://cbmm.mit.edu/knowledge-transfer/sufr',
     citation='Leibo, Liao, Poggio, VISIGRAPP (2014)',
     aliases=('sufr-w-id', 'sufr_w', 'sufrw'),
@@ -234,7 +336,7 @@ _ROWS = (
     ),
     builder='lfw',
     draw=Draw(classes=80, train=10, test=5),
-    licence='pictures belong to their owners; research only',
+    license='pictures belong to their owners; research only',
     homepage='http://vis-www.cs.umass.edu/lfw/',
     citation='Huang et al., Labeled faces in the wild (2008)',
     aliases=('lfw-id', 'lfw'),
@@ -249,7 +351,7 @@ _ROWS = (
     test_per_class=20,
     protocol='official lists TrainImages.txt and TestImages.txt',
     builder='mit_indoor67',
-    licence='research only',
+    license='research only',
     homepage='https://web.mit.edu/torralba/www/indoor.html',
     citation='Quattoni, Torralba, CVPR (2009)',
     aliases=('scene67', 'mit_indoor67', 'indoor67'),
@@ -266,14 +368,14 @@ _ROWS = (
       'development set (50 speakers, no SA sentences); 80 of the sub-phonetic '
       'classes (61 phones in thirds) with at least 500 frames drawn, then 400 '
       'training and 100 test frames of each; 40 log mel filter banks and log '
-      'energy with first and second differences (123), normalised over the '
+      'energy with first and second differences (123), normalized over the '
       'training frames, with 7 frames of context on each side (15 x 123)'
     ),
     source='manual',
     builder='timit_subphones',
     draw=Draw(classes=80, train=400, test=100),
     lossless=True,
-    licence='LDC user agreement (LDC93S1)',
+    license='LDC user agreement (LDC93S1)',
     homepage='https://catalog.ldc.upenn.edu/LDC93S1',
     citation='Garofolo et al., TIMIT (1993)',
     aliases=('timit80', 'timit'),
@@ -289,7 +391,7 @@ _ROWS = (
     source='embedded',
     draw=Draw(classes=10, train=None, test=36),
     lossless=True,
-    licence='CC BY 4.0',
+    license='CC BY 4.0',
     homepage='https://doi.org/10.24432/C50P49',
     citation='Alpaydin, Kaynak, Optical recognition of digits (1998)',
     aliases=('digits',),
@@ -298,3 +400,42 @@ _ROWS = (
 )
 
 SPECS: Mapping[str, Spec] = {spec.name: spec for spec in _ROWS}
+
+
+def plain(name: str) -> str:
+  """A name without case, hyphens and underscores, for comparison."""
+  return name.lower().replace('-', '').replace('_', '')
+
+
+def find_known(name: str) -> Spec | None:
+  """The spec of the table with this name or alias, in any case."""
+  return _known().get(plain(name))
+
+
+def nearest(name: str) -> str:
+  """', did you mean X?' for the known name nearest to `name`, or nothing."""
+  matches = difflib.get_close_matches(plain(name), list(_known()), n=1)
+  return f', did you mean {matches[0]!r}?' if matches else ''
+
+
+def _known() -> dict[str, Spec]:
+  return {
+    plain(key): spec
+    for spec in SPECS.values()
+    for key in (spec.name, *spec.aliases)
+  }
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+  """Imports a library that an optional extra installs.
+
+  Raises:
+    DatasetError: it is missing; the message has the command that installs it.
+  """
+  try:
+    return importlib.import_module(module)
+  except ImportError as error:
+    raise DatasetError(
+      f'{purpose} needs {error.name or module}; install it with '
+      f'`pip install "symjax-bp[{extra}]"`'
+    ) from error

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.spec import Draw
+from experiments.datasets.specs import DatasetError, Draw
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,29 +67,67 @@ def draw_split(
     )
   order = generator(seed, 'classes').permutation(len(fit))
   chosen = sorted(fit[i] for i in order[: draw.classes])
-  parts: tuple[list[int], list[int]] = ([], [])
-  counts: tuple[list[int], list[int]] = ([], [])
-  for name in chosen:
-    for part, count, rows in zip(
-      parts,
-      counts,
-      _draw_class(name, members[name], names, draw, seed),
-      strict=True,
-    ):
-      part.extend(rows)
-      count.append(len(rows))
-  index = np.arange(len(chosen), dtype=np.int32)
-  return Split(
-    classes=tuple(chosen),
-    train=np.array(parts[0], np.int64),
-    train_labels=np.repeat(index, counts[0]),
-    test=np.array(parts[1], np.int64),
-    test_labels=np.repeat(index, counts[1]),
+  return _split(
+    {
+      name: _draw_class(
+        name, members[name], names, draw.train, draw.test, seed
+      )
+      for name in chosen
+    }
   )
 
 
+def draw_share(
+  names: Sequence[str],
+  labels: np.ndarray,
+  classes: Sequence[str],
+  share: float,
+  seed: int,
+) -> Split:
+  """Draws a share of the samples of each class for testing, the rest trains.
+
+  Each class has at least one sample in both parts.
+
+  Args:
+    names: N names, no two alike within a class.
+    labels: integers [N], indices into `classes`.
+    classes: names of all classes; they keep their order.
+    share: of each class, between 0 and 1.
+    seed: of the draw.
+
+  Raises:
+    DatasetError: a class with a single sample, or names that repeat.
+  """
+  drawn = {}
+  for label, name in enumerate(classes):
+    rows = np.flatnonzero(labels == label).tolist()
+    if len(rows) < 2:
+      raise DatasetError(
+        f'class {name!r} has {len(rows)} samples; it needs 2, one to train on '
+        'and one to test on'
+      )
+    test = min(max(1, round(share * len(rows))), len(rows) - 1)
+    drawn[name] = _draw_class(name, rows, names, None, test, seed)
+  return _split(drawn)
+
+
+def _split(drawn: dict[str, tuple[list[int], list[int]]]) -> Split:
+  """The split with these rows, (train, test), of each class."""
+  rows, labels = [], []
+  for part in zip(*drawn.values(), strict=True):
+    rows.append(np.array([row for chosen in part for row in chosen], np.int64))
+    index = np.arange(len(drawn), dtype=np.int32)
+    labels.append(np.repeat(index, list(map(len, part))))
+  return Split(tuple(drawn), rows[0], labels[0], rows[1], labels[1])
+
+
 def _draw_class(
-  name: str, rows: list[int], names: Sequence[str], draw: Draw, seed: int
+  name: str,
+  rows: list[int],
+  names: Sequence[str],
+  train: int | None,
+  test: int,
+  seed: int,
 ) -> tuple[list[int], list[int]]:
   rows = sorted(rows, key=lambda row: names[row])
   for first, second in zip(rows, rows[1:], strict=False):
@@ -100,12 +137,11 @@ def _draw_class(
         'distinct names'
       )
   order = generator(seed, name).permutation(len(rows))
-  # Testing first where the rest trains.
-  first = draw.test if draw.train is None else draw.train
-  second = len(rows) if draw.train is None else draw.test
-  head, tail = order[:first], order[first : first + second]
-  train, test = (tail, head) if draw.train is None else (head, tail)
-  return [rows[i] for i in sorted(train)], [rows[i] for i in sorted(test)]
+  if train is None:
+    tested, trained = order[:test], order[test:]
+  else:
+    trained, tested = order[:train], order[train : train + test]
+  return [rows[i] for i in sorted(trained)], [rows[i] for i in sorted(tested)]
 
 
 def balanced_rows(

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.datasets.spec import SHAPES
+from experiments.datasets import SHAPES
 from experiments.training.pooling import Pool, pool
 from symjax_bp.batch_norm import BatchNorm
 

@@ -11,9 +11,11 @@ from typing import Literal
 import numpy as np
 import scipy.io
 
-from experiments.datasets.builders.flowers17 import CLASSES
-from experiments.datasets.builders.icub import CATEGORIES
-from experiments.datasets.builders.timit import SPEAKERS
+from experiments.datasets.builders import (
+  IcubWorld,
+  OxfordFlowers17,
+  TimitSubphones,
+)
 from tests.datasets import archives
 
 
@@ -70,7 +72,7 @@ def flowers17_lists() -> dict[str, np.ndarray]:
   """Lists of picture numbers from 1, by class in a shuffled order."""
   rng = np.random.default_rng(0)
   lists: dict[str, list[int]] = {'trn1': [], 'val1': [], 'tst1': []}
-  for label in range(len(CLASSES)):
+  for label in range(len(OxfordFlowers17.CLASSES)):
     numbers = rng.permutation(np.arange(1, 81) + 80 * label)
     lists['trn1'] += numbers[:40].tolist()
     lists['val1'] += numbers[40:60].tolist()
@@ -95,7 +97,7 @@ def caltech256(manual: Path, each: int = 5) -> None:
 def icub(manual: Path, train: int = 3, test: int = 2) -> None:
   """iCubWorld.zip: 3 training objects per category, 4 kinds of test."""
   files, number = {}, 0
-  for category in CATEGORIES:
+  for category in IcubWorld.CATEGORIES:
     for thing in range(3):
       for i in range(train):
         number += 1
@@ -187,7 +189,7 @@ def timit_files(phones: str = 'h# sh iy hv ae h#') -> dict[str, bytes]:
     f'{end - length} {end} {name}\n'
     for end, name in zip(ends, names, strict=True)
   ).encode()
-  for region, speaker in enumerate((*sorted(SPEAKERS), 'fcjf0')):
+  for region, speaker in enumerate((*sorted(TimitSubphones.SPEAKERS), 'fcjf0')):
     for sentence in ('SA1', *_SENTENCES):
       samples = rng.normal(0, 300, ends[-1]).round()
       stem = f'TIMIT/TEST/DR{region % 8 + 1}/{speaker.upper()}/{sentence}'

@@ -158,7 +158,7 @@ def test_frames_carry_the_label_of_their_place(tmp_path, manual, smaller):
 
 
 def test_big_endian_audio_is_the_same(tmp_path):
-  from experiments.datasets.builders.timit import read_audio
+  from experiments.datasets.speech import read_audio
 
   samples = np.arange(-300, 300)
   little = originals.sphere(samples)
@@ -182,7 +182,7 @@ def test_big_endian_audio_is_the_same(tmp_path):
   ],
 )
 def test_audio_that_is_not_timits(content, message):
-  from experiments.datasets.builders.timit import read_audio
+  from experiments.datasets.speech import read_audio
 
   with pytest.raises(DatasetError, match=f'a/b.wav: .*{message}'):
     read_audio(content, 'a/b.wav')
@@ -192,7 +192,7 @@ def test_audio_that_is_not_timits(content, message):
   'line', ['0 100', '100 100 aa', '0 100 xx', '-5 9 aa', 'a b c']
 )
 def test_segments_of_another_form(line):
-  from experiments.datasets.builders.timit import read_segments
+  from experiments.datasets.speech import read_segments
 
   with pytest.raises(DatasetError, match=r'a\.phn: line 2 is '):
     read_segments(f'0 50 h#\n{line}\n', 'a.phn')

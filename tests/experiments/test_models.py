@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.datasets import SHAPES, SPECS
-from experiments.datasets.spec import WEIGHT_LAYERS
+from experiments.datasets import WEIGHT_LAYERS
 from experiments.training.models import (
   ARCHITECTURES,
   Network,
