@@ -8,6 +8,7 @@ left out.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import lzma
 import re
@@ -239,13 +240,13 @@ def _unpacked(file: IO[bytes], at: str, depth: int) -> Members:
       with zipfile.ZipFile(file) as packed:
         for info in packed.infolist():
           if not info.is_dir():
-            opened = lambda info=info: packed.open(info)
+            opened = functools.partial(packed.open, info)
             yield from _member(_zip_name(info), opened, at, depth)
       return
     with tarfile.open(fileobj=file) as packed:
       for member in packed:
         if member.isreg() or member.islnk():
-          opened = lambda member=member: packed.extractfile(member)
+          opened = functools.partial(packed.extractfile, member)
           yield from _member(member.name, opened, at, depth)
       # tarfile takes a cut before or inside of a header for the end, which is
       # two empty blocks, of which it has read one.

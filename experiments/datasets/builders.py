@@ -4,7 +4,6 @@ Importing this module registers them; `experiments.datasets.prepare` runs them.
 """
 
 import collections
-import contextlib
 import hashlib
 import io
 import re
@@ -43,9 +42,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   @property
   def ignored(self) -> str:
     """'ignored 5 files: 3 .txt, 2 .csv', or nothing."""
-    return ignored_text(
-      collections.Counter(map(kind, self._seen - self._used))
-    )
+    return ignored_text(collections.Counter(map(kind, self._seen - self._used)))
 
   def _info(self) -> tfds.core.DatasetInfo:
     (spec,) = (spec for spec in SPECS.values() if spec.builder == self.name)
@@ -83,11 +80,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _matching(
     self, path: Path, pictures: bool = True
   ) -> Iterator[tuple[re.Match[str], bytes]]:
-    """Members that match `FILE`, each once, and their content.
-
-    Raises:
-      DatasetError: two different members with the same `file`.
-    """
+    """Members that match `FILE`, each once, and their content."""
     contents: dict[str, tuple[str, bytes]] = {}
     for name, read in archives.members(path):
       self._seen.add(name)
@@ -108,17 +101,8 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield match, content
 
   def _originals(self, dl_manager: tfds.download.DownloadManager) -> list[Path]:
-    """Paths of the original files, checked, in the order of the table.
-
-    Raises:
-      DatasetError: one is missing and cannot be downloaded, or its checksum
-        is wrong.
-    """
+    """Paths of the original files, checked, in the order of the table."""
     manual_dir = Path(dl_manager.download_dir) / 'manual'
-    if self.MANUAL_DOWNLOAD_INSTRUCTIONS:
-      # TFDS refuses a folder that is empty; the error below says more.
-      with contextlib.suppress(AssertionError):
-        manual_dir = Path(dl_manager.manual_dir)
     wanted = archives.ORIGINALS[self.name].archives
     paths, urls = {}, {}
     for archive in wanted:
@@ -147,7 +131,9 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
 
-def _example(file: str, label: str, content: bytes) -> tuple[str, dict[str, Any]]:
+def _example(
+  file: str, label: str, content: bytes
+) -> tuple[str, dict[str, Any]]:
   """An example: a picture as it is stored, its class and its file name."""
   return file, {'image': io.BytesIO(content), 'label': label, 'file': file}
 
@@ -165,9 +151,6 @@ class Caltech256(OriginalBuilder):
 class Pubfig83(OriginalBuilder):
   """All people, in one split (`train`)."""
 
-  MANUAL_DOWNLOAD_INSTRUCTIONS = archives.instructions(
-    'pubfig83', 'downloads/manual'
-  )
   FILE = re.compile(r'(?:.*/)?(?P<file>(?P<label>[^/]+)/[^/]+)')
 
 
@@ -177,9 +160,6 @@ class IcubWorld(OriginalBuilder):
   These names are those of the authors' own tools.
   """
 
-  MANUAL_DOWNLOAD_INSTRUCTIONS = archives.instructions(
-    'icub_world', 'downloads/manual'
-  )
   CATEGORIES = (
     'bananas bottles boxes bread cans lemons pears peppers potatos yogurt'
   ).split()
@@ -292,7 +272,9 @@ class MitIndoor67(OriginalBuilder):
     try:
       lines = listed.read_text('utf-8-sig').splitlines()
     except (OSError, UnicodeError) as error:
-      raise self._layout_error(listed, f'not a list of pictures ({error})') from error
+      raise self._layout_error(
+        listed, f'not a list of pictures ({error})'
+      ) from error
     wanted = {line.strip() for line in lines} - {''}
     for match, content in self._matching(pictures):
       if match['file'] in wanted:
@@ -313,9 +295,6 @@ class SufrW(OriginalBuilder):
   "ID NAME".
   """
 
-  MANUAL_DOWNLOAD_INSTRUCTIONS = archives.instructions(
-    'sufr_w', 'downloads/manual'
-  )
   LIST = 'SUFR_in_the_wild_info.txt'
   LINE = re.compile(r'\s*(\d+)\s*#\s*(.*\S)\s*')
   FILE = re.compile(r'(?:.*/)?(?P<file>0*(\d+)\.jpe?g)', re.IGNORECASE)
@@ -360,9 +339,6 @@ class TimitSubphones(OriginalBuilder):
   read.
   """
 
-  MANUAL_DOWNLOAD_INSTRUCTIONS = archives.instructions(
-    'timit_subphones', 'downloads/manual'
-  )
   SPEAKERS = frozenset(
     (
       'faks0 fdac1 fjem0 mgwt0 mjar0 mmdb1 mmdm2 mpdf0 fcmh0 fkms0 mbdg0 mbwm0 '

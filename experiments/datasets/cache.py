@@ -36,7 +36,7 @@ def default_dir() -> Path:
 
 @functools.cache
 def _temporary_dir() -> Path:
-  """A private folder that is the same in each process, if no one else has it."""
+  """A private folder, the same in each process unless another user has it."""
   user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME')
   path = Path(tempfile.gettempdir()) / f'symjax_bp-{user}'
   try:
@@ -82,8 +82,8 @@ def fetch(
   except OSError as error:
     warnings.warn(
       f'cannot keep decoded data in {path} ({error}), it will be decoded again '
-      'next time: set XDG_CACHE_HOME (on Windows LOCALAPPDATA) to a folder that '
-      'can be written',
+      'next time: set XDG_CACHE_HOME (on Windows LOCALAPPDATA) to a writable '
+      'folder',
       stacklevel=2,
     )
   return arrays

@@ -14,38 +14,18 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from experiments.datasets.samples import (
-  Part,
-  Raw,
-  Source,
-  is_jpeg,
-  is_picture,
-  labels_of,
-  readable,
-)
-from experiments.datasets.specs import DatasetError
+from experiments.datasets import samples
+from experiments.datasets.samples import Part, Raw, Source, readable
+from experiments.datasets.specs import DatasetError, Draw
 
 # Of macOS, Windows and network storage; compared without case.
-_SYSTEM = frozenset(
-  (
-    '__macosx',
-    'icon\r',
-    'thumbs.db',
-    'ehthumbs.db',
-    'desktop.ini',
-    '$recycle.bin',
-    'system volume information',
-    '@eadir',
-    '#recycle',
-    'lost+found',
-    '__pycache__',
-  )
-)
-_PARTS = ('train', 'test')
-# Where these are folders of classes, they are parts that were not asked for.
-_OTHER_PARTS = ('val', 'valid', 'validation', 'dev', 'training', 'testing')
-
-_Classes = dict[str, list[Path]]
+_SYSTEM = (
+  '__macosx', 'icon\r', 'thumbs.db', 'ehthumbs.db', 'desktop.ini',
+  '$recycle.bin', 'system volume information', '@eadir', '#recycle',
+  'lost+found', '__pycache__',
+)  # fmt: skip
+# Folders of classes with such names are no classes themselves.
+_OTHER_PARTS = {'val', 'valid', 'validation', 'dev', 'training', 'testing'}
 
 
 def hidden(name: str) -> bool:
@@ -53,28 +33,28 @@ def hidden(name: str) -> bool:
   return name.startswith('.') or name.lower() in _SYSTEM
 
 
-def ignored_text(ignored: Counter[str]) -> str:
-  """'ignored 5 files: 3 .txt, 2 .csv', or nothing."""
-  if not ignored.total():
-    return ''
-  kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(ignored.items()))
-  return f'ignored {ignored.total()} files: {kinds}'
-
-
 def kind(name: str) -> str:
   """What a file that is not used is counted as."""
-  if any(map(hidden, PurePath(name).parts)):
+  if hidden(PurePath(name).name):
     return 'hidden or of the system'
   return readable(PurePath(name).suffix.lower()) or 'without extension'
 
 
-def source(path: Path, *, own: bool, share: float | None = None) -> Source:
+def ignored_text(ignored: Counter[str]) -> str:
+  """'ignored 5 files: 3 .txt, 2 .csv', or nothing."""
+  kinds = ', '.join(
+    f'{count} {kind}' for kind, count in sorted(ignored.items())
+  )
+  return f'ignored {ignored.total()} files: {kinds}' if kinds else ''
+
+
+def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
   """The dataset in an image folder.
 
   Args:
     path: the folder.
-    own: one of the user's own, which may lack a test part.
-    share: share of each class to test on, drawn where there is no test part.
+    draw: how to split a folder without a test part.
+    seed: of the draw.
 
   Raises:
     DatasetError: a part is missing, the parts have different classes, or
@@ -84,41 +64,43 @@ def source(path: Path, *, own: bool, share: float | None = None) -> Source:
   try:
     parts = {
       name: _classes(folder, ignored)
-      for name, folder in _parts(path, own, share, ignored).items()
+      for name, folder in _parts(path, draw, ignored).items()
     }
-    files = [file for part in parts.values() for f in part.values() for file in f]
-    key = fingerprint(path, files)
+    key = fingerprint(path, [file for part in parts.values() for file in part])
   except OSError as error:
     raise DatasetError(
       f'{path}: cannot be read: {error}; give this user access'
     ) from error
-  classes = tuple(sorted(parts['train']))
-  if odd := sorted(set(classes) ^ set(parts.get('test', classes))):
+  found = {
+    name: {readable(file.parent.name) for file in files}
+    for name, files in parts.items()
+  }
+  classes = tuple(sorted(found['train']))
+  if odd := sorted(found['train'] ^ found.get('test', found['train'])):
     raise DatasetError(
       f'{path}: class {odd[0]!r} has pictures in only one of train and test '
       f'({len(odd)} such classes); each class needs both'
     )
+
+  def read() -> Raw:
+    jpeg = any(
+      samples.is_jpeg(file) for part in parts.values() for file in part
+    )
+    train = _part(path, parts['train'], classes)
+    if draw is not None:
+      return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
+    return Raw(train, _part(path, parts['test'], classes), classes, jpeg)
+
   return Source(
     text=f'image folder {readable(str(path))}',
-    key=key,
-    read=functools.cache(
-      lambda: Raw(
-        train=_part(path, parts['train'], classes),
-        test=_part(path, parts['test'], classes) if 'test' in parts else None,
-        classes=classes,
-        jpeg=any(is_jpeg(file.name) for file in files),
-      )
-    ),
+    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    read=functools.cache(read),
     note=ignored_text(ignored),
   )
 
 
 def fingerprint(root: Path, files: Iterable[Path]) -> str:
-  """A hash of the files' places, sizes and times, without reading them.
-
-  Raises:
-    DatasetError: a file is none, or lies outside of the folder.
-  """
+  """A hash of the files' places, sizes and times, without reading them."""
   inside = root.resolve()
   lines = [str(inside)]
   for file in files:
@@ -129,16 +111,12 @@ def fingerprint(root: Path, files: Iterable[Path]) -> str:
 
 
 def check_inside(file: Path, root: Path) -> None:
-  """Checks that a file is one, and not a link that leads out of its folder.
-
-  Raises:
-    DatasetError: it is not.
-  """
+  """Checks that a file is one, and not a link that leads out of its folder."""
   try:
-    target = file.resolve()
+    inside = file.resolve().is_relative_to(root)
   except RuntimeError:  # a loop, before Python 3.13
-    target = Path()
-  if not target.is_relative_to(root):
+    inside = False
+  if not inside:
     raise DatasetError(
       f'{file}: a link that leads out of {root}, which is not followed; copy '
       'the file there'
@@ -147,87 +125,83 @@ def check_inside(file: Path, root: Path) -> None:
     raise DatasetError(f'{file}: not a file; remove it')
 
 
+def _sorted(folder: Path) -> list[Path]:
+  return sorted(folder.iterdir(), key=lambda entry: readable(entry.name))
+
+
+def _count(entry: Path, ignored: Counter[str]) -> None:
+  is_folder = entry.is_dir() and not hidden(entry.name)
+  ignored[
+    f'folder {readable(entry.name)}' if is_folder else kind(entry.name)
+  ] += 1
+
+
 def _parts(
-  path: Path, own: bool, share: float | None, ignored: Counter[str]
+  path: Path, draw: Draw | None, ignored: Counter[str]
 ) -> dict[str, Path]:
-  """The folders of the training and test part; 'train' alone without one."""
-  folders = {entry.name.lower(): entry for entry in _folders(path)}
-  parts = {name: folders[name] for name in _PARTS if name in folders}
-  expected = (
-    f'expected {path.name}/train/CLASS/*.jpg and {path.name}/test/CLASS/*.jpg '
-    '(or .png)'
-  )
-  if own:
-    expected += f', or {path.name}/CLASS/*.jpg and a share to test on'
-  if share is None or 'test' in parts:
-    for name in _PARTS:
-      if name not in parts:
-        raise DatasetError(f'{path}: has no folder {name}; {expected}')
-    if share is not None:
-      raise DatasetError(
-        f'test_share is {share}, but {path} has a folder test; leave the '
-        'share out, or remove the folder'
-      )
-  if not parts:
-    if other := sorted(folders.keys() & set(_OTHER_PARTS)):
-      raise DatasetError(
-        f'{path}: is {folders[other[0]].name} a class? It looks like a part; '
-        + expected
-      )
-    return {'train': path}
-  for entry in path.iterdir():
+  """The folders of the training and test part; 'train' alone where it is drawn.
+
+  Without a folder train, the folder itself is the training part.
+  """
+  folders = {e.name.lower(): e for e in _sorted(path) if e.is_dir()}
+  parts = {name: folders[name] for name in ('train', 'test') if name in folders}
+  if draw is not None and 'test' in parts:
+    raise DatasetError(
+      f'test_share is {draw.test}, but {path} has a folder test; leave the '
+      'share out, or remove the folder'
+    )
+  lacking = {'train', 'test'} - parts.keys() if draw is None else set()
+  other = folders.keys() & _OTHER_PARTS if not parts else set()
+  if lacking or other:
+    found = f', but {min(other)}' if other else ''
+    raise DatasetError(
+      f'{path}: has no folder {min(lacking, default="train")}{found}; expected '
+      f'{path.name}/train/CLASS/*.jpg and {path.name}/test/CLASS/*.jpg (or '
+      f'.png); of a set of your own {path.name}/CLASS/*.jpg and a test share do'
+    )
+  for entry in path.iterdir() if parts else ():
     if entry not in parts.values():
-      ignored[_kind(entry)] += 1
-  return parts
+      _count(entry, ignored)
+  return parts or {'train': path}
 
 
-def _folders(path: Path) -> list[Path]:
-  return sorted(
-    (entry for entry in path.iterdir() if entry.is_dir()),
-    key=lambda entry: readable(entry.name),
-  )
-
-
-def _kind(entry: Path) -> str:
-  if entry.is_dir() and not hidden(entry.name):
-    return f'folder {readable(entry.name)}'
-  return kind(entry.name)
-
-
-def _classes(part: Path, ignored: Counter[str]) -> _Classes:
-  found: _Classes = {}
-  for entry in part.iterdir():
-    if not entry.is_dir() or hidden(entry.name):
-      ignored[_kind(entry)] += 1
-  for folder in _folders(part):
-    if hidden(folder.name):
-      continue
-    name = readable(folder.name)
-    if name in found:
+def _classes(part: Path, ignored: Counter[str]) -> list[Path]:
+  """The pictures of a part, class by class."""
+  pictures: list[Path] = []
+  spelled: dict[str, str] = {}
+  for entry in _sorted(part):
+    name = readable(entry.name)
+    if hidden(entry.name) or not entry.is_dir():
+      _count(entry, ignored)
+    elif name in spelled:
       raise DatasetError(
-        f'{part}: two folders are named {name!r}, spelled '
-        f'{folder.name!a} and {found[name][0].parent.name!a}; merge them'
+        f'{part}: two folders are named {name!r}, spelled {entry.name!a} and '
+        f'{spelled[name]!a}; merge them'
       )
-    found[name] = _pictures(folder, ignored)
-  if not found:
+    else:
+      spelled[name] = entry.name
+      pictures += _pictures(entry, ignored)
+  if not pictures:
     raise DatasetError(
       f'{part}: has no class folders; expected {part.name}/CLASS/*.jpg or .png'
     )
-  return found
+  return pictures
 
 
 def _pictures(folder: Path, ignored: Counter[str]) -> list[Path]:
   pictures = []
-  for entry in sorted(folder.iterdir(), key=lambda entry: readable(entry.name)):
-    if not hidden(entry.name) and entry.is_dir():
+  for entry in _sorted(folder):
+    if hidden(entry.name):
+      _count(entry, ignored)
+    elif entry.is_dir():
       raise DatasetError(
         f'{entry}: a folder in the class folder {folder.name}; move its '
         'pictures up, or remove it'
       )
-    if hidden(entry.name) or not is_picture(entry.name):
-      ignored[_kind(entry)] += 1
-    else:
+    elif samples.is_picture(entry):
       pictures.append(entry)
+    else:
+      _count(entry, ignored)
   if not pictures:
     raise DatasetError(
       f'{folder}: class without pictures; add .jpg or .png files, or remove '
@@ -236,14 +210,11 @@ def _pictures(folder: Path, ignored: Counter[str]) -> list[Path]:
   return pictures
 
 
-def _part(root: Path, part: _Classes, classes: tuple[str, ...]) -> Part:
-  files = [file for name in sorted(part) for file in part[name]]
-  labels = np.repeat(
-    np.arange(len(classes), dtype=np.int32),
-    [len(part[name]) for name in classes],
-  )
+def _part(root: Path, files: list[Path], classes: tuple[str, ...]) -> Part:
+  index = {name: i for i, name in enumerate(classes)}
+  labels = [index[readable(file.parent.name)] for file in files]
   return Part(
     sample=lambda i: files[i].read_bytes(),
-    labels=labels_of(labels, classes, str(root)),
+    labels=np.array(labels, np.int32),
     names=[readable(file.relative_to(root).as_posix()) for file in files],
   )

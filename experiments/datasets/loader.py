@@ -2,14 +2,12 @@
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -20,19 +18,20 @@ from experiments.datasets import (
   npz,
   prepared,
   samples,
-  splits,
 )
-from experiments.datasets.samples import Part, Raw, Source, drawn
+from experiments.datasets.samples import Part, Raw, Source
 from experiments.datasets.specs import (
   SHAPES,
   SPECS,
   DatasetError,
+  Draw,
   Spec,
   find_known,
   nearest,
   plain,
   require,
 )
+from experiments.datasets.splits import balanced_rows
 
 _Folder = str | os.PathLike[str] | None
 
@@ -128,7 +127,7 @@ def load(
     spec = _counted(spec, len(classes), len(train['y']), len(test['y']))
   notes = _notes(spec, source, facts, len(train['y']), len(test['y']))
   if train_size is not None and train_size != len(train['y']):
-    rows = splits.balanced_rows(train['y'], train_size, seed)
+    rows = balanced_rows(train['y'], train_size, seed)
     notes.append(f'trained on {train_size} of {len(train["y"])} samples')
     train = {key: values[rows] for key, values in train.items()}
   return Dataset(
@@ -166,12 +165,11 @@ def find(
   Raises:
     DatasetError: no such dataset, with the nearest name; or as `load`.
   """
-  known = _known(name, architecture, test_share)
-  if known is not None:
+  if known := _known(name, architecture, test_share):
     return known
   spec, source = locate(name, data_dir, seed, architecture, test_share)
   raw = source.read()
-  return _counted(spec, len(raw.classes), *map(len, both(raw)))
+  return _counted(spec, len(raw.classes), len(raw.train), len(raw.test))
 
 
 def locate(
@@ -181,11 +179,7 @@ def locate(
   architecture: str | None = None,
   test_share: float | None = None,
 ) -> tuple[Spec, Source]:
-  """The spec and the source of a dataset, in the order that `load` documents.
-
-  Raises:
-    DatasetError: the dataset is nowhere, or what is there is not one.
-  """
+  """The spec and the source of a dataset, looked up as `load` documents."""
   spec = _known(name, architecture, test_share)
   if spec is None:
     return _own(name, data_dir, seed, architecture, test_share)
@@ -204,8 +198,7 @@ def find_source(
   if data_dir is not None:
     path = _entry(data_dir, name, *spec.aliases)
     if path is not None:
-      form = folders if path.is_dir() else npz
-      return form.source(path, own=False)
+      return (folders if path.is_dir() else npz).source(path)
   for root in prepared.roots(data_dir):
     if (path := prepared.version_folder(root, spec)) is not None:
       return prepared.source(path, spec, seed)
@@ -231,12 +224,6 @@ def missing(spec: Spec, data_dir: _Folder) -> str:
   return f'{text}First {steps}, then run {run}'
 
 
-def both(raw: Raw) -> tuple[Part, Part]:
-  """Training and test set, where the latter is known to be there."""
-  assert raw.test is not None
-  return raw.train, raw.test
-
-
 def _known(
   name: str, architecture: str | None, test_share: float | None
 ) -> Spec | None:
@@ -254,15 +241,15 @@ def _known(
     return None
   if architecture not in (None, spec.architecture) or test_share is not None:
     raise DatasetError(
-      f'{spec.name} has a network ({spec.architecture}) and a split of its own; '
-      'leave architecture and test_share out'
+      f'{spec.name} has a network ({spec.architecture}) and a split of its '
+      'own; leave architecture and test_share out'
     )
   return spec
 
 
-def _entry(data_dir: _Folder, *wanted: str) -> Path | None:
+def _entry(data_dir: str | os.PathLike[str], *wanted: str) -> Path | None:
   """The npz file or image folder of the first name that fits."""
-  root = Path(cast(str, data_dir))
+  root = Path(data_dir)
   if not root.is_dir():
     raise DatasetError(
       f'data_dir {str(root)!r} is not a folder; name the folder that holds '
@@ -282,7 +269,9 @@ def _entry(data_dir: _Folder, *wanted: str) -> Path | None:
     raise DatasetError(f'{root}: cannot be read: {error}') from error
   for name in wanted:
     for suffix in ('.npz', ''):
-      fits = [path for path in found if plain(path.name) == plain(name) + suffix]
+      fits = [
+        path for path in found if plain(path.name) == plain(name) + suffix
+      ]
       exact = [path for path in fits if path.name == name + suffix]
       if len(fits) > 1 and not exact:
         raise DatasetError(
@@ -303,33 +292,28 @@ def _own(
   """A dataset of the user's own; its counts are not known yet."""
   path = None if data_dir is None else _entry(data_dir, name)
   if path is None:
-    where = '' if data_dir is None else f' and not in {data_dir}'
+    where = '' if data_dir is None else f' and is not in {data_dir}'
     raise DatasetError(
-      f'unknown dataset {name!r}{nearest(name)}; the datasets are '
-      f'{", ".join(SPECS)}{where}, or one of your own, NAME.npz or '
-      'NAME/train/CLASS/*.jpg with NAME/test in the folder --data-dir'
+      f'unknown dataset {name!r}{nearest(name)}; it is none of '
+      f'{", ".join(SPECS)}{where}. A set of your own is NAME.npz or '
+      'NAME/train/CLASS/*.jpg with NAME/test in the data folder'
     )
-  form = folders if path.is_dir() else npz
-  source = form.source(path, own=True, share=share)
-  protocol = 'train and test part as stored'
-  if share is not None:
-    protocol = f'{share} of each class drawn to test on, the rest trains'
-    source = dataclasses.replace(
-      source,
-      key=f'{source.key}, share {share}, seed {seed}',
-      read=functools.cache(lambda read=source.read: _shared(read(), share, seed)),
-    )
+  draw = None if share is None else Draw(train=None, test=share)
+  source = (folders if path.is_dir() else npz).source(path, draw, seed)
   return Spec(
-    name=samples.readable(path.stem if path.is_file() else path.name),
+    name=samples.readable(path.name if path.is_dir() else path.stem),
     classes=0,
     architecture=architecture or _fitting(source),
     train=0,
     test=0,
-    protocol=protocol,
+    protocol=(
+      'training and test set as stored'
+      if draw is None
+      else f'{share:g} of each class drawn to test on, the rest trains'
+    ),
     source='own',
+    draw=draw,
     license="the user's own",
-    homepage='',
-    citation='',
     aliases=(name,),
     in_paper=False,
   ), source
@@ -337,13 +321,6 @@ def _own(
 
 def _counted(spec: Spec, classes: int, train: int, test: int) -> Spec:
   return dataclasses.replace(spec, classes=classes, train=train, test=test)
-
-
-def _shared(raw: Raw, share: float, seed: int) -> Raw:
-  split = splits.draw_share(
-    raw.train.names, raw.train.labels, raw.classes, share, seed
-  )
-  return drawn(raw.train, split, jpeg=raw.jpeg)
 
 
 def _fitting(source: Source) -> str:
@@ -380,16 +357,15 @@ def _embedded(spec: Spec, seed: int) -> Source:
 
   def read() -> Raw:
     module = require('sklearn.datasets', 'experiments', spec.name)
-    assert spec.draw is not None
     digits = module.load_digits()
     # Pixels count from 0 to 16.
     pixels = np.round(digits['images'] * (255 / 16)).astype(np.uint8)
     pixels = pixels[..., np.newaxis]
     classes = [str(name) for name in digits['target_names']]
     names = [f'row {i:04d}' for i in range(len(pixels))]
-    split = splits.draw_split(names, digits['target'], classes, spec.draw, seed)
     whole = Part(pixels.__getitem__, digits['target'], names)
-    return drawn(whole, split, jpeg=False)
+    at = 'load_digits'
+    return samples.drawn(whole, classes, spec.draw, seed, at, jpeg=False)
 
   return Source(
     text='scikit-learn, sklearn.datasets.load_digits()',
@@ -402,7 +378,7 @@ def _arrays(source: Source, spec: Spec) -> cache.Arrays:
   """What is cached: numbers and byte strings only."""
   raw = source.read()
   arrays, remarks = {}, collections.Counter()
-  for name, part in zip(('train', 'test'), both(raw), strict=True):
+  for name, part in (('train', raw.train), ('test', raw.test)):
     x, hashes, said = samples.decode(part, spec.shape, source.text)
     arrays[f'x_{name}'] = x
     arrays[f'y_{name}'] = part.labels
@@ -439,7 +415,7 @@ def _notes(
   if spec.source == 'own':
     shape = 'x'.join(map(str, spec.shape))
     notes.append(f'network {spec.architecture} ({shape})')
-    if 'drawn' in spec.protocol:
+    if spec.draw is not None:
       notes.append(spec.protocol)
   if classes != spec.classes:
     notes.append(f"{classes} of the paper's {spec.classes} classes")

@@ -14,15 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.datasets.samples import (
-  Part,
-  Raw,
-  Sample,
-  Source,
-  labels_of,
-  readable,
-)
-from experiments.datasets.specs import DatasetError
+from experiments.datasets import samples
+from experiments.datasets.samples import Part, Raw, Sample, Source
+from experiments.datasets.specs import DatasetError, Draw
 
 _FORM = (
   'a dataset file holds classes, y_train, y_test and, for S = train and test, '
@@ -31,13 +25,13 @@ _FORM = (
 _Arrays = Mapping[str, np.ndarray]
 
 
-def source(path: Path, *, own: bool, share: float | None = None) -> Source:
+def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
   """The dataset in an npz file.
 
   Args:
     path: the file.
-    own: one of the user's own, which may lack a test part.
-    share: share of each class to test on, drawn where there is no test part.
+    draw: how to split a file without a test part.
+    seed: of the draw.
 
   Raises:
     DatasetError: the file cannot be read.
@@ -48,51 +42,39 @@ def source(path: Path, *, own: bool, share: float | None = None) -> Source:
   except OSError as error:
     raise DatasetError(f'{path}: cannot be read: {error}') from error
   return Source(
-    text=f'file {readable(str(path))}',
-    key=key,
-    read=functools.cache(lambda: _read(path, own, share)),
+    text=f'file {samples.readable(str(path))}',
+    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    read=functools.cache(lambda: _read(path, draw, seed)),
   )
 
 
-def _read(path: Path, own: bool, share: float | None) -> Raw:
+def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
   arrays = _load(path)
   tested = [key for key in arrays if key in ('x_test', 'y_test', 'jpeg_test')]
-  if share is not None and tested:
+  if draw is not None and tested:
     raise DatasetError(
-      f'test_share is {share}, but {path} has {tested[0]}; leave the share out'
+      f'test_share is {draw.test}, but {path} has {tested[0]}; leave the share '
+      'out'
     )
-  parts = ('train', 'test') if share is None else ('train',)
-  missing = [
-    key
-    for key in ('classes', *(f'y_{part}' for part in parts))
-    if key not in arrays
-  ]
+  parts = ('train', 'test') if draw is None else ('train',)
+  needed = ['classes', *(f'y_{part}' for part in parts)]
   for part in parts:
     if f'x_{part}' not in arrays:
-      keys = (f'jpeg_{part}', f'off_{part}')
-      missing += [key for key in keys if key not in arrays]
-  if missing:
-    drawn = ', or choose a share to test on' if own and not tested else ''
+      needed += [f'jpeg_{part}', f'off_{part}']
+  if missing := [key for key in needed if key not in arrays]:
     raise DatasetError(
       f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): '
-      f'{_FORM}{drawn}'
-    )
-  if arrays['classes'].ndim != 1 or not len(arrays['classes']):
-    raise DatasetError(
-      f'{path}: classes must be a vector of names, found shape '
-      f'{arrays["classes"].shape}'
+      f'{_FORM}; a set of your own may do without S = test, with a test share'
     )
   classes = _names(arrays, 'classes', path)
   if len(set(classes)) != len(classes):
     twice = next(name for name in classes if classes.count(name) > 1)
     raise DatasetError(f'{path}: two classes are named {twice!r}; rename one')
-  read = {part: _part(path, arrays, part, classes) for part in parts}
-  return Raw(
-    train=read['train'],
-    test=read.get('test'),
-    classes=tuple(classes),
-    jpeg=any(f'x_{part}' not in arrays for part in parts),
-  )
+  jpeg = any(f'x_{part}' not in arrays for part in parts)
+  train, *test = (_part(path, arrays, part, classes) for part in parts)
+  if draw is not None:
+    return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
+  return Raw(train, test[0], tuple(classes), jpeg)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -121,9 +103,10 @@ def _load(path: Path) -> dict[str, np.ndarray]:
 def _names(arrays: _Arrays, key: str, path: Path) -> list[str]:
   """Names stored as text, bytes or integers."""
   values = arrays[key]
-  if values.dtype.kind not in 'SUiu':
+  if values.dtype.kind not in 'SUiu' or values.ndim != 1 or not len(values):
     raise DatasetError(
-      f'{path}: {key} must be names, found {values.dtype}; save them as text'
+      f'{path}: {key} must be a vector of names, found {values.dtype} of shape '
+      f'{values.shape}; save them as text'
     )
   try:
     if values.dtype.kind == 'S':
@@ -137,25 +120,19 @@ def _names(arrays: _Arrays, key: str, path: Path) -> list[str]:
 def _part(
   path: Path, arrays: _Arrays, part: str, classes: Sequence[str]
 ) -> Part:
-  labels = labels_of(arrays[f'y_{part}'], classes, f'{path}: y_{part}')
+  labels = samples.labels_of(arrays[f'y_{part}'], classes, f'{path}: y_{part}')
   if f'x_{part}' in arrays:
     count, sample = _stored(path, arrays[f'x_{part}'], f'x_{part}')
   else:
     count, sample = _joined(path, arrays, part)
-  if (key := f'file_{part}') not in arrays:
-    names = [f'{part} row {i}' for i in range(count)]
-  elif arrays[key].ndim == 1:
-    names = _names(arrays, key, path)
-  else:
-    raise DatasetError(
-      f'{path}: {key} must be a vector of names, found shape '
-      f'{arrays[key].shape}'
-    )
-  for key, found in ((f'y_{part}', len(labels)), (key, len(names))):
-    if found != count:
+  names = [f'{part} row {i}' for i in range(count)]
+  if f'file_{part}' in arrays:
+    names = _names(arrays, f'file_{part}', path)
+  for key, found in ((f'y_{part}', labels), (f'file_{part}', names)):
+    if len(found) != count:
       raise DatasetError(
-        f'{path}: {key} has {found} entries for {count} {part} samples; there '
-        'must be as many'
+        f'{path}: {key} has {len(found)} entries for {count} {part} samples; '
+        'there must be as many'
       )
   return Part(sample=sample, labels=labels, names=names)
 

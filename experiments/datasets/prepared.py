@@ -11,18 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.datasets import speech
+from experiments.datasets import samples, speech
 from experiments.datasets.folders import fingerprint
-from experiments.datasets.samples import (
-  Part,
-  Raw,
-  Source,
-  drawn,
-  labels_of,
-  readable,
-)
+from experiments.datasets.samples import Part, Raw, Source
 from experiments.datasets.specs import DatasetError, Spec, require
-from experiments.datasets.splits import Split, draw_split
 
 _INFO = 'dataset_info.json'
 # Not among them: unlabeled pictures of STL10, extra ones of SVHN.
@@ -108,7 +100,7 @@ def source(path: Path, spec: Spec, seed: int) -> Source:
   files = _files(path, spec)
   draw = f', {spec.draw}, seed {seed}' if spec.draw else ''
   return Source(
-    text=f'prepared folder {readable(str(path))}',
+    text=f'prepared folder {samples.readable(str(path))}',
     key=fingerprint(path, files) + draw,
     read=lambda: _read(path, spec, seed),
   )
@@ -201,8 +193,7 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
     return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
     whole, classes = _pictures(list(records.values()), builder.info.features)
-    split = _drawn(whole, classes, spec, seed, str(path))
-    return drawn(whole, split, jpeg=False)
+    return samples.drawn(whole, classes, spec.draw, seed, str(path), jpeg=False)
   if 'train' not in records or 'test' not in records:
     raise DatasetError(
       f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
@@ -212,7 +203,7 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
   train, classes = _pictures(learning, builder.info.features)
   test, _ = _pictures([records['test']], builder.info.features, classes)
   for part in (train, test):
-    labels_of(part.labels, classes, str(path))
+    samples.labels_of(part.labels, classes, str(path))
   jpeg = bytes(train.sample(0)[:2]) == b'\xff\xd8'
   return Raw(train=train, test=test, classes=classes, jpeg=jpeg)
 
@@ -254,16 +245,6 @@ def _pictures(
   return Part(sample=sample, labels=indices, names=names), classes
 
 
-def _drawn(
-  whole: Part, classes: tuple[str, ...], spec: Spec, seed: int, at: str
-) -> Split:
-  assert spec.draw is not None
-  try:
-    return draw_split(whole.names, whole.labels, classes, spec.draw, seed)
-  except DatasetError as error:
-    raise DatasetError(f'{at}: {error}') from error
-
-
 def _utterances(
   records: Sequence[Mapping[str, Any]], spec: Spec, seed: int, at: str
 ) -> Raw:
@@ -271,7 +252,7 @@ def _utterances(
 
   Mean and variance are those of the drawn training frames.
   """
-  values = [record['features'] for record in records]
+  scaled = [record['features'] for record in records]
   where, labels, names = [], [], []
   for i, record in enumerate(records):
     file = record['file'].decode()
@@ -285,13 +266,11 @@ def _utterances(
     return speech.stacked(scaled[utterance], frame)
 
   whole = Part(sample=sample, labels=np.array(labels, np.int32), names=names)
-  split = _drawn(whole, speech.SUBPHONES, spec, seed, at)
-  frames = np.stack(
-    [values[i][frame] for i, frame in map(where.__getitem__, split.train)]
-  )
+  raw = samples.drawn(whole, speech.SUBPHONES, spec.draw, seed, at, jpeg=False)
+  windows = np.stack([raw.train.sample(row) for row in range(len(raw.train))])
+  frames = windows.reshape(len(windows), -1, speech.FEATURES)[:, speech.CONTEXT]
   mean = frames.mean(axis=0, dtype=np.float64)
   deviation = frames.std(axis=0, dtype=np.float64)
-  # A coefficient that never changes becomes 0.
-  deviation[deviation == 0] = 1
-  scaled = [((v - mean) / deviation).astype(np.float32) for v in values]
-  return drawn(whole, split, jpeg=False)
+  deviation[deviation == 0] = 1  # a coefficient that never changes becomes 0
+  scaled[:] = [((v - mean) / deviation).astype(np.float32) for v in scaled]
+  return raw

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.datasets.specs import DatasetError
-from experiments.datasets.splits import Split
+from experiments.datasets.specs import DatasetError, Draw
+from experiments.datasets.splits import draw_split
 
 if TYPE_CHECKING:
   from PIL import Image
@@ -40,7 +40,7 @@ Sample = bytes | memoryview | np.ndarray
 _CHUNK = 64
 # Pillow only identifies these, or has another program draw them.
 _NOT_PICTURES = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
-_LOSSY = ('JPEG', 'MPO')
+_JPEG = ('JPEG', 'MPO')
 _ORIENTATION = 0x0112
 
 # What the note says of decoded pictures, with their number in front.
@@ -77,29 +77,12 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Raw:
-  """A dataset before decoding.
-
-  Attributes:
-    train: the training set, or all samples where `test` is None.
-    test: the test set; None where it has yet to be drawn.
-    classes: their names.
-    jpeg: pictures of `train` or `test` are stored as JPEG.
-  """
+  """Both parts of a dataset, the class names, and whether JPEG was involved."""
 
   train: Part
-  test: Part | None
+  test: Part
   classes: tuple[str, ...]
   jpeg: bool
-
-
-def drawn(whole: Part, split: Split, *, jpeg: bool) -> Raw:
-  """The two parts of a drawn split."""
-  return Raw(
-    train=whole.take(split.train, split.train_labels),
-    test=whole.take(split.test, split.test_labels),
-    classes=split.classes,
-    jpeg=jpeg,
-  )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,6 +102,29 @@ class Source:
   note: str = ''
 
 
+def drawn(
+  whole: Part,
+  classes: Sequence[str],
+  draw: Draw | None,
+  seed: int,
+  at: str,
+  *,
+  jpeg: bool,
+) -> Raw:
+  """The parts that `draw` makes of a whole; errors name the source, `at`."""
+  assert draw is not None
+  try:
+    split = draw_split(whole.names, whole.labels, classes, draw, seed)
+  except DatasetError as error:
+    raise DatasetError(f'{at}: {error}') from error
+  return Raw(
+    train=whole.take(split.train, split.train_labels),
+    test=whole.take(split.test, split.test_labels),
+    classes=split.classes,
+    jpeg=jpeg,
+  )
+
+
 def readable(name: str) -> str:
   """A file name as text that can be printed, in one Unicode normal form."""
   text = name.encode('utf-8', 'backslashreplace').decode()
@@ -128,15 +134,12 @@ def readable(name: str) -> str:
 def labels_of(
   values: np.ndarray, classes: Sequence[str], at: str
 ) -> np.ndarray:
-  """Labels as int32, every class present.
+  """Labels as int32 [N], every class present.
 
   Args:
     values: integers [N] or [N, 1], or one-hot rows [N, classes].
     classes: names; labels are indices into them.
     at: the file and array, for errors.
-
-  Raises:
-    DatasetError: wrong type or shape, out of range, or a class without sample.
   """
   found = f'{values.dtype} of shape {values.shape}'
   if values.ndim == 2 and values.shape[1] == 1:
@@ -184,22 +187,18 @@ def _formats() -> tuple[tuple[str, ...], dict[str, str]]:
   return forms, {suffix: form for suffix, form in suffixes if form in forms}
 
 
-def is_picture(name: str) -> bool:
+def is_picture(name: str | PurePath) -> bool:
   """Whether a file name has the suffix of a picture, in any case."""
   return PurePath(name).suffix.lower() in _formats()[1]
 
 
-def is_jpeg(name: str) -> bool:
+def is_jpeg(name: str | PurePath) -> bool:
   """Whether a file name has a suffix of JPEG, in any case."""
-  return _formats()[1].get(PurePath(name).suffix.lower()) in _LOSSY
+  return _formats()[1].get(PurePath(name).suffix.lower()) in _JPEG
 
 
 def stored_shape(sample: Sample) -> tuple[int, ...]:
-  """(height, width, 1 or 3) of a stored picture, (features,) of a vector.
-
-  Raises:
-    Exception: of any type, if the header of a picture is damaged.
-  """
+  """(height, width, 1 or 3) of a stored picture, (features,) of a vector."""
   if isinstance(sample, np.ndarray):
     return sample.shape
   with _open(sample) as picture:
@@ -224,9 +223,6 @@ def decode(
     The samples, uint8 [N, *shape] (vectors: float32); the SHA-256 of the
     stored bytes of each sample and whether it was turned, uint8 [N, 32]; what
     is to be said of pictures, and of how many.
-
-  Raises:
-    DatasetError: a sample that cannot be decoded; the message has its name.
   """
   dtype = np.uint8 if len(shape) == 3 else np.float32
   samples = np.empty((len(part), *shape), dtype)

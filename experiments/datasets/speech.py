@@ -169,9 +169,7 @@ def read_segments(text: str, at: str) -> list[tuple[int, int, str]]:
   for number, line in enumerate(text.splitlines(), 1):
     match = re.fullmatch(r'\s*(\d+)\s+(\d+)\s+(\S+)\s*', line)
     if (
-      match is None
-      or int(match[1]) >= int(match[2])
-      or match[3] not in PHONES
+      match is None or int(match[1]) >= int(match[2]) or match[3] not in PHONES
     ):
       raise DatasetError(
         f'{at}: line {number} is {line!r}; expected "begin end phone" in '

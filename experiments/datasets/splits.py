@@ -56,78 +56,31 @@ def draw_split(
     members[classes[label]].append(row)
   for name in draw.exclude:
     members.pop(name, None)
+  wanted = len(members) if draw.classes is None else draw.classes
   fit = [name for name, rows in members.items() if len(rows) >= draw.least]
-  if len(fit) < draw.classes:
+  if len(fit) < wanted:
     short = min(members, key=lambda name: len(members[name]), default='')
     raise DatasetError(
-      f'{draw.classes} classes with at least {draw.least} samples are needed, '
+      f'{wanted} classes with at least {draw.least} samples are needed, '
       f'{len(fit)} of {len(members)} have as many'
       + (f' ({short!r} has {len(members[short])})' if short else '')
       + '; is the set complete?'
     )
   order = generator(seed, 'classes').permutation(len(fit))
-  chosen = sorted(fit[i] for i in order[: draw.classes])
-  return _split(
-    {
-      name: _draw_class(
-        name, members[name], names, draw.train, draw.test, seed
-      )
-      for name in chosen
-    }
-  )
-
-
-def draw_share(
-  names: Sequence[str],
-  labels: np.ndarray,
-  classes: Sequence[str],
-  share: float,
-  seed: int,
-) -> Split:
-  """Draws a share of the samples of each class for testing, the rest trains.
-
-  Each class has at least one sample in both parts.
-
-  Args:
-    names: N names, no two alike within a class.
-    labels: integers [N], indices into `classes`.
-    classes: names of all classes; they keep their order.
-    share: of each class, between 0 and 1.
-    seed: of the draw.
-
-  Raises:
-    DatasetError: a class with a single sample, or names that repeat.
-  """
-  drawn = {}
-  for label, name in enumerate(classes):
-    rows = np.flatnonzero(labels == label).tolist()
-    if len(rows) < 2:
-      raise DatasetError(
-        f'class {name!r} has {len(rows)} samples; it needs 2, one to train on '
-        'and one to test on'
-      )
-    test = min(max(1, round(share * len(rows))), len(rows) - 1)
-    drawn[name] = _draw_class(name, rows, names, None, test, seed)
-  return _split(drawn)
-
-
-def _split(drawn: dict[str, tuple[list[int], list[int]]]) -> Split:
-  """The split with these rows, (train, test), of each class."""
-  rows, labels = [], []
-  for part in zip(*drawn.values(), strict=True):
-    rows.append(np.array([row for chosen in part for row in chosen], np.int64))
-    index = np.arange(len(drawn), dtype=np.int32)
-    labels.append(np.repeat(index, list(map(len, part))))
-  return Split(tuple(drawn), rows[0], labels[0], rows[1], labels[1])
+  chosen = sorted(fit[i] for i in order[:wanted])
+  drawn = [
+    _draw_class(name, members[name], names, draw, seed) for name in chosen
+  ]
+  rows, marks = [], []
+  for part in zip(*drawn, strict=True):
+    rows.append(np.array([row for of_class in part for row in of_class]))
+    index = np.arange(len(chosen), dtype=np.int32)
+    marks.append(np.repeat(index, list(map(len, part))))
+  return Split(tuple(chosen), rows[0], marks[0], rows[1], marks[1])
 
 
 def _draw_class(
-  name: str,
-  rows: list[int],
-  names: Sequence[str],
-  train: int | None,
-  test: int,
-  seed: int,
+  name: str, rows: list[int], names: Sequence[str], draw: Draw, seed: int
 ) -> tuple[list[int], list[int]]:
   rows = sorted(rows, key=lambda row: names[row])
   for first, second in zip(rows, rows[1:], strict=False):
@@ -137,10 +90,13 @@ def _draw_class(
         'distinct names'
       )
   order = generator(seed, name).permutation(len(rows))
-  if train is None:
+  test = int(draw.test)
+  if draw.test < 1:
+    test = min(max(1, round(draw.test * len(rows))), len(rows) - 1)
+  if draw.train is None:
     tested, trained = order[:test], order[test:]
   else:
-    trained, tested = order[:train], order[train : train + test]
+    trained, tested = np.split(order[: draw.train + test], [draw.train])
   return [rows[i] for i in sorted(trained)], [rows[i] for i in sorted(tested)]
 
 
