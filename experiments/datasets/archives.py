@@ -151,6 +151,7 @@ _DAMAGED = (
   EOFError, KeyError, RuntimeError, UnicodeError, OverflowError, ValueError,
 )  # fmt: skip
 _PACKED = re.compile(r'\.(zip|tar|tgz|tbz2?|txz|tar\.\w+)$', re.IGNORECASE)
+_AGAIN = 'delete it, with the .INFO file beside a download, and get it again'
 _DEEPEST = 3  # archives in archives
 
 
@@ -194,7 +195,7 @@ def verify(path: Path, archive: Archive) -> None:
   if found != archive.md5:
     raise DatasetError(
       f'{path}: MD5 is {found}, expected {archive.md5}: truncated or another '
-      'file; delete it and get it again'
+      f'file; {_AGAIN}'
     )
 
 
@@ -294,5 +295,5 @@ def _reading(at: str) -> Iterator[None]:
   except _DAMAGED as error:
     raise DatasetError(
       f'{at}: damaged or truncated archive, or of an unknown kind: {error}; '
-      'get it again'
+      f'{_AGAIN}'
     ) from error

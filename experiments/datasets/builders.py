@@ -102,18 +102,19 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _originals(self, dl_manager: tfds.download.DownloadManager) -> list[Path]:
     """Paths of the original files, checked, in the order of the table."""
-    manual_dir = Path(dl_manager.download_dir) / 'manual'
+    self._manual_dir = Path(dl_manager.download_dir) / 'manual'
     wanted = archives.ORIGINALS[self.name].archives
     paths, urls = {}, {}
     for archive in wanted:
-      path = archives.place(self.name, archive, manual_dir)
+      path = archives.place(self.name, archive, self._manual_dir)
       if path.exists():
         paths[archive] = path
       elif archive.url is not None:
         urls[archive.name] = archive.url
       else:
         raise DatasetError(
-          f'{path}: not there; ' + archives.instructions(self.name, manual_dir)
+          f'{path}: not there; '
+          + archives.instructions(self.name, self._manual_dir)
         )
     downloaded = dl_manager.download(urls) if urls else {}
     for archive in wanted:
@@ -127,7 +128,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _layout_error(self, path: Path, found: str) -> DatasetError:
     return DatasetError(
       f'{path}: {found}; expected {archives.ORIGINALS[self.name].layout}. '
-      + archives.instructions(self.name, path.parent)
+      + archives.instructions(self.name, self._manual_dir)
     )
 
 

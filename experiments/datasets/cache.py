@@ -29,13 +29,13 @@ def default_dir() -> Path:
   try:
     home = Path.home()
   except RuntimeError:
-    return _temporary_dir()
+    return temporary_dir()
   parts = {'win32': ('AppData', 'Local'), 'darwin': ('Library', 'Caches')}
   return home.joinpath(*parts.get(sys.platform, ('.cache',)), 'symjax_bp')
 
 
 @functools.cache
-def _temporary_dir() -> Path:
+def temporary_dir() -> Path:
   """A private folder, the same in each process unless another user has it."""
   user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME')
   path = Path(tempfile.gettempdir()) / f'symjax_bp-{user}'

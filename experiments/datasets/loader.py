@@ -26,6 +26,7 @@ from experiments.datasets.specs import (
   DatasetError,
   Draw,
   Spec,
+  UnknownDataset,
   find_known,
   nearest,
   plain,
@@ -293,7 +294,7 @@ def _own(
   path = None if data_dir is None else _entry(data_dir, name)
   if path is None:
     where = '' if data_dir is None else f' and is not in {data_dir}'
-    raise DatasetError(
+    raise UnknownDataset(
       f'unknown dataset {name!r}{nearest(name)}; it is none of '
       f'{", ".join(SPECS)}{where}. A set of your own is NAME.npz or '
       'NAME/train/CLASS/*.jpg with NAME/test in the data folder'
@@ -335,17 +336,14 @@ def _fitting(source: Source) -> str:
         f'{source.text}: sample {train.names[row]} cannot be decoded: {error}; '
         'replace the file'
       ) from error
-  for name in ('mnist', 'cifar', 'general', 'timit'):
-    shape = SHAPES[name]
-    if all(len(size) == len(shape) for size in sizes) and (
-      name == 'general'
-      or all(
-        have <= room
-        for size in sizes
-        for have, room in zip(size, shape, strict=True)
-      )
-    ):
-      return name
+  if all(len(size) == 3 for size in sizes):
+    largest = np.max(sizes, axis=0)
+    for name in ('mnist', 'cifar'):
+      if (largest <= SHAPES[name]).all():
+        return name
+    return 'general'
+  if sizes[0] == SHAPES['timit']:
+    return 'timit'
   raise DatasetError(
     f'{source.text}: has vectors of {sizes[0][0]} features; the only network '
     f'for vectors takes {SHAPES["timit"][0]}'

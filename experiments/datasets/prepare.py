@@ -4,10 +4,16 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.datasets import archives, loader, prepared
-from experiments.datasets.specs import DatasetError, Spec, find_known, require
+from experiments.datasets.specs import (
+  DatasetError,
+  Spec,
+  UnknownDataset,
+  find_known,
+  require,
+)
 
 State = Literal['ready', 'downloadable', 'needs a manual step']
 
@@ -25,19 +31,29 @@ class Status:
   text: str
 
 
-def status(name: str, data_dir: str | os.PathLike[str] | None = None) -> Status:
+def status(
+  name: str, data_dir: str | os.PathLike[str] | None = None, **own: Any
+) -> Status:
   """Whether a dataset is ready, can be downloaded, or needs a person.
 
-  Files are looked for, not read: `check` reads them.
+  Files of the paper's datasets are looked for, not read: `check` reads them.
+
+  Args:
+    name: as in `load`.
+    data_dir: as in `load`.
+    **own: architecture and test_share, as in `load`.
 
   Raises:
     DatasetError: unknown dataset.
   """
   spec = find_known(name)
-  if spec is None:
-    return Status('ready', loader.locate(name, data_dir)[1].text)
   try:
+    if spec is None:
+      source = loader.locate(name, data_dir, **own)[1]
+      return Status('ready', source.text)
     source = loader.find_source(spec, name, data_dir)
+  except UnknownDataset:
+    raise
   except DatasetError as error:
     return Status('needs a manual step', str(error))
   if source is not None:

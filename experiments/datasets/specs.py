@@ -23,6 +23,10 @@ class DatasetError(ValueError):
   """
 
 
+class UnknownDataset(DatasetError):
+  """A name of the paper's datasets was misspelled, or nothing has this name."""
+
+
 # Input of each architecture of Table 1: (height, width, channels) of uint8
 # images, or (features,) of float32.
 SHAPES: Mapping[str, tuple[int, ...]] = {

@@ -1,6 +1,8 @@
 """Cached arrays are whole or absent, and damage is repaired."""
 
 import multiprocessing
+import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(np, 'savez', full_disk)
-  with pytest.warns(UserWarning, match='No space left .* --cache-dir'):
+  with pytest.warns(UserWarning, match='No space left .* XDG_CACHE_HOME'):
     _fetch(tmp_path, _Build())
   assert not list(tmp_path.iterdir())
 
@@ -101,11 +103,47 @@ def test_the_users_cache_folder(monkeypatch, tmp_path):
   monkeypatch.setattr('sys.platform', 'linux')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   assert cache.default_dir() == tmp_path / 'symjax_bp'
-  monkeypatch.delenv('XDG_CACHE_HOME')
   monkeypatch.setattr(Path, 'home', lambda: tmp_path)
-  assert cache.default_dir() == tmp_path / '.cache' / 'symjax_bp'
+  for value in ('', 'relative'):  # to be ignored, by the convention
+    monkeypatch.setenv('XDG_CACHE_HOME', value)
+    assert cache.default_dir() == tmp_path / '.cache' / 'symjax_bp'
   monkeypatch.setattr('sys.platform', 'darwin')
   assert cache.default_dir() == tmp_path / 'Library' / 'Caches' / 'symjax_bp'
+  monkeypatch.setattr('sys.platform', 'win32')
+  monkeypatch.setenv('LOCALAPPDATA', str(tmp_path / 'local'))
+  assert cache.default_dir() == tmp_path / 'local' / 'symjax_bp'
+
+
+@pytest.mark.parametrize('taken', ['', 'by a link', 'by another', 'by a file'])
+def test_without_a_home_folder(monkeypatch, tmp_path, taken):
+  def no_home():
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.setattr(Path, 'home', no_home)
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  path = tmp_path / f'symjax_bp-{os.getuid()}'
+  if taken == 'by a link':
+    path.symlink_to(tmp_path)
+  elif taken == 'by another':
+    path.mkdir()
+    path.chmod(0o777)
+  elif taken == 'by a file':
+    path.write_text('')
+  cache.temporary_dir.cache_clear()
+  found = cache.default_dir()
+  cache.temporary_dir.cache_clear()
+  assert (found == path) == (not taken)
+  assert found.parent == tmp_path
+  assert found.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_name_of_the_file_is_safe(tmp_path):
+  for name in ('a/../b', '.', 'x' * 300, '\udce9\n', ''):
+    cache.fetch(tmp_path / 'cache', name, name, _Build())
+  files = [path.name for path in (tmp_path / 'cache').iterdir()]
+  assert len(files) == 5
+  assert all(name.isascii() and len(name) < 70 for name in files)
 
 
 def test_a_changed_dataset_is_decoded_again(tmp_path):
