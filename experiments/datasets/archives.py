@@ -155,6 +155,11 @@ _AGAIN = 'delete it, with the .INFO file beside a download, and get it again'
 _DEEPEST = 3  # archives in archives
 
 
+def is_archive(name: str) -> bool:
+  """Whether a file name has the suffix of an archive."""
+  return _PACKED.search(name) is not None
+
+
 def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
   """Where a person puts an archive, or has put it in another form.
 
@@ -219,7 +224,7 @@ def members(path: Path) -> Members:
       if any(map(hidden, file.relative_to(path).parts)):
         continue
       check_inside(file, inside)
-      if _PACKED.search(file.name):
+      if is_archive(file.name):
         yield from members(file)
       else:
         name = readable(file.relative_to(path.parent).as_posix())
@@ -270,7 +275,7 @@ def _member(
   parts = PurePosixPath(name).parts
   if any(hidden(part) for part in parts if part != '..'):
     return
-  if _PACKED.search(name):
+  if is_archive(name):
     if (file := opened()) is not None:
       with file:
         yield from _unpacked(file, f'{at}/{readable(name)}', depth + 1)

@@ -125,14 +125,14 @@ def _one_picture(path):
 
 
 _REFUSED = {
-  'no such set': (lambda path: None, {}, "'birds'.* is none of MNIST, .*NAME.npz"),
+  'no such set': (lambda path: None, {}, "'birds'.* is none of MNIST, .*npz"),
   'no test part': (_flat, {}, 'birds: has no folder test; .* a test share do'),
   'a share beside a test part': (
     lambda path: archives.image_folder(path, archives.raw_arrays()),
     {'test_share': 0.5},
     'test_share is 0.5, but .*birds has a folder test',
   ),
-  'no share': (_flat, {'test_share': 0.0}, 'test_share is 0.0; it must be betw'),
+  'no share': (_flat, {'test_share': 0.0}, 'test_share is 0.0; it must'),
   'all': (_flat, {'test_share': 1.0}, 'test_share is 1.0; it must be between'),
   'a part without classes': (
     lambda path: [_flat(path / 'train'), _flat(path / 'test' / 'a')],
