@@ -175,6 +175,14 @@ def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
   return path
 
 
+def in_place(builder: str, manual_dir: Path) -> bool:
+  """Whether a person has put all original files of a builder there."""
+  return builder in ORIGINALS and all(
+    place(builder, archive, manual_dir).exists()
+    for archive in ORIGINALS[builder].archives
+  )
+
+
 def instructions(builder: str, manual_dir: str | Path) -> str:
   """What a person does to get the original files of a builder."""
   original = ORIGINALS[builder]

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import stat
 import sys
 import tempfile
 import uuid
@@ -21,7 +20,7 @@ Arrays = Mapping[str, np.ndarray]
 def default_dir() -> Path:
   """The user's cache folder for this program, by the platform's convention.
 
-  Without a home folder: one of this user's in the folder for temporary files.
+  Without a home folder: a temporary one of this process.
   """
   variable = 'LOCALAPPDATA' if sys.platform == 'win32' else 'XDG_CACHE_HOME'
   if sys.platform != 'darwin' and os.path.isabs(os.environ.get(variable, '')):
@@ -29,26 +28,14 @@ def default_dir() -> Path:
   try:
     home = Path.home()
   except RuntimeError:
-    return temporary_dir()
+    return Path(_temporary().name)
   parts = {'win32': ('AppData', 'Local'), 'darwin': ('Library', 'Caches')}
   return home.joinpath(*parts.get(sys.platform, ('.cache',)), 'symjax_bp')
 
 
 @functools.cache
-def temporary_dir() -> Path:
-  """A private folder, the same in each process unless another user has it."""
-  user = os.getuid() if hasattr(os, 'getuid') else os.environ.get('USERNAME')
-  path = Path(tempfile.gettempdir()) / f'symjax_bp-{user}'
-  try:
-    path.mkdir(mode=0o700, exist_ok=True)
-    state = path.lstat()
-    # What another user can write there could be run as compiled programs.
-    if stat.S_ISDIR(state.st_mode) and not state.st_mode & 0o022:
-      if not hasattr(os, 'getuid') or state.st_uid == os.getuid():
-        return path
-  except OSError:
-    pass
-  return Path(tempfile.mkdtemp(prefix='symjax_bp-'))
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+  return tempfile.TemporaryDirectory(prefix='symjax_bp-')
 
 
 def fetch(

@@ -18,20 +18,10 @@ from experiments.datasets import (
   npz,
   prepared,
   samples,
+  specs,
 )
 from experiments.datasets.samples import Part, Raw, Source
-from experiments.datasets.specs import (
-  SHAPES,
-  SPECS,
-  DatasetError,
-  Draw,
-  Spec,
-  UnknownDataset,
-  find_known,
-  nearest,
-  plain,
-  require,
-)
+from experiments.datasets.specs import SHAPES, DatasetError, Draw, Spec
 from experiments.datasets.splits import balanced_rows
 
 _Folder = str | os.PathLike[str] | None
@@ -154,17 +144,9 @@ def find(
   architecture: str | None = None,
   test_share: float | None = None,
 ) -> Spec:
-  """The spec of a dataset; those of the paper need not be there.
+  """The spec of a dataset, which is read if it is the user's own.
 
-  Args:
-    name: as in `load`.
-    data_dir: folder with data, looked at for the user's own.
-    seed: as in `load`.
-    architecture: as in `load`.
-    test_share: as in `load`.
-
-  Raises:
-    DatasetError: no such dataset, with the nearest name; or as `load`.
+  Arguments and errors are those of `load`.
   """
   if known := _known(name, architecture, test_share):
     return known
@@ -217,12 +199,18 @@ def missing(spec: Spec, data_dir: _Folder) -> str:
   for root in prepared.roots(data_dir):
     for path in prepared.unfinished(root, spec):
       text += f'The unfinished preparation in {path} is not used. '
-  run = f'`python -m experiments data prepare {spec.name}`'
+  return text + how_to_get(spec, data_dir)
+
+
+def how_to_get(spec: Spec, data_dir: _Folder) -> str:
+  """What a person does to get a dataset of the paper."""
+  run = f'run `python -m experiments data prepare {spec.name}`'
   if spec.source == 'download':
-    return f'{text}Run {run}'
+    return run
   manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
-  steps = archives.instructions(spec.builder, manual_dir)
-  return f'{text}First {steps}, then run {run}'
+  if archives.in_place(spec.builder, manual_dir):
+    return f'original files in {manual_dir}; {run}'
+  return f'First {archives.instructions(spec.builder, manual_dir)}, then {run}'
 
 
 def _known(
@@ -237,7 +225,7 @@ def _known(
     raise DatasetError(
       f'test_share is {test_share}; it must be between 0 and 1'
     )
-  spec = find_known(name)
+  spec = specs.find_known(name)
   if spec is None:
     return None
   if architecture not in (None, spec.architecture) or test_share is not None:
@@ -257,22 +245,18 @@ def _entry(data_dir: str | os.PathLike[str], *wanted: str) -> Path | None:
       f'{wanted[-1]}.npz or {wanted[-1]}/train'
     )
   try:
+    found = [p for p in sorted(root.iterdir()) if not folders.hidden(p.name)]
     found = [
-      path
-      for path in sorted(root.iterdir())
-      if not folders.hidden(path.name)
-      and (
-        path.suffix.lower() == '.npz'
-        or (path.is_dir() and not prepared.is_tfds(path))
-      )
+      p
+      for p in found
+      if (not prepared.is_tfds(p) if p.is_dir() else p.suffix.lower() == '.npz')
     ]
   except OSError as error:
     raise DatasetError(f'{root}: cannot be read: {error}') from error
   for name in wanted:
     for suffix in ('.npz', ''):
-      fits = [
-        path for path in found if plain(path.name) == plain(name) + suffix
-      ]
+      key = specs.plain(name) + suffix
+      fits = [path for path in found if specs.plain(path.name) == key]
       exact = [path for path in fits if path.name == name + suffix]
       if len(fits) > 1 and not exact:
         raise DatasetError(
@@ -294,9 +278,9 @@ def _own(
   path = None if data_dir is None else _entry(data_dir, name)
   if path is None:
     where = '' if data_dir is None else f' and is not in {data_dir}'
-    raise UnknownDataset(
-      f'unknown dataset {name!r}{nearest(name)}; it is none of '
-      f'{", ".join(SPECS)}{where}. A set of your own is NAME.npz or '
+    raise specs.UnknownDataset(
+      f'unknown dataset {name!r}{specs.nearest(name)}; it is none of '
+      f'{", ".join(specs.SPECS)}{where}. A set of your own is NAME.npz or '
       'NAME/train/CLASS/*.jpg with NAME/test in the data folder'
     )
   draw = None if share is None else Draw(train=None, test=share)
@@ -354,16 +338,14 @@ def _embedded(spec: Spec, seed: int) -> Source:
   """scikit-learn's 1,797 digits of 8x8 pixels."""
 
   def read() -> Raw:
-    module = require('sklearn.datasets', 'experiments', spec.name)
-    digits = module.load_digits()
+    digits = specs.require('sklearn.datasets', spec.name).load_digits()
     # Pixels count from 0 to 16.
     pixels = np.round(digits['images'] * (255 / 16)).astype(np.uint8)
     pixels = pixels[..., np.newaxis]
     classes = [str(name) for name in digits['target_names']]
     names = [f'row {i:04d}' for i in range(len(pixels))]
     whole = Part(pixels.__getitem__, digits['target'], names)
-    at = 'load_digits'
-    return samples.drawn(whole, classes, spec.draw, seed, at, jpeg=False)
+    return samples.drawn(whole, classes, spec.draw, seed, spec.name)
 
   return Source(
     text='scikit-learn, sklearn.datasets.load_digits()',
@@ -388,16 +370,10 @@ def _arrays(source: Source, spec: Spec) -> cache.Arrays:
   return arrays
 
 
-def _digest(
-  shape: tuple[int, ...],
-  classes: tuple[str, ...],
-  train: Mapping[str, np.ndarray],
-  test: Mapping[str, np.ndarray],
-) -> str:
-  total = hashlib.sha256()
-  sizes = (len(train['y']), len(test['y']))
-  total.update(json.dumps([shape, classes, sizes]).encode())
-  for part in (train, test):
+def _digest(shape: tuple[int, ...], classes: tuple[str, ...], *parts) -> str:
+  sizes = [len(part['y']) for part in parts]
+  total = hashlib.sha256(json.dumps([shape, classes, sizes]).encode())
+  for part in parts:
     total.update(part['y'].astype('<i4').tobytes())
     total.update(part['hash'].tobytes())
   return total.hexdigest()

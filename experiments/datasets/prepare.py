@@ -6,34 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.datasets import archives, loader, prepared
-from experiments.datasets.specs import (
-  DatasetError,
-  Spec,
-  UnknownDataset,
-  find_known,
-  require,
-)
+from experiments.datasets import archives, loader, prepared, specs
+from experiments.datasets.specs import DatasetError, Spec
 
-State = Literal['ready', 'downloadable', 'needs a manual step']
+_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """Whether a dataset can be loaded.
+  """Whether a dataset can be loaded, and where it is or how to get it."""
 
-  Attributes:
-    state: what is to be done, in a word.
-    text: where it is, or how to get it.
-  """
-
-  state: State
+  state: Literal['ready', 'downloadable', 'needs a manual step']
   text: str
 
 
-def status(
-  name: str, data_dir: str | os.PathLike[str] | None = None, **own: Any
-) -> Status:
+def status(name: str, data_dir: _Folder = None, **own: Any) -> Status:
   """Whether a dataset is ready, can be downloaded, or needs a person.
 
   Files of the paper's datasets are looked for, not read: `check` reads them.
@@ -46,33 +33,26 @@ def status(
   Raises:
     DatasetError: unknown dataset.
   """
-  spec = find_known(name)
+  spec = specs.find_known(name)
   try:
     if spec is None:
-      source = loader.locate(name, data_dir, **own)[1]
+      return Status('ready', loader.locate(name, data_dir, **own)[1].text)
+    if source := loader.find_source(spec, name, data_dir):
       return Status('ready', source.text)
-    source = loader.find_source(spec, name, data_dir)
-  except UnknownDataset:
+  except specs.UnknownDataset:
     raise
   except DatasetError as error:
     return Status('needs a manual step', str(error))
-  if source is not None:
-    return Status('ready', source.text)
-  run = f'`python -m experiments data prepare {spec.name}`'
-  if spec.source == 'download':
-    return Status('downloadable', f'run {run}')
-  manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
-  if _originals_in_place(spec, manual_dir):
-    return Status('downloadable', f'original files in {manual_dir}; run {run}')
-  steps = archives.instructions(spec.builder, manual_dir)
-  return Status('needs a manual step', f'{steps}, then run {run}')
+  how = loader.how_to_get(spec, data_dir)
+  manual = how.startswith('First')
+  return Status('needs a manual step' if manual else 'downloadable', how)
 
 
 def prepare(
   name: str,
-  data_dir: str | os.PathLike[str] | None = None,
+  data_dir: _Folder = None,
   *,
-  cache_dir: str | os.PathLike[str] | None = None,
+  cache_dir: _Folder = None,
   progress: Callable[[str], None] = print,
 ) -> Status:
   """Downloads a dataset, writes it in the format of TFDS, and decodes it.
@@ -91,7 +71,7 @@ def prepare(
     DatasetError: original files are missing, damaged or of unexpected layout,
       the download failed, or a library is needed and not installed.
   """
-  spec = find_known(name)
+  spec = specs.find_known(name)
   if spec is None:
     raise DatasetError(
       f'{name!r} is none of the datasets that can be prepared; a set of your '
@@ -117,28 +97,20 @@ def prepare(
   return Status('ready', data.source)
 
 
-def _originals_in_place(spec: Spec, manual_dir: Path) -> bool:
-  builder = spec.builder
-  return builder in archives.ORIGINALS and all(
-    archives.place(builder, archive, manual_dir).exists()
-    for archive in archives.ORIGINALS[builder].archives
-  )
-
-
 def _build(spec: Spec, root: Path, progress: Callable[[str], None]) -> None:
   prepared.check_path(root)
   ours = spec.builder in archives.ORIGINALS
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
   needed = ['tensorflow_datasets', 'importlib_resources', 'scipy']
-  if not _originals_in_place(spec, prepared.manual_dir(root)):
+  if not archives.in_place(spec.builder, prepared.manual_dir(root)):
     if spec.source == 'manual':
       raise DatasetError(loader.missing(spec, root))
     needed.append('tensorflow')
   if spec.architecture == 'timit':
     needed.append('soundfile')
   for module in needed:
-    require(module, 'prepare', f'{spec.name}: preparing it')
+    specs.require(module, f'{spec.name}: preparing it', 'prepare')
   if ours:
     import experiments.datasets.builders  # noqa: F401  (registers)
   import tensorflow_datasets as tfds
@@ -155,9 +127,8 @@ def _build(spec: Spec, root: Path, progress: Callable[[str], None]) -> None:
   except Exception as error:
     steps = ''
     if ours:
-      steps = ', or ' + archives.instructions(
-        spec.builder, prepared.manual_dir(root)
-      )
+      manual_dir = prepared.manual_dir(root)
+      steps = f', or {archives.instructions(spec.builder, manual_dir)}'
     raise DatasetError(
       f'{spec.name}: {spec.builder} could not be prepared in {root}: {error}; '
       f'see to that and run it again{steps}'

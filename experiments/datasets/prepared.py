@@ -27,9 +27,7 @@ _NAMES = ('file', 'file_name', 'image/file_name')
 
 def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
-  constants = require(
-    'tensorflow_datasets.core.constants', 'experiments', 'finding prepared data'
-  )
+  constants = require('tensorflow_datasets.core.constants', 'finding data')
   own = Path(constants.DATA_DIR)
   return [own] if data_dir is None else [Path(data_dir), own]
 
@@ -193,7 +191,7 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
     return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
     whole, classes = _pictures(list(records.values()), builder.info.features)
-    return samples.drawn(whole, classes, spec.draw, seed, str(path), jpeg=False)
+    return samples.drawn(whole, classes, spec.draw, seed, str(path))
   if 'train' not in records or 'test' not in records:
     raise DatasetError(
       f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
@@ -266,7 +264,7 @@ def _utterances(
     return speech.stacked(scaled[utterance], frame)
 
   whole = Part(sample=sample, labels=np.array(labels, np.int32), names=names)
-  raw = samples.drawn(whole, speech.SUBPHONES, spec.draw, seed, at, jpeg=False)
+  raw = samples.drawn(whole, speech.SUBPHONES, spec.draw, seed, at)
   windows = np.stack([raw.train.sample(row) for row in range(len(raw.train))])
   frames = windows.reshape(len(windows), -1, speech.FEATURES)[:, speech.CONTEXT]
   mean = frames.mean(axis=0, dtype=np.float64)

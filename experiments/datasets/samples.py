@@ -109,7 +109,7 @@ def drawn(
   seed: int,
   at: str,
   *,
-  jpeg: bool,
+  jpeg: bool = False,
 ) -> Raw:
   """The parts that `draw` makes of a whole; errors name the source, `at`."""
   assert draw is not None

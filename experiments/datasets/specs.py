@@ -318,12 +318,8 @@ def nearest(name: str) -> str:
   return f', did you mean {matches[0]!r}?' if matches else ''
 
 
-def require(module: str, extra: str, purpose: str) -> Any:
-  """Imports a library that an optional extra installs.
-
-  Raises:
-    DatasetError: it is missing; the message has the command that installs it.
-  """
+def require(module: str, purpose: str, extra: str = 'experiments') -> Any:
+  """Imports a library; if it is missing, the error says how to install it."""
   try:
     return importlib.import_module(module)
   except ImportError as error:

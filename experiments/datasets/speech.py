@@ -133,7 +133,7 @@ def read_audio(content: bytes, at: str) -> np.ndarray:
   Raises:
     DatasetError: compressed, damaged or truncated, or not 16 kHz mono.
   """
-  soundfile = require('soundfile', 'prepare', 'reading TIMIT')
+  soundfile = require('soundfile', 'reading TIMIT', 'prepare')
   head = content[:1024]
   if b'shorten' in head:
     raise DatasetError(

@@ -1,8 +1,6 @@
 """Cached arrays are whole or absent, and damage is repaired."""
 
 import multiprocessing
-import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -114,28 +112,15 @@ def test_the_users_cache_folder(monkeypatch, tmp_path):
   assert cache.default_dir() == tmp_path / 'local' / 'symjax_bp'
 
 
-@pytest.mark.parametrize('taken', ['', 'by a link', 'by another', 'by a file'])
-def test_without_a_home_folder(monkeypatch, tmp_path, taken):
+def test_without_a_home_folder(monkeypatch):
   def no_home():
     raise RuntimeError('Could not determine home directory.')
 
   monkeypatch.setattr(Path, 'home', no_home)
   monkeypatch.delenv('XDG_CACHE_HOME')
-  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-  path = tmp_path / f'symjax_bp-{os.getuid()}'
-  if taken == 'by a link':
-    path.symlink_to(tmp_path)
-  elif taken == 'by another':
-    path.mkdir()
-    path.chmod(0o777)
-  elif taken == 'by a file':
-    path.write_text('')
-  cache.temporary_dir.cache_clear()
   found = cache.default_dir()
-  cache.temporary_dir.cache_clear()
-  assert (found == path) == (not taken)
-  assert found.parent == tmp_path
-  assert found.stat().st_mode & 0o777 == 0o700
+  assert found.is_dir()
+  assert cache.default_dir() == found
 
 
 def test_the_name_of_the_file_is_safe(tmp_path):
