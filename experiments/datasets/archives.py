@@ -25,123 +25,82 @@ from experiments.datasets.specs import DatasetError
 
 
 @dataclasses.dataclass(frozen=True)
-class Archive:
-  """One file that a builder needs.
-
-  Attributes:
-    name: its file name; '' for any file or folder that a person puts there.
-    url: where it can be downloaded; None where a person must get it.
-    md5: known checksum; None where none is known for certain.
-  """
-
-  name: str
-  url: str | None = None
-  md5: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Original:
   """What the builder of a dataset starts from.
 
   Attributes:
-    archives: the files.
+    files: the address of each file; '' for any file or folder, and None for an
+      address, where a person must get it.
     layout: what is expected inside, for errors.
     steps: what a person does to get it.
+    md5: known checksum of the first file.
   """
 
-  archives: tuple[Archive, ...]
+  files: Mapping[str, str | None]
   layout: str
   steps: str
+  md5: str = ''
 
 
-# Checksums: 256_ObjectCategories.tar as in torchvision.datasets.Caltech256.
+_BY_HAND = {'': None}
+_FLOWERS17 = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/'
+_INDOOR = 'https://web.mit.edu/torralba/www/'
+
+# The checksum is the one of torchvision.datasets.Caltech256.
 ORIGINALS: Mapping[str, Original] = {
   'oxford_flowers17': Original(
-    archives=(
-      Archive(
-        '17flowers.tgz',
-        'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz',
-      ),
-      Archive(
-        'datasplits.mat',
-        'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/datasplits.mat',
-      ),
-    ),
+    {
+      name: f'{_FLOWERS17}{name}'
+      for name in ('17flowers.tgz', 'datasplits.mat')
+    },
     layout='jpg/image_0001.jpg to jpg/image_1360.jpg, 80 of each class in turn',
-    steps=(
-      'get 17flowers.tgz and datasplits.mat from '
-      'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/'
-    ),
+    steps=f'get 17flowers.tgz and datasplits.mat from {_FLOWERS17}',
   ),
   'caltech256': Original(
-    archives=(
-      Archive(
-        '256_ObjectCategories.tar',
-        'https://data.caltech.edu/records/nyy15-4j048/files/'
-        '256_ObjectCategories.tar?download=1',
-        '67b4f42ca05d46448c6bb8ecd2220f6d',
-      ),
-    ),
+    {
+      '256_ObjectCategories.tar': 'https://data.caltech.edu/records/'
+      'nyy15-4j048/files/256_ObjectCategories.tar?download=1'
+    },
     layout='256_ObjectCategories/001.ak47/001_0001.jpg and so on',
-    steps=(
-      'get 256_ObjectCategories.tar from '
-      'https://data.caltech.edu/records/nyy15-4j048'
-    ),
+    steps='get 256_ObjectCategories.tar from '
+    'https://data.caltech.edu/records/nyy15-4j048',
+    md5='67b4f42ca05d46448c6bb8ecd2220f6d',
   ),
   'icub_world': Original(
-    archives=(Archive(''),),
-    layout=(
-      'train/CATEGORY/OBJECT/* and test/categorization/CATEGORY/* for the ten '
-      'categories bananas to yogurt'
-    ),
-    steps=(
-      'get iCubWorld.zip ("iCubWorld 1.0", cropped images) from '
-      'https://robotology.github.io/iCubWorld/'
-    ),
+    _BY_HAND,
+    layout='train/CATEGORY/OBJECT/* and test/categorization/CATEGORY/* for the '
+    'ten categories bananas to yogurt',
+    steps='get iCubWorld.zip ("iCubWorld 1.0", cropped images) from '
+    'https://robotology.github.io/iCubWorld/',
   ),
   'pubfig83': Original(
-    archives=(Archive(''),),
+    _BY_HAND,
     layout='pubfig83/PERSON/*.jpg',
-    steps=(
-      'accept the terms at http://vision.seas.harvard.edu/pubfig83/, get '
-      'pubfig83.v1.tgz'
-    ),
+    steps='accept the terms at http://vision.seas.harvard.edu/pubfig83/, get '
+    'pubfig83.v1.tgz',
   ),
   'sufr_w': Original(
-    archives=(Archive(''),),
+    _BY_HAND,
     layout='SUFR_in_the_wild/*.jpg and SUFR_in_the_wild_info.txt',
-    steps=(
-      'accept the terms at https://cbmm.mit.edu/knowledge-transfer/sufr, get '
-      'the image and info archives of SUFR-W'
-    ),
+    steps='accept the terms at https://cbmm.mit.edu/knowledge-transfer/sufr, '
+    'get the image and info archives of SUFR-W',
   ),
   'mit_indoor67': Original(
-    archives=(
-      Archive(
-        'indoorCVPR_09.tar',
-        'http://groups.csail.mit.edu/vision/LabelMe/NewImages/'
-        'indoorCVPR_09.tar',
-      ),
-      Archive(
-        'TrainImages.txt', 'https://web.mit.edu/torralba/www/TrainImages.txt'
-      ),
-      Archive(
-        'TestImages.txt', 'https://web.mit.edu/torralba/www/TestImages.txt'
-      ),
-    ),
+    {
+      'indoorCVPR_09.tar': 'http://groups.csail.mit.edu/vision/LabelMe/'
+      'NewImages/indoorCVPR_09.tar',
+      'TrainImages.txt': f'{_INDOOR}TrainImages.txt',
+      'TestImages.txt': f'{_INDOOR}TestImages.txt',
+    },
     layout='Images/CATEGORY/*.jpg',
-    steps=(
-      'get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from '
-      'https://web.mit.edu/torralba/www/indoor.html'
-    ),
+    steps='get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from '
+    f'{_INDOOR}indoor.html',
   ),
   'timit_subphones': Original(
-    archives=(Archive(''),),
+    _BY_HAND,
     layout='TEST/DR1/SPEAKER/*.WAV with a .PHN file beside each',
-    steps=(
-      'license TIMIT (LDC93S1) at https://catalog.ldc.upenn.edu/LDC93S1 and '
-      'get its archive'
-    ),
+    steps='license TIMIT (LDC93S1) at https://catalog.ldc.upenn.edu/LDC93S1 '
+    'and get its archive',
   ),
 }
 
@@ -160,34 +119,31 @@ def is_archive(name: str) -> bool:
   return _PACKED.search(name) is not None
 
 
-def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
-  """Where a person puts an archive, or has put it in another form.
+def place(builder: str, name: str, manual_dir: Path) -> Path:
+  """Where a person puts a file, or has put it in another form.
 
   A folder, or another kind of archive, of the same name does as well.
   """
-  path = manual_dir / (archive.name or builder)
+  path = manual_dir / (name or builder)
   if path.exists() or not manual_dir.is_dir():
     return path
   stem = _PACKED.sub('', path.name)
-  for entry in sorted(manual_dir.iterdir()):
-    if _PACKED.sub('', entry.name) == stem:
-      return entry
-  return path
+  found = (e for e in manual_dir.iterdir() if _PACKED.sub('', e.name) == stem)
+  return min(found, default=path)
 
 
 def in_place(builder: str, manual_dir: Path) -> bool:
   """Whether a person has put all original files of a builder there."""
   return builder in ORIGINALS and all(
-    place(builder, archive, manual_dir).exists()
-    for archive in ORIGINALS[builder].archives
+    place(builder, name, manual_dir).exists()
+    for name in ORIGINALS[builder].files
   )
 
 
 def instructions(builder: str, manual_dir: str | Path) -> str:
   """What a person does to get the original files of a builder."""
   original = ORIGINALS[builder]
-  files = ' and '.join(archive.name for archive in original.archives)
-  if files:
+  if files := ' and '.join(original.files):
     return f'{original.steps}; put {files} into {manual_dir}'
   return (
     f'{original.steps}; put it, or the folder unpacked from it, into '
@@ -195,20 +151,14 @@ def instructions(builder: str, manual_dir: str | Path) -> str:
   )
 
 
-def verify(path: Path, archive: Archive) -> None:
-  """Compares a file with its known checksum, if there is one.
-
-  Raises:
-    DatasetError: they differ.
-  """
-  if archive.md5 is None:
-    return
+def verify(path: Path, md5: str) -> None:
+  """Compares a file with its checksum."""
   with open(path, 'rb') as file:
     found = hashlib.file_digest(file, 'md5').hexdigest()
-  if found != archive.md5:
+  if found != md5:
     raise DatasetError(
-      f'{path}: MD5 is {found}, expected {archive.md5}: truncated or another '
-      f'file; {_AGAIN}'
+      f'{path}: MD5 is {found}, expected {md5}: truncated or another file; '
+      f'{_AGAIN}'
     )
 
 
@@ -219,12 +169,6 @@ def members(path: Path) -> Members:
   """All files in an archive or folder, as (name, function that reads it).
 
   The functions must be called before the next member is asked for.
-
-  Args:
-    path: a tar or zip file, or a folder.
-
-  Raises:
-    DatasetError: missing, or a damaged archive.
   """
   if path.is_dir():
     inside = path.resolve()
@@ -236,7 +180,10 @@ def members(path: Path) -> Members:
         yield from members(file)
       else:
         name = readable(file.relative_to(path.parent).as_posix())
-        yield name, lambda file=file: _read(str(file), file.open('rb'))
+        yield (
+          name,
+          functools.partial(_read, str(file), lambda f=file: f.open('rb')),
+        )
   elif path.is_file():
     with _reading(str(path)), open(path, 'rb') as file:
       yield from _unpacked(file, str(path), 1)
@@ -288,12 +235,12 @@ def _member(
       with file:
         yield from _unpacked(file, f'{at}/{readable(name)}', depth + 1)
   else:
-    yield readable(name), lambda: _read(at, opened())
+    yield readable(name), functools.partial(_read, at, opened)
 
 
-def _read(at: str, file: IO[bytes] | None) -> bytes:
+def _read(at: str, opened: Callable[[], IO[bytes] | None]) -> bytes:
   with _reading(at):
-    if file is None:
+    if (file := opened()) is None:
       raise tarfile.ReadError('a member is no file')
     with file:
       return file.read()

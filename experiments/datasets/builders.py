@@ -103,27 +103,25 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _originals(self, dl_manager: tfds.download.DownloadManager) -> list[Path]:
     """Paths of the original files, checked, in the order of the table."""
     self._manual_dir = Path(dl_manager.download_dir) / 'manual'
-    wanted = archives.ORIGINALS[self.name].archives
+    original = archives.ORIGINALS[self.name]
     paths, urls = {}, {}
-    for archive in wanted:
-      path = archives.place(self.name, archive, self._manual_dir)
+    for name, url in original.files.items():
+      path = archives.place(self.name, name, self._manual_dir)
       if path.exists():
-        paths[archive] = path
-      elif archive.url is not None:
-        urls[archive.name] = archive.url
+        paths[name] = path
+      elif url is not None:
+        urls[name] = url
       else:
-        raise DatasetError(
-          f'{path}: not there; '
-          + archives.instructions(self.name, self._manual_dir)
-        )
-    downloaded = dl_manager.download(urls) if urls else {}
-    for archive in wanted:
-      if archive not in paths:
-        paths[archive] = Path(downloaded[archive.name])
-      elif paths[archive].name != archive.name:
-        continue  # unpacked or packed again: no checksum is known
-      archives.verify(paths[archive], archive)
-    return [paths[archive] for archive in wanted]
+        steps = archives.instructions(self.name, self._manual_dir)
+        raise DatasetError(f'{path}: not there; {steps}')
+    if urls:
+      downloaded = dl_manager.download(urls)
+      paths |= {name: Path(path) for name, path in downloaded.items()}
+    first = next(iter(original.files))
+    # What was packed again has another name, and no checksum.
+    if original.md5 and (first in urls or paths[first].name == first):
+      archives.verify(paths[first], original.md5)
+    return [paths[name] for name in original.files]
 
   def _layout_error(self, path: Path, found: str) -> DatasetError:
     return DatasetError(

@@ -55,10 +55,6 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
     path: the folder.
     draw: how to split a folder without a test part.
     seed: of the draw.
-
-  Raises:
-    DatasetError: a part is missing, the parts have different classes, or
-      something in the folder is not understood.
   """
   ignored: Counter[str] = collections.Counter()
   try:

@@ -32,9 +32,6 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
     path: the file.
     draw: how to split a file without a test part.
     seed: of the draw.
-
-  Raises:
-    DatasetError: the file cannot be read.
   """
   try:
     with open(path, 'rb') as file:

@@ -74,11 +74,7 @@ def _number(version: Path) -> list[int]:
 
 
 def check_path(path: Path) -> None:
-  """Refuses a folder that tensorflow-datasets cannot write or read.
-
-  Raises:
-    DatasetError: its name is not UTF-8.
-  """
+  """Refuses a folder that tensorflow-datasets cannot write or read."""
   try:
     str(path).encode()
   except UnicodeEncodeError as error:
@@ -89,11 +85,7 @@ def check_path(path: Path) -> None:
 
 
 def source(path: Path, spec: Spec, seed: int) -> Source:
-  """The dataset in a folder prepared by tensorflow-datasets.
-
-  Raises:
-    DatasetError: files are missing, or it is in another format.
-  """
+  """The dataset in a folder prepared by tensorflow-datasets."""
   check_path(path)
   files = _files(path, spec)
   draw = f', {spec.draw}, seed {seed}' if spec.draw else ''

@@ -128,11 +128,7 @@ def stacked(values: np.ndarray, frame: int) -> np.ndarray:
 
 
 def read_audio(content: bytes, at: str) -> np.ndarray:
-  """Samples of a SPHERE file, int16 [N].
-
-  Raises:
-    DatasetError: compressed, damaged or truncated, or not 16 kHz mono.
-  """
+  """Samples of a SPHERE file, int16 [N]."""
   soundfile = require('soundfile', 'reading TIMIT', 'prepare')
   head = content[:1024]
   if b'shorten' in head:
@@ -160,11 +156,7 @@ def read_audio(content: bytes, at: str) -> np.ndarray:
 
 
 def read_segments(text: str, at: str) -> list[tuple[int, int, str]]:
-  """Segments of a .PHN file: "begin end phone" per line, in samples.
-
-  Raises:
-    DatasetError: a line of another form, or an unknown phone.
-  """
+  """Segments of a .PHN file: "begin end phone" per line, in samples."""
   segments = []
   for number, line in enumerate(text.splitlines(), 1):
     match = re.fullmatch(r'\s*(\d+)\s+(\d+)\s+(\S+)\s*', line)

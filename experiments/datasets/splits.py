@@ -47,9 +47,6 @@ def draw_split(
     classes: names of all classes.
     draw: how many of what.
     seed: of the draw.
-
-  Raises:
-    DatasetError: too few classes with enough samples, or names that repeat.
   """
   members: dict[str, list[int]] = {name: [] for name in sorted(classes)}
   for row, label in enumerate(map(int, labels)):
@@ -116,9 +113,6 @@ def balanced_rows(
 
   Returns:
     int64 [size], rising.
-
-  Raises:
-    DatasetError: `size` is out of range.
   """
   counts = np.bincount(labels) - spared
   if not len(counts) <= size <= counts.sum():

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from experiments import datasets
 from experiments.datasets import DatasetError, archives, speech
 from experiments.datasets.folders import hidden
+from experiments.datasets.specs import find_known
 from tests.datasets import originals
 from tests.datasets.archives import (
   encoded,
@@ -210,7 +211,9 @@ def test_labels(root, dtype, labels):
 
 
 @_SETTINGS
-@given(name=st.text(max_size=12) | _ANY)
+@given(
+  name=(st.text(max_size=12) | _ANY).filter(lambda name: not find_known(name))
+)
 def test_names_of_datasets(root, name):
   data_dir = root()
   save(data_dir / 'birds.npz', raw_arrays(size=4))
@@ -297,6 +300,7 @@ def test_bytes_of_a_picture(root, content):
 
 
 @_SETTINGS
+@example(content=_ZIP[:2] + b'!' + _ZIP[3:])
 @given(content=_damaged(_ZIP) | _damaged(_TGZ) | st.binary(max_size=600))
 def test_bytes_of_an_archive(root, content):
   path = root() / 'a'
