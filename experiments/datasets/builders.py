@@ -36,13 +36,14 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def __init__(self, **kwargs: Any):
     super().__init__(**kwargs)
-    self._seen: set[str] = set()
+    self._unused: set[str] = set()
     self._used: set[str] = set()
 
   @property
   def ignored(self) -> str:
     """'ignored 5 files: 3 .txt, 2 .csv', or nothing."""
-    return ignored_text(collections.Counter(map(kind, self._seen - self._used)))
+    unused = self._unused - self._used
+    return ignored_text(collections.Counter(map(kind, unused)))
 
   def _info(self) -> tfds.core.DatasetInfo:
     (spec,) = (spec for spec in SPECS.values() if spec.builder == self.name)
@@ -64,9 +65,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       }
     )
 
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Any]:
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     return {'train': self._generate_examples(*self._originals(dl_manager))}
 
   def _generate_examples(self, path: Path) -> _Examples:
@@ -81,26 +80,25 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     self, path: Path, pictures: bool = True
   ) -> Iterator[tuple[re.Match[str], bytes]]:
     """Members that match `FILE`, each once, and their content."""
-    contents: dict[str, tuple[str, bytes]] = {}
+    known: dict[str, tuple[str, bytes]] = {}
     for name, read in archives.members(path):
-      self._seen.add(name)
       match = self.FILE.fullmatch(name)
       if match is None or (pictures and not is_picture(name)):
+        self._unused.add(name)
         continue
       self._used.add(name)
       content = read()
-      digest = hashlib.sha256(content).digest()
-      file = match['file'].lower()
-      other, known = contents.setdefault(file, (name, digest))
-      if known != digest:
+      found = name, hashlib.sha256(content).digest()
+      first = known.setdefault(match['file'].lower(), found)
+      if first[1] != found[1]:
         raise DatasetError(
-          f'{path}: {other} and {name} are different files of one name; keep '
-          'one copy of the set there'
+          f'{path}: {first[0]} and {name} are different files of one name; '
+          'keep one copy of the set there'
         )
-      if other is name:
+      if first is found:
         yield match, content
 
-  def _originals(self, dl_manager: tfds.download.DownloadManager) -> list[Path]:
+  def _originals(self, dl_manager: Any) -> list[Path]:
     """Paths of the original files, checked, in the order of the table."""
     self._manual_dir = Path(dl_manager.download_dir) / 'manual'
     original = archives.ORIGINALS[self.name]
@@ -168,9 +166,7 @@ class IcubWorld(OriginalBuilder):
     re.IGNORECASE,
   )
 
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Any]:
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     (path,) = self._originals(dl_manager)
     return {
       part: self._generate_examples(path, part) for part in ('train', 'test')
@@ -205,9 +201,7 @@ class OxfordFlowers17(OriginalBuilder):
   }
   FILE = re.compile(r'(?:.*/)?(?P<file>image_(\d{4})\.jpg)')
 
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Any]:
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     pictures, splits = self._originals(dl_manager)
     return {
       part: self._generate_examples(pictures, numbers)
@@ -258,9 +252,7 @@ class MitIndoor67(OriginalBuilder):
 
   FILE = re.compile(r'(?:.*/)?(?P<file>(?P<label>[^/]+)/[^/]+)')
 
-  def _split_generators(
-    self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Any]:
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
     pictures, *lists = self._originals(dl_manager)
     return {
       part: self._generate_examples(pictures, path)
@@ -296,7 +288,9 @@ class SufrW(OriginalBuilder):
 
   LIST = 'SUFR_in_the_wild_info.txt'
   LINE = re.compile(r'\s*(\d+)\s*#\s*(.*\S)\s*')
-  FILE = re.compile(r'(?:.*/)?(?P<file>0*(\d+)\.jpe?g)', re.IGNORECASE)
+  FILE = re.compile(
+    r'(?:.*/)?SUFR_in_the_wild/(?P<file>(\d+)\.jpe?g)', re.IGNORECASE
+  )
 
   def _generate_examples(self, path: Path) -> _Examples:
     people = self._people(path)
@@ -354,13 +348,12 @@ class TimitSubphones(OriginalBuilder):
   )
 
   def _features(self) -> tfds.features.FeaturesDict:
-    return tfds.features.FeaturesDict(
+    of = tfds.features
+    return of.FeaturesDict(
       {
-        'features': tfds.features.Tensor(
-          shape=(None, speech.FEATURES), dtype=np.float32
-        ),
-        'labels': tfds.features.Tensor(shape=(None,), dtype=np.int64),
-        'file': tfds.features.Text(),
+        'features': of.Tensor(shape=(None, speech.FEATURES), dtype=np.float32),
+        'labels': of.Tensor(shape=(None,), dtype=np.int64),
+        'file': of.Text(),
       }
     )
 
@@ -376,7 +369,13 @@ class TimitSubphones(OriginalBuilder):
       half[suffix] = content
       if len(half) == 2:
         sentences[speaker] += 1
-        yield utterance, _utterance(path, utterance, **halves.pop(utterance))
+        halves.pop(utterance)
+        at = f'{path}: {utterance}'
+        values, labels = speech.frames(half['wav'], half['phn'], at)
+        yield (
+          utterance,
+          {'features': values, 'labels': labels, 'file': utterance},
+        )
     if halves:
       utterance, half = min(halves.items())
       raise self._layout_error(
@@ -390,16 +389,3 @@ class TimitSubphones(OriginalBuilder):
         f'their {self.SENTENCES} sentences, such as {who} with '
         f'{sentences[who]}',
       )
-
-
-def _utterance(
-  path: Path, utterance: str, wav: bytes, phn: bytes
-) -> dict[str, Any]:
-  at = f'{path}: {utterance}'
-  values = speech.features(speech.read_audio(wav, f'{at}.wav'))
-  segments = speech.read_segments(phn.decode('ascii', 'replace'), f'{at}.phn')
-  return {
-    'features': values,
-    'labels': speech.subphones(segments, len(values)),
-    'file': utterance,
-  }

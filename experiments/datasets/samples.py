@@ -40,7 +40,6 @@ Sample = bytes | memoryview | np.ndarray
 _CHUNK = 64
 # Pillow only identifies these, or has another program draw them.
 _NOT_PICTURES = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
-_JPEG = ('JPEG', 'MPO')
 _ORIENTATION = 0x0112
 
 # What the note says of decoded pictures, with their number in front.
@@ -192,9 +191,9 @@ def is_picture(name: str | PurePath) -> bool:
   return PurePath(name).suffix.lower() in _formats()[1]
 
 
-def is_jpeg(name: str | PurePath) -> bool:
+def is_jpeg(name: PurePath) -> bool:
   """Whether a file name has a suffix of JPEG, in any case."""
-  return _formats()[1].get(PurePath(name).suffix.lower()) in _JPEG
+  return _formats()[1].get(name.suffix.lower()) in ('JPEG', 'MPO')
 
 
 def stored_shape(sample: Sample) -> tuple[int, ...]:

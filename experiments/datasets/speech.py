@@ -40,6 +40,13 @@ _DELTA_WIDTH = 2
 _FLOOR = 1.0
 
 
+def frames(wav: bytes, phn: bytes, at: str) -> tuple[np.ndarray, np.ndarray]:
+  """Features and sub-phonetic labels of the frames of an utterance."""
+  values = features(read_audio(wav, f'{at}.wav'))
+  segments = read_segments(phn.decode('ascii', 'replace'), f'{at}.phn')
+  return values, subphones(segments, len(values))
+
+
 def features(samples: np.ndarray) -> np.ndarray:
   """Filter banks, energy and their differences of every whole window.
 
