@@ -105,7 +105,7 @@ def demo(results: Path = Path('results/demo')) -> int:
   Args:
     results: results folder.
   """
-  status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, None, Execution())
+  status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
   if status == 0:
     status = report(results)
     print(
@@ -137,7 +137,7 @@ def run(
   if not runs:
     print(f'shard {execution.shard} has no runs: nothing to do.')
     return 0
-  status = _train(runs, results, selection.data_dir, execution)
+  status = _train(runs, results, selection, execution)
   if status in (0, 1):
     from experiments import report as reports
     from experiments.studies import load
@@ -172,8 +172,9 @@ def plan(
   runs = selection.runs(protocol)
   missing = _missing(runs, results)
   machine.start_jax()
-  from experiments.training import cost, data
+  from experiments.training import cost
 
+  load = selection.loader()
   print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
   cells: dict[tuple[str, str], list[Run]] = {}
   for each in missing:
@@ -181,7 +182,7 @@ def plan(
     cells.setdefault(key, []).append(each)
   total_flops = total_hours = 0.0
   for (name, condition), members in cells.items():
-    dataset = data.load(name, protocol.train_size, selection.data_dir)
+    dataset = load(name, protocol.train_size)
     flops = sum(cost.run_flops(each, dataset) for each in members)
     total_flops += flops
     line = (
@@ -367,7 +368,7 @@ def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
 def _train(
   runs: Sequence[Run],
   results: Path,
-  data_dir: Path | None,
+  selection: Selection,
   execution: Execution,
 ) -> int:
   """Trains runs with progress; returns the exit status."""
@@ -385,7 +386,7 @@ def _train(
   store.create(results)
   options = Options(
     results,
-    data_dir,
+    selection.loader(),
     execution.devices,
     execution.scan,
     execution.checkpoint_share,

@@ -142,8 +142,8 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
 
 
 def _network(setup: Setup) -> nn.Module:
-  own: Any = plugins.load(setup.plugin).networks
-  network = own.get(setup.network) or models.NETWORKS[setup.network]
+  own = plugins.load(setup.plugin).networks
+  network: Any = own.get(setup.network) or models.NETWORKS[setup.network]
   if callable(network):
     return network(setup.classes, setup.condition.batch_norm)
   return models.Network(

@@ -33,8 +33,8 @@ _GROUP = [
 ]
 
 
-def _launch(folder, runs, listener=None, size=1, share=0.03, data=None, **more):
-  options = Options(folder, data or tiny.folder(), checkpoint_share=share)
+def _launch(folder, runs, listener=None, size=1, share=0.03, **more):
+  options = Options(folder, tiny.loader(), checkpoint_share=share)
   launcher = in_this_process(options, size)
   listener = listener or Listener()
   return launching.launch(runs, launcher, options, listener, **more)
@@ -111,7 +111,7 @@ def test_resumes_with_the_same_bits(
 
 def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed):
   """After the first of the two steps of epoch 2."""
-  options = Options(tmp_path, tiny.folder(), checkpoint_share=0.0)
+  options = Options(tmp_path, tiny.loader(), checkpoint_share=0.0)
   answers = iter([False] * (2 + 2 + 1))  # two steps, two evaluations, a step
   ((run, outcome),) = train.train_runs(
     [_RUN], options, Listener(), lambda: next(answers, True)
@@ -340,7 +340,7 @@ def test_one_that_cannot_begin_leaves_the_others(tmp_path, alone, monkeypatch):
   _check_close(folders.contents(tmp_path), alone, others)
 
 
-def test_groups_differ_in_rate_and_seed_only(monkeypatch):
+def test_groups_differ_in_rate_and_seed_only(tmp_path, monkeypatch):
   groups = []
 
   def trained(runs, *_):
@@ -356,6 +356,6 @@ def test_groups_differ_in_rate_and_seed_only(monkeypatch):
     (1, [[run] for run in [*a, *b]]),
   ):
     groups.clear()
-    options = Options(tiny.folder())
+    options = Options(tmp_path)
     list(in_this_process(options, size)([*a, *b], Listener(), StopRequest()))
     assert groups == wanted

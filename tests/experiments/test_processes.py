@@ -227,7 +227,7 @@ finally:
 
 def _options(folder, share=1.0):
   store.create(folder)
-  return Options(folder, tiny.folder(), checkpoint_share=share)
+  return Options(folder, tiny.loader(), checkpoint_share=share)
 
 
 _LAUNCHERS = {

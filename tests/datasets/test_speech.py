@@ -1,9 +1,8 @@
-"""Features, labels and the builder of TIMIT80."""
+"""Audio, features and labels of TIMIT80."""
 
 import numpy as np
 import pytest
 
-from experiments import datasets
 from experiments.datasets import DatasetError, speech
 from tests.datasets import originals
 
@@ -39,8 +38,8 @@ def test_filters_divide_the_spectrum():
   assert filters.shape == (40, 257)
   assert (filters >= 0).all()
   assert filters.any(axis=1).all()
-  centres = np.flatnonzero(filters.sum(axis=0) > 0.99)
-  total = filters.sum(axis=0)[centres[0] : centres[-1] + 1]
+  centers = np.flatnonzero(filters.sum(axis=0) > 0.99)
+  total = filters.sum(axis=0)[centers[0] : centers[-1] + 1]
   np.testing.assert_allclose(total, 1, atol=1e-9)
 
 
@@ -84,7 +83,7 @@ def test_sixty_one_phones_in_three_thirds():
   assert speech.SUBPHONES[:4] == ('aa_1', 'aa_2', 'aa_3', 'ae_1')
 
 
-def test_frames_take_the_third_that_holds_their_centre():
+def test_frames_take_the_third_that_holds_their_center():
   # Centres are at 200, 360, 520, ...
   labels = speech.subphones([(0, 960, 'aa'), (960, 1440, 'z')], 12)
   names = [speech.SUBPHONES[i] if i >= 0 else '' for i in labels]
@@ -113,59 +112,13 @@ def test_context_is_seven_frames_on_each_side():
   assert speech.stacked(values, 19).shape == (1845,)
 
 
-def _prepare(root, **fields):
-  datasets.prepare(
-    'TIMIT80', root, cache_dir=root / 'cache', progress=lambda _: None
-  )
-  return datasets.load('timit', data_dir=root, cache_dir=root / 'cache')
-
-
-@pytest.mark.parametrize('form', ['folder', 'zip', 'tgz'])
-def test_the_disc_becomes_frames(tmp_path, manual, smaller, form):
-  files = originals.timit_files()
-  place = manual / 'timit_subphones'
-  if form == 'folder':
-    originals.folder(place, files)
-  elif form == 'zip':
-    originals.zipped(place / 'timit_LDC93S1.zip', files)
-  else:
-    originals.tar(place / 'timit_LDC93S1.tgz', files, 'w:gz')
-  smaller('TIMIT80', classes=6, train=60, test=20)
-  data = _prepare(tmp_path)
-  assert data.x_train.shape == (360, 1845)
-  assert data.x_train.dtype == np.float32
-  assert np.bincount(data.y_test).tolist() == [20] * 6
-  assert set(data.classes) <= set(speech.SUBPHONES)
-  # Development speakers only, no SA sentences.
-  for name in data.files_train:
-    assert not name.startswith('fcjf0')
-    assert '/sa' not in name
-  # The middle frame of each is normalised over the training set.
-  middle = data.x_train.reshape(-1, 15, 123)[:, 7]
-  np.testing.assert_allclose(middle.mean(axis=0), 0, atol=1e-4)
-  np.testing.assert_allclose(middle.std(axis=0), 1, atol=1e-4)
-
-
-def test_frames_carry_the_label_of_their_place(tmp_path, manual, smaller):
-  originals.timit(manual)
-  smaller('TIMIT80', classes=6, train=60, test=20)
-  data = _prepare(tmp_path)
-  phones = 'h# sh iy hv ae h#'.split()
-  for name, label in zip(data.files_test, data.y_test, strict=True):
-    centre = int(name.rpartition(':')[2]) * 160 + 200
-    third = centre % 1600 * 3 // 1600 + 1
-    assert data.classes[label] == f'{phones[centre // 1600]}_{third}'
-
-
-def test_big_endian_audio_is_the_same(tmp_path):
-  from experiments.datasets.builders.timit import read_audio
-
+def test_big_endian_audio_is_the_same():
   samples = np.arange(-300, 300)
   little = originals.sphere(samples)
   head = little[:1024].replace(b'-s2 01', b'-s2 10')
   big = head + samples.astype('>i2').tobytes()
   for content in (little, big):
-    np.testing.assert_array_equal(read_audio(content, 'here'), samples)
+    np.testing.assert_array_equal(speech.read_audio(content, 'here'), samples)
 
 
 @pytest.mark.parametrize(
@@ -182,49 +135,13 @@ def test_big_endian_audio_is_the_same(tmp_path):
   ],
 )
 def test_audio_that_is_not_timits(content, message):
-  from experiments.datasets.builders.timit import read_audio
-
   with pytest.raises(DatasetError, match=f'a/b.wav: .*{message}'):
-    read_audio(content, 'a/b.wav')
+    speech.read_audio(content, 'a/b.wav')
 
 
 @pytest.mark.parametrize(
   'line', ['0 100', '100 100 aa', '0 100 xx', '-5 9 aa', 'a b c']
 )
 def test_segments_of_another_form(line):
-  from experiments.datasets.builders.timit import read_segments
-
   with pytest.raises(DatasetError, match=r'a\.phn: line 2 is '):
-    read_segments(f'0 50 h#\n{line}\n', 'a.phn')
-
-
-def test_audio_without_its_labels(tmp_path, manual):
-  files = originals.timit_files()
-  del files['TIMIT/TEST/DR1/FADG0/SX37.PHN']
-  originals.folder(manual / 'timit_subphones', files)
-  with pytest.raises(DatasetError, match=r'fadg0/sx37 has only a \.wav file'):
-    _prepare(tmp_path)
-
-
-@pytest.mark.parametrize(
-  ('gone', 'said'),
-  [
-    ('/FADG0/', '1 of the 50 speakers .* 8 sentences, such as fadg0 with 0'),
-    ('/FADG0/SX37', '8 sentences, such as fadg0 with 7'),
-  ],
-)
-def test_a_missing_speaker_or_sentence(tmp_path, manual, gone, said):
-  files = {
-    name: content
-    for name, content in originals.timit_files().items()
-    if gone not in name
-  }
-  originals.folder(manual / 'timit_subphones', files)
-  with pytest.raises(DatasetError, match=said):
-    _prepare(tmp_path)
-
-
-def test_too_few_frames(tmp_path, manual):
-  originals.timit(manual)
-  with pytest.raises(DatasetError, match='80 classes with at least 500 sam'):
-    _prepare(tmp_path)
+    speech.read_segments(f'0 50 h#\n{line}\n', 'a.phn')
