@@ -143,9 +143,10 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
 
 def _network(setup: Setup) -> nn.Module:
   own = plugins.load(setup.plugin).networks
-  network: Any = own.get(setup.network) or models.NETWORKS[setup.network]
+  network: Any = own.get(setup.network, models.NETWORKS.get(setup.network))
   if callable(network):
-    return network(setup.classes, setup.condition.batch_norm)
+    module: Any = network(setup.classes, setup.condition.batch_norm)
+    return module
   return models.Network(
     layers=tuple(network),
     classes=setup.classes,
