@@ -247,7 +247,7 @@ def test_an_unreadable_run_is_left_out_and_named(main, tmp_path, command):
   assert status == 0
   assert f'run {"0" * 20} is left out: ' in out
   assert 'config.json is broken' in out
-  assert 'Protocol 1: 1 epochs, 200 training images' in out
+  assert '1 epoch, 200 images' in out
 
 
 def test_list(main):
