@@ -34,7 +34,11 @@ def of_protocol(results: Results, protocol: str) -> list[str]:
   )
   keys = ['dataset', 'processes', 'condition', 'seed', 'rate']
   table = runs[keys].drop_duplicates()
-  for column in ('rate', 'seed', 'condition'):  # join what is alike otherwise
+  for column in (
+    'rate',
+    'seed',
+    'condition',
+  ):  # join rows that differ only in this
     keys.remove(column)
     others = [key for key in table.columns if key != column]
     kind = tuple if column == 'condition' else _ordered

@@ -144,8 +144,8 @@ class Results:
 
   Attributes:
     runs: a row per run, finished or not.
-    protocols: their fields by name, most training first, then those with other
-      settings than the usual.
+    protocols: their fields by name; those with default settings come first,
+      most training before less.
     rows: by protocol and label; datasets in the paper's order, others last.
     cells: by protocol, label and condition, in the order of rows and tables.
     warnings: a line for each record that is left out.
@@ -159,7 +159,7 @@ class Results:
 
   @property
   def main(self) -> list[str]:
-    """Protocols with the usual settings, or all if there are none."""
+    """Protocols with default settings, or all if there are none."""
     usual = [
       p for p, fields in self.protocols.items() if not is_variant(fields)
     ]
@@ -228,7 +228,7 @@ def read(records: Iterable[Record]) -> Results:
 
 
 def is_variant(fields: Mapping[str, Any]) -> bool:
-  """Whether a protocol differs from the usual in more than its length."""
+  """Whether settings other than epochs and images are not the defaults."""
   return any(
     value != DEFAULTS.get(name)
     for name, value in fields.items()
@@ -371,9 +371,9 @@ def _result(result: Any) -> dict[str, Any]:
 
 
 def _protocol_name(fields: Mapping[str, Any]) -> str:
-  """Such as '13 epochs, 5000 images, weight decay 0': what is not as usual.
+  """Such as '13 epochs, 5000 images, weight decay 0': non-default settings.
 
-  It depends on the protocol alone, so names stay when others are added.
+  It depends on the protocol alone, so a name stays when others are added.
   """
   epochs, size = fields['epochs'], fields['train_size']
   parts = [f'{epochs} epoch' + 's' * (epochs != 1)]

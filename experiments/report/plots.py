@@ -341,7 +341,7 @@ def _curves(
   curves = {}
   for condition in conditions:
     found = settings[settings.condition == condition]
-    # Of equals the highest rate.
+    # Ties: the highest rate.
     best = found[found.best == found.best.min()].sort_values('rate').iloc[-1]
     mine = runs[(runs.condition == condition) & (runs.rate == best.rate)
                 & (runs.plan == best.plan)]  # fmt: skip
