@@ -1,199 +1,476 @@
-"""The command line: every command is a dataclass, every option a field.
+"""The command line: every command is a function, its options its parameters.
 
-Nothing here imports JAX, so ``--help`` is quick; the work is in
-``experiments.commands``.
+Nothing here imports JAX before a command needs it, so ``--help`` is quick.
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import tyro
 
-from experiments.options import Execution, Hosts, ProtocolOptions, Selection
-from experiments.paper.protocol import Protocol
+from experiments.paper.protocol import Protocol, Run
+from experiments.runs.selection import Selection, shard_of
 
-Results = Annotated[Path, tyro.conf.arg(metavar='DIR')]
-_Flat = tyro.conf.OmitArgPrefixes
-DEMO_PROTOCOL = Protocol(epochs=5)
+_DEMO = Selection(
+  condition=(
+    'SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM', 'brSF-50%+BN+BM', 'RndF',
+    'RndF+BN+BM',
+  ),
+  rate=(10.0, 1.0),
+)  # fmt: skip
+_DEMO_PROTOCOL = Protocol(epochs=5)
+
+app = tyro.extras.SubcommandApp()
 
 
-@dataclasses.dataclass(frozen=True)
-class Demo:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """Where and how runs are trained.
+
+  Attributes:
+    executor: this process, one worker process for each part of this host, or
+      Ray tasks.
+    workers: number of worker processes (default: one for each accelerator, or
+      else each core).
+    devices: of this process, over which mini-batches are divided (default: as
+      many accelerators as divide them; one CPU).
+    together: how many runs that differ in rate or seed only this process trains
+      as one program (default: up to 32 on a single accelerator, else 1).
+    ray_address: of a Ray cluster (default: one is started on this host).
+    cpus_per_run: that a Ray task asks for (default: 1).
+    gpus_per_run: that a Ray task asks for (default: 0).
+    shard: I/N, the I-th of N equal parts of the runs, such as 1/4.
+    retries: how often a run that fails is tried again; then its error is
+      recorded, and the others go on.
+    scan: compile a whole epoch as one loop (default: not on a CPU).
+    checkpoint_share: share of a run's time that checkpoints may take; 1 writes
+      one after every epoch.
+  """
+
+  executor: Literal['local', 'processes', 'ray'] = 'local'
+  workers: int | None = None
+  devices: int | None = None
+  together: int | None = None
+  ray_address: str | None = None
+  cpus_per_run: float | None = None
+  gpus_per_run: float | None = None
+  shard: str | None = None
+  retries: int = 2
+  scan: bool | None = None
+  checkpoint_share: float = 0.03
+
+  def check(self) -> None:
+    """Checks ranges, and that each option belongs to the executor.
+
+    Raises:
+      ValueError: if not; names the option.
+    """
+    for name, allowed, holds in (
+      ('workers', 'positive', self.workers is None or self.workers > 0),
+      ('together', 'positive', self.together is None or self.together > 0),
+      ('cpus_per_run', 'at least 0', (self.cpus_per_run or 0) >= 0),
+      ('gpus_per_run', 'at least 0', (self.gpus_per_run or 0) >= 0),
+      ('retries', 'at least 0', self.retries >= 0),
+      ('checkpoint_share', 'in [0, 1]', 0 <= self.checkpoint_share <= 1),
+    ):
+      if not holds:
+        raise ValueError(
+          f'{name} must be {allowed}, not {getattr(self, name)!r}.'
+        )
+    for name, executor in (
+      ('workers', 'processes'),
+      ('ray_address', 'ray'),
+      ('cpus_per_run', 'ray'),
+      ('gpus_per_run', 'ray'),
+      ('devices', 'local'),
+      ('together', 'local'),
+    ):
+      value = getattr(self, name)
+      if value is not None and self.executor != executor:
+        raise ValueError(
+          f'{name} is {value!r}, but only --executor {executor} has it: add '
+          f'that, or leave out --{name.replace("_", "-")}.'
+        )
+
+
+@app.command
+def demo(results: Path = Path('results/demo')) -> int:
   """From nothing to a table and a report, on embedded data, in a minute.
 
-  Attributes:
+  Args:
     results: results folder.
   """
+  status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
+  if status == 0:
+    status = report(results)
+    print(
+      f"scikit-learn's digits, {_DEMO_PROTOCOL.epochs} epochs and "
+      f'{len(_DEMO.rate)} rates: a demonstration, not the paper. Next: '
+      'python -m experiments list'
+    )
+  return status
 
-  results: Results = Path('results/demo')
 
+@app.command
+def run(
+  selection: Selection = Selection(),  # noqa: B008
+  protocol: Protocol = Protocol(),  # noqa: B008
+  execution: Execution = Execution(),  # noqa: B008
+  results: Path = Path('results'),
+) -> int:
+  """Runs a part of the grid; finished runs are not run again.
 
-@dataclasses.dataclass(frozen=True)
-class RunCommand:
-  """Runs a part of the grid; what is finished is not run again.
-
-  Attributes:
+  Args:
     selection: which cells.
-    protocol: what is common to all of them.
+    protocol: what they all share.
     execution: where and how.
     results: results folder.
-    hosts: which processes do it together.
   """
+  execution.check()
+  runs = selection.runs(protocol, execution.devices or 1)
+  runs = shard_of(runs, execution.shard)
+  if not runs:
+    print(f'shard {execution.shard} has no runs: nothing to do.')
+    return 0
+  status = _train(runs, results, selection, execution)
+  if status in (0, 1):
+    from experiments import report as reports
+    from experiments.studies import load
 
-  selection: Selection = Selection()
-  protocol: ProtocolOptions = ProtocolOptions()
-  execution: Execution = Execution()
-  results: Results = Path('results')
-  hosts: Hosts = Hosts()
+    ids = {each.run_id for each in runs}
+    records = [record for record in load(results) if record.run_id in ids]
+    tables = [table.name for table in selection.tables()]
+    if any(record.result for record in records):
+      print(reports.text_tables(records, tables or None))
+    print(f'report: python -m experiments report {results}')
+  return status
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
+@app.command
+def plan(
+  selection: Selection = Selection(),  # noqa: B008
+  protocol: Protocol = Protocol(),  # noqa: B008
+  results: Path = Path('results'),
+  calibrate: bool = False,
+) -> int:
   """Says which runs are missing and what they cost; runs nothing.
 
-  Attributes:
+  Args:
     selection: which cells.
-    protocol: what is common to all of them.
+    protocol: what they all share.
     results: results folder.
     calibrate: time a few steps of each network and estimate hours.
   """
+  from experiments.paper.conditions import names_of
+  from experiments.training import machine
 
-  selection: Selection = Selection()
-  protocol: ProtocolOptions = ProtocolOptions()
-  results: Results = Path('results')
-  calibrate: bool = False
+  runs = selection.runs(protocol)
+  missing = _missing(runs, results)
+  machine.start_jax()
+  from experiments.training import cost
+
+  load = selection.loader()
+  print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
+  cells: dict[tuple[str, str], list[Run]] = {}
+  for each in missing:
+    key = each.dataset.name, names_of(each.condition)[0]
+    cells.setdefault(key, []).append(each)
+  total_flops = total_hours = 0.0
+  for (name, condition), members in cells.items():
+    dataset = load(name, protocol.train_size)
+    flops = sum(cost.run_flops(each, dataset) for each in members)
+    total_flops += flops
+    line = (
+      f'{name:<12} {condition:<18} {len(members):>4} runs  {flops:.2e} FLOP'
+    )
+    if calibrate:
+      speed = cost.flops_per_second(members[0], dataset)
+      total_hours += flops / speed / 3600
+      line += f'  {speed / 1e9:6.1f} GFLOP/s  {flops / speed / 3600:8.2f} h'
+    print(line)
+  total = f'{len(missing)} runs missing: {total_flops:.2e} FLOP'
+  if calibrate:
+    total += f', about {total_hours:.2f} h on this machine'
+  elif missing:
+    total += ' (--calibrate estimates the time)'
+  print(total)
+  return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class List:
+@app.command(name='list')
+def list_all(data_dir: Path | None = None) -> int:
   """Lists datasets and where each would come from, conditions and tables.
 
-  Attributes:
+  Args:
     data_dir: folder with NAME.npz files or image folders.
   """
+  from experiments import datasets
+  from experiments.paper import conditions
 
-  data_dir: Path | None = None
+  print('datasets')
+  for name, spec in datasets.SPECS.items():
+    status = datasets.status(name, data_dir)
+    print(
+      f'  {name:<12} {spec.classes:>4} classes  {spec.architecture:<8} '
+      f'{status.state}: {status.text}'
+    )
+  print('\nconditions (any RULE[+BN][+BM[1-3]] works, such as frSF-10%+BN)')
+  norms = {'none': 'no BN', 'plain': 'BN', 'affine': 'BN, learnable'}
+  for column in conditions.COLUMNS.values():
+    first = column.conditions[0]
+    plans = ' or '.join(
+      ', then '.join(
+        f'{size}' if epochs is None else f'{size} for {epochs} epochs'
+        for epochs, size in condition.batch_plan
+      )
+      for condition in column.conditions
+    )
+    setting = first.batch_manhattan
+    update = f'BM setting {setting}' if setting else 'SGD'
+    print(
+      f'  {column.name:<18} {first.rule:<10} {update:<12} '
+      f'{norms[first.batch_norm]:<13} batch {plans}'
+      + ('' if first.frozen == 'nothing' else f', {first.frozen} frozen')
+    )
+  print('\ntables')
+  for table in conditions.TABLES.values():
+    print(f'  {table.name:<5} {table.title}: {", ".join(table.columns)}')
+  return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
+@app.command(name='data')
+def show_data(
+  words: tyro.conf.Positional[tuple[str, ...]],
+  data_dir: Path | None = None,
+  show_split: bool = False,
+  grid: Path | None = None,
+) -> int:
   """Prepares, checks or shows a dataset: data [prepare|check] NAME.
 
-  Attributes:
-    words: NAME, or what to do (prepare, check) and NAME.
+  Args:
+    words: NAME, or an action (prepare, check) and NAME.
     data_dir: folder with NAME.npz files or image folders, and for prepared
       ones.
     show_split: print the chosen samples of each class.
     grid: where `check` draws a grid of labelled pictures (PNG).
   """
+  from experiments import datasets
 
-  words: tyro.conf.Positional[tuple[str, ...]]
-  data_dir: Path | None = None
-  show_split: bool = False
-  grid: Path | None = None
+  *action, name = words or ('',)
+  if action not in ([], ['prepare'], ['check']) or not name:
+    raise ValueError(
+      'say `data NAME`, `data prepare NAME` or `data check NAME`, not '
+      f'`data {" ".join(words)}`.'
+    )
+  if action == ['prepare']:
+    datasets.prepare(name, data_dir)
+  if action == ['check']:
+    _show_check(datasets.check(name, data_dir, grid=grid))
+  elif show_split:
+    for line in datasets.show_split(name, data_dir):
+      print(line)
+  else:
+    status = datasets.status(name, data_dir)
+    print(f'{datasets.find(name).name}: {status.state}: {status.text}')
+  return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """Writes tables, plots and one HTML page from a results folder.
+def _show_check(found) -> None:
+  """Prints what ``data check`` found."""
+  print(f'{found.name}: {found.source}')
+  if found.note:
+    print(f'note: {found.note}')
+  print(f'digest: {found.digest}')
+  sizes = ', '.join(f'{h}x{w}: {n}' for (h, w), n in found.sizes.items())
+  print(f'stored sizes: {sizes or "vectors"}')
+  print(f'test samples that are training samples too: {len(found.duplicates)}')
+  for test, train in found.duplicates:
+    print(f'  {test} = {train}')
+  print('class: train, test')
+  for name, count in found.train_counts.items():
+    print(f'  {name}: {count}, {found.test_counts.get(name, 0)}')
+  if found.grid is not None:
+    print(f'pictures: {found.grid}')
 
-  Attributes:
-    results: results folder.
-    out: where to write; default: the folder `report` in it.
+
+@app.command
+def report(
+  results: tyro.conf.Positional[Path] = Path('results'),
+  out: Path | None = None,
+  markdown_only: bool = False,
+) -> int:
+  """Writes tables, plots and one HTML page from results.
+
+  Args:
+    results: results folder, a study's JSONL file, or a folder of them.
+    out: where to write; default: the folder `report` in a results folder.
     markdown_only: write RESULTS.md and its plots, nothing else.
   """
+  from experiments import report as reports
+  from experiments.studies import load
 
-  results: tyro.conf.Positional[Results] = Path('results')
-  out: Path | None = None
-  markdown_only: bool = False
+  records = load(results)
+  print(reports.text_tables(records))
+  default = (results if results.is_dir() else results.parent) / 'report'
+  paths = reports.write_report(
+    records, out or default, markdown_only=markdown_only
+  )
+  print('written:')
+  for path in paths:
+    print(f'  {path}')
+  return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Claims:
-  """Checks the paper's conclusions against a results folder.
+@app.command
+def claims(
+  results: tyro.conf.Positional[Path] = Path('results'),
+) -> int:
+  """Checks the paper's conclusions against results.
 
-  Attributes:
+  Args:
+    results: results folder, a study's JSONL file, or a folder of them.
+  """
+  from experiments import report as reports
+  from experiments.studies import load
+
+  print(reports.claims_text(load(results)))
+  return 0
+
+
+@app.command
+def fold(
+  results: tyro.conf.Positional[Path], study: tyro.conf.Positional[Path]
+) -> int:
+  """Adds the finished runs of a results folder to a study's JSONL file.
+
+  Args:
     results: results folder.
+    study: file to write, such as experiments/results/NAME.jsonl.
   """
+  from experiments import studies
 
-  results: tyro.conf.Positional[Results] = Path('results')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bench:
-  """Measures training steps of every rule beside plain Flax, torch, biotorch.
-
-  All programs make steps in turn. torch and biotorch take part where they are
-  installed: pip install -e '.[bench]'.
-
-  Attributes:
-    architecture: columns of Table 1, such as cifar; default: all five.
-    batch_norm: none, plain (without learnable parameters) or both.
-    rule: feedback rules by name, such as brSF-50%.
-    batch: examples in a mini-batch.
-    steps: the least number of measured steps of each program.
-    seconds: go on with steps for so long on each network.
-    out: folder for the measurements, their tables and their plot.
-  """
-
-  architecture: tuple[str, ...] = ()
-  batch_norm: tuple[str, ...] = ('none', 'plain')
-  rule: tuple[str, ...] = (
-    'BP', 'uSF', 'NuSF', 'brSF', 'brSF-50%', 'frSF', 'RndF',
-  )  # fmt: skip
-  batch: int = 100
-  steps: int = 15
-  seconds: float = 20.0
-  out: Results = Path('results/bench')
+  print(studies.fold(results, study))
+  return 0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Scaling:
-  """Measures how cost grows with batch, width, depth and number of runs.
+def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
+  """The runs without a result."""
+  from experiments.runs.store import RunFolder
 
-  Attributes:
-    steps: measured steps of each program.
-    out: folder for the measurements and their plot.
-  """
-
-  steps: int = 10
-  out: Results = Path('results/bench')
+  return [run for run in runs if RunFolder(results, run).result() is None]
 
 
-Command = (
-  Annotated[Demo, tyro.conf.subcommand('demo')]
-  | Annotated[RunCommand, tyro.conf.subcommand('run')]
-  | Annotated[Plan, tyro.conf.subcommand('plan')]
-  | Annotated[List, tyro.conf.subcommand('list')]
-  | Annotated[Data, tyro.conf.subcommand('data')]
-  | Annotated[Report, tyro.conf.subcommand('report')]
-  | Annotated[Claims, tyro.conf.subcommand('claims')]
-  | Annotated[Bench, tyro.conf.subcommand('bench')]
-  | Annotated[Scaling, tyro.conf.subcommand('scaling')]
-)
+def _train(
+  runs: Sequence[Run],
+  results: Path,
+  selection: Selection,
+  execution: Execution,
+) -> int:
+  """Trains runs with progress; returns the exit status."""
+  from experiments.runs import launch, store
+  from experiments.runs.progress import reporter
+  from experiments.runs.train import Options
+  from experiments.training import machine
+
+  missing = _missing(runs, results)
+  if not missing:
+    if results.is_dir():
+      store.tidy(results)
+    print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
+    return 0
+  store.create(results)
+  options = Options(
+    results,
+    selection.loader(),
+    execution.devices,
+    execution.scan,
+    execution.checkpoint_share,
+  )
+  with reporter(len(missing)) as listener:
+    listener.message(
+      f'{len(missing)} of {len(runs)} runs to do; results in {results}'
+    )
+    for line in machine.configure(execution.devices):
+      listener.message(f'set {line}')
+    launcher = _launcher(execution, options)
+    try:
+      summary = launch.launch(
+        missing, launcher, options, listener, execution.retries
+      )
+    except launch.Interrupted as stopped:
+      listener.message(
+        f'{stopped}; nothing recorded is lost. Resume with: {machine.command()}'
+      )
+      return 128 + stopped.signal
+  if summary.elsewhere:
+    print(
+      f'{summary.elsewhere} runs are being trained by another process; repeat '
+      'the command once it has finished.'
+    )
+  if summary.failed:
+    print(
+      f'{summary.failed} runs failed and are recorded with their errors; '
+      'repeat the command to try them again.'
+    )
+    return 1
+  return 0
+
+
+def _launcher(execution: Execution, options):
+  """The launcher that is asked for."""
+  if execution.executor == 'local':
+    from experiments.runs.launch import in_this_process
+    from experiments.training.vmapped import group_size
+
+    together = group_size(execution.together, execution.devices)
+    return in_this_process(options, together)
+  if execution.executor == 'processes':
+    from experiments.runs.processes import in_processes, places
+
+    launcher = in_processes(options, places(execution.workers))
+  else:
+    from experiments.runs.ray_tasks import on_ray
+
+    cpus = execution.cpus_per_run
+    launcher = on_ray(
+      options,
+      execution.ray_address,
+      1.0 if cpus is None else cpus,
+      execution.gpus_per_run or 0.0,
+    )
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # accelerators are for the workers
+  return launcher
 
 
 def main() -> None:
-  """Parses the command line and carries it out."""
+  """Parses the command line and runs the command."""
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by who started the program
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+    with contextlib.suppress(AttributeError):  # a test may replace it
+      getattr(sys, name).reconfigure(errors='backslashreplace')
   try:
-    command = tyro.cli(
-      Command,  # type: ignore[arg-type]
+    status = app.cli(
       prog='python -m experiments',
       description='The paper "How Important Is Weight Symmetry in '
       'Backpropagation?" as a program.',
-      config=(_Flat,),
+      config=(tyro.conf.OmitArgPrefixes,),
     )
-    from experiments import commands
-
-    status = commands.carry_out(command)
     sys.stdout.flush()
-    sys.exit(status)
-  except BrokenPipeError:  # who read the output, such as `head`, has gone
+  except ValueError as error:  # DatasetError and StoreError are of that kind
+    print(f'error: {error}', file=sys.stderr)
+    status = 2
+  except OSError as error:
+    if not isinstance(error, BrokenPipeError):  # the reader, such as `head`
+      print(f'error: {error}', file=sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+    status = 1
   except KeyboardInterrupt:
-    print('stopped; what is finished is kept.', file=sys.stderr)
-    sys.exit(130)
+    print('stopped; finished runs are kept.', file=sys.stderr)
+    status = 130
+  sys.exit(status)

@@ -1,60 +1,54 @@
 """Every column of the paper's tables 2 to 6 as one row of data.
 
-A condition says what is asymmetric, how weights are updated, whether there is
-batch normalisation, which batches are used and what is frozen. The names that
-the paper gives to its columns state all of that but one detail, so a column is
-its name; ``find`` reads it. Nothing here imports JAX, so the command line can
-list conditions at once.
+A condition states the feedback rule, the update, batch normalization, batch
+sizes and frozen layers. The paper's names of its columns state nearly all of
+that, so a column is its name; ``find`` reads it. Nothing here imports JAX, so
+the command line lists conditions at once.
 """
 
 import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Protocol
 
-# (epochs, batch size) in turn; None stands for all epochs that are left.
+# (epochs, batch size) in turn; None stands for all remaining epochs.
 BatchPlan = tuple[tuple[int | None, int], ...]
 
 BATCH_100: BatchPlan = ((None, 100),)
 THEN_500: BatchPlan = ((3, 100), (None, 500))
 
 
-class Content(Protocol):
-  """What a run has of a condition, whatever its name."""
-
-  @property
-  def rule(self) -> str: ...  # noqa: D102
-  @property
-  def batch_manhattan(self) -> int: ...  # noqa: D102
-  @property
-  def batch_norm(self) -> str: ...  # noqa: D102
-  @property
-  def batch_plan(self) -> BatchPlan: ...  # noqa: D102
-  @property
-  def frozen(self) -> str: ...  # noqa: D102
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Condition:
-  """One column of a table.
+  """How a network is trained, apart from the protocol and the rate.
 
   Attributes:
-    name: as in the paper's tables.
     rule: name of the feedback rule, for ``symjax_bp.from_name``.
     batch_manhattan: setting of the update, 0 (SGD) to 3.
     batch_norm: 'none', 'plain' (no learnable parameters) or 'affine'.
-    batch_plans: the procedures to try; the best one is the result.
-    frozen: 'nothing', 'last layer' (the paper's *Bottom*: all learning is
-      below) or 'before last layer' (its *Top*).
+    batch_plan: (epochs, batch size) in turn.
+    frozen: 'nothing', 'last layer' (the paper's *Bottom*: the layers below
+      learn) or 'before last layer' (its *Top*).
   """
 
-  name: str
   rule: str = 'BP'
   batch_manhattan: int = 0
   batch_norm: str = 'none'
-  batch_plans: tuple[BatchPlan, ...] = (BATCH_100,)
+  batch_plan: BatchPlan = BATCH_100
   frozen: str = 'nothing'
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column of a table: a name, and the conditions it stands for.
+
+  Attributes:
+    name: as in the paper's tables.
+    conditions: the training procedures to try; the best one is the result.
+  """
+
+  name: str
+  conditions: tuple[Condition, ...]
 
 
 _RULES = {
@@ -75,8 +69,8 @@ _NAME = re.compile(
 )
 
 
-def _read(name: str) -> Condition | None:
-  """The condition that a name states, or None if it states none."""
+def _read(name: str) -> Column | None:
+  """The column that a name states, or None if it states none."""
   plus = '+' if name[:2].upper() in ('BN', 'BM') else ''
   match = _NAME.fullmatch(plus + name)
   if match is None or not name[:1].isalpha():
@@ -93,17 +87,18 @@ def _read(name: str) -> Condition | None:
     'BN' if match['norm'] else '',
     f'BM{setting or ""}' if match['manhattan'] else '',
   )
-  return Condition(
-    name='+'.join(filter(None, terms))
-    + (f'-{size}' if size else '')
-    + (f' {part.capitalize()}' if part else ''),
+  name = '+'.join(filter(None, terms))
+  name += f'-{size}' if size else ''
+  name += f' {part.capitalize()}' if part else ''
+  condition = Condition(
     rule='BP' if rule in ('', 'SGD') else rule,
     batch_manhattan=int(setting or 1) if match['manhattan'] else 0,
     # The paper's columns BN and BN+BM alone have learnable parameters.
     batch_norm=('plain' if rule else 'affine') if match['norm'] else 'none',
-    batch_plans=(((None, int(size)),) if size else BATCH_100,),
+    batch_plan=((None, int(size)),) if size else BATCH_100,
     frozen=_PARTS[part.lower()] if part else 'nothing',
   )
+  return Column(name, (condition,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,23 +169,22 @@ TABLES: dict[str, Table] = {
 }  # fmt: skip
 
 
-def _column(name: str) -> Condition:
-  condition = _read(name)
-  assert condition is not None, name
+def _column(name: str) -> Column:
+  column = _read(name)
+  assert column is not None, name
+  conditions = column.conditions
   if name == 'uSF+BM':  # the only column with two training procedures
-    condition = dataclasses.replace(
-      condition, batch_plans=(BATCH_100, THEN_500)
-    )
-  return dataclasses.replace(condition, name=name)
+    conditions += (dataclasses.replace(conditions[0], batch_plan=THEN_500),)
+  return Column(name, conditions)
 
 
-CONDITIONS: dict[str, Condition] = {
+COLUMNS: dict[str, Column] = {
   name: _column(name) for table in TABLES.values() for name in table.columns
 }
 
 
-def find(name: str) -> Condition:
-  """Returns the condition of a name, in upper or lower case.
+def find(name: str) -> Column:
+  """Returns the column of a name, in upper or lower case.
 
   Besides the paper's own, any ``RULE[+BN][+BM[1-3]][-BATCH SIZE][ Bottom|Top]``
   is one, such as ``frSF-10%+BN`` or ``uSF+BN+BM-30``.
@@ -198,51 +192,45 @@ def find(name: str) -> Condition:
   Raises:
     ValueError: if there is none; names the nearest.
   """
-  by_lower = {known.lower(): known for known in CONDITIONS}
-  condition = _read(name)
-  if name.lower() not in by_lower and condition is not None:
-    return CONDITIONS.get(condition.name, condition)
-  return CONDITIONS[_nearest('condition', name, CONDITIONS)]
+  by_lower = {known.lower(): known for known in COLUMNS}
+  column = _read(name)
+  if name.lower() not in by_lower and column is not None:
+    return COLUMNS.get(column.name, column)
+  return COLUMNS[_nearest('condition', name, COLUMNS)]
 
 
-def names_of(content: Content) -> tuple[str, ...]:
-  """All columns that a run belongs to, or a name made up like theirs.
+def names_of(condition: Condition) -> tuple[str, ...]:
+  """All columns that a condition belongs to, or a name made up like theirs.
 
   The paper repeats columns: the same run is BM, BM1 and BM-100.
   """
   found = tuple(
-    name
-    for name, known in CONDITIONS.items()
-    if content.batch_plan in known.batch_plans
-    and known.rule == content.rule
-    and known.batch_manhattan == content.batch_manhattan
-    and known.batch_norm == content.batch_norm
-    and known.frozen == content.frozen
+    name for name, known in COLUMNS.items() if condition in known.conditions
   )
-  return found or (_free_name(content),)
+  return found or (_free_name(condition),)
 
 
-def _free_name(content: Content) -> str:
-  """A name that ``find`` reads wherever it can state the content."""
-  norm, terms = content.batch_norm, []
-  if content.rule != 'BP':
-    terms = [content.rule]
+def _free_name(condition: Condition) -> str:
+  """A name that ``find`` reads wherever it can state the condition."""
+  norm, terms = condition.batch_norm, []
+  if condition.rule != 'BP':
+    terms = [condition.rule]
   elif norm == 'plain':
     terms = ['SGD']
   if norm != 'none':
-    usual = ('plain', 'affine') if content.rule == 'BP' else ('plain',)
+    usual = ('plain', 'affine') if condition.rule == 'BP' else ('plain',)
     terms.append('BN' if norm in usual else f'BN({norm})')
-  if content.batch_manhattan:
-    setting = content.batch_manhattan
+  if condition.batch_manhattan:
+    setting = condition.batch_manhattan
     terms.append('BM' if setting == 1 else f'BM{setting}')
   name = '+'.join(terms) or 'SGD'
-  if content.batch_plan != BATCH_100:
+  if condition.batch_plan != BATCH_100:
     name += '-' + ','.join(
       f'{size}' if epochs is None else f'{size}x{epochs}'
-      for epochs, size in content.batch_plan
+      for epochs, size in condition.batch_plan
     )
   parts = {frozen: f' {part.capitalize()}' for part, frozen in _PARTS.items()}
-  return name + parts.get(content.frozen, '')
+  return name + parts.get(condition.frozen, '')
 
 
 def find_tables(name: str) -> tuple[Table, ...]:

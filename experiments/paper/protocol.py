@@ -1,29 +1,30 @@
-"""A run of the grid: its full configuration, its name, and its neighbours."""
+"""A run: condition, dataset, protocol, rate and seed, and its identity."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from experiments.paper.conditions import BatchPlan, Condition
+from experiments.paper.conditions import Column, Condition
 
-VERSION = 2
+VERSION = 2  # of the configuration in files
 RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
 
 
 def _check(
   name: str, value: float, allowed: str, holds: Callable[[float], bool]
 ) -> None:
-  """Raises unless ``value`` is a finite number of which ``holds`` is true."""
+  """Raises unless ``value`` is finite and ``holds`` is true of it."""
   if not (math.isfinite(value) and holds(value)):
     raise ValueError(f'{name} must be {allowed}, not {value!r}.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-  """What is common to all runs of a comparison; see experiments/README.md.
+  """What all runs of a comparison share.
 
   Attributes:
     epochs: number of epochs. The paper's 65 are 50 at the rate, 10 at a tenth
@@ -32,16 +33,16 @@ class Protocol:
     holdout: share of the training images that choose rate and epoch.
     base_rate: the rate that the five multiples multiply.
     momentum: of every update.
-    weight_decay: of every weight and bias, not of batch normalisation.
+    weight_decay: of every weight and bias, not of batch normalization.
     initial_std: standard deviation of the initial weights; biases are 0.
-      Several are those of the layers from the input on, the last one of all
-      further layers.
+      Several values are for the layers from the input on; the last one is for
+      all remaining layers.
     input_scale: factor on pixels (0 to 255) minus the training mean image.
     reduction: of the gradient over the mini-batch, 'mean' or 'sum'.
     batch_norm_epsilon: in units of the variance.
-    batch_norm_groups: parts of a mini-batch that are normalised each with its
-      own statistics; as many as there are devices: each device its own.
-    calibration_batches: mini-batches that the statistics for testing average.
+    batch_norm_groups: parts of a mini-batch that are normalized separately.
+      With one group per device, each device uses its own statistics.
+    calibration_batches: mini-batches averaged for the test statistics.
     layer_metrics: also record signs and angles of every layer, each epoch.
   """
 
@@ -59,7 +60,12 @@ class Protocol:
   calibration_batches: int = 20
   layer_metrics: bool = False
 
-  def __post_init__(self):
+  def check(self) -> None:
+    """Checks the range of every number.
+
+    Raises:
+      ValueError: if one is out of its range; names it.
+    """
     positive = (
       'epochs', 'base_rate', 'input_scale', 'batch_norm_epsilon',
       'batch_norm_groups', 'calibration_batches',
@@ -80,21 +86,13 @@ class Protocol:
 
   @property
   def initial_stds(self) -> tuple[float, ...]:
-    """``initial_std`` from the input on; the last one of all further layers."""
+    """``initial_std`` from the input on; the last is for remaining layers."""
     std = self.initial_std
     return std if isinstance(std, tuple) else (std,)
 
-  def check_groups(self, size: int) -> None:
-    """Checks that a mini-batch can be divided into the groups.
-
-    Raises:
-      ValueError: if not.
-    """
-    if size % self.batch_norm_groups:
-      raise ValueError(
-        f'batch_norm_groups is {self.batch_norm_groups}, but must divide a '
-        f'mini-batch of {size}.'
-      )
+  def held_out(self, images: int) -> int:
+    """How many of so many training images are held out."""
+    return round(self.holdout * images)
 
   def rate_factor(self, epoch: int) -> float:
     """The factor on the rate in an epoch, counted from 1.
@@ -111,71 +109,119 @@ class Protocol:
     return 0.1 if epoch > self.epochs - last - middle else 1.0
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-  """One training run. Its condition is stated by content, not by name.
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """The identity of a dataset.
 
   Attributes:
-    dataset: the paper's name.
-    digest: identifies the data, split included.
+    name: the paper's name, or that of one's own dataset.
+    digest: identifies images, labels and split.
     source: where the data came from, in words.
-    note: how the data differ from the paper's; empty if they don't.
-    rule: name of the feedback rule.
-    batch_manhattan: setting of the update.
-    batch_norm: 'none', 'plain' or 'affine'.
-    batch_plan: (epochs, batch size) in turn.
-    frozen: which part does not learn.
-    rate: multiple of the protocol's base rate.
-    seed: of initial weights, order of images, feedback and held-out part.
-    protocol: everything else.
+    note: how the data differ from the paper's; empty if they do not.
   """
 
-  dataset: str
+  name: str
   digest: str
   source: str = ''
   note: str = ''
-  rule: str
-  batch_manhattan: int
-  batch_norm: str
-  batch_plan: BatchPlan
-  frozen: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One training run.
+
+  Attributes:
+    condition: how the network is trained.
+    dataset: what it is trained on.
+    protocol: what all runs of the comparison share.
+    rate: multiple of the protocol's base rate.
+    seed: of initial weights, order of images, feedback and held-out part.
+    network: architecture; empty for the dataset's own.
+    plugin: source of the Python file that defines the rule or the network;
+      empty if both are built in.
+  """
+
+  condition: Condition
+  dataset: Data
+  protocol: Protocol
   rate: float
   seed: int = 0
-  protocol: Protocol
+  network: str = ''
+  plugin: str = ''
 
-  def __post_init__(self):
+  def check(self) -> None:
+    """Checks the range of every number.
+
+    Raises:
+      ValueError: if one is out of its range; names it.
+    """
+    self.protocol.check()
     _check('rate', self.rate, 'positive', lambda x: x > 0)
     _check('seed', self.seed, 'from 0 to 2**32 - 1', lambda x: 0 <= x < 2**32)
-    for _, size in self.batch_plan:
-      self.protocol.check_groups(size)
 
   def config(self) -> dict[str, Any]:
-    """The configuration as JSON has it, flat."""
-    values = dataclasses.asdict(self)
-    protocol = values.pop('protocol')
-    config = {'version': VERSION, **values, **protocol}
+    """The configuration as it is stored: flat, in JSON's types."""
+    data = dataclasses.asdict(self.dataset)
+    own = {'network': self.network, 'plugin': self.plugin}
+    config = {
+      'version': VERSION,
+      'dataset': data.pop('name'),
+      **data,
+      **dataclasses.asdict(self.condition),
+      'rate': self.rate,
+      'seed': self.seed,
+      **dataclasses.asdict(self.protocol),
+      **{name: value for name, value in own.items() if value},
+    }
     return json.loads(json.dumps(config))
 
-  @property
+  @classmethod
+  def of(cls, config: Mapping[str, Any]) -> 'Run':
+    """The run of a stored configuration.
+
+    Raises:
+      KeyError, TypeError: if it is no configuration of this version.
+    """
+    plan = tuple((epochs, size) for epochs, size in config['batch_plan'])
+    std = config['initial_std']
+
+    def fields(kind: Any, **given: Any) -> Any:
+      names = {field.name for field in dataclasses.fields(kind)} - set(given)
+      return kind(**{name: config[name] for name in names}, **given)
+
+    return cls(
+      condition=fields(Condition, batch_plan=plan),
+      dataset=fields(Data, name=config['dataset']),
+      protocol=fields(
+        Protocol, initial_std=tuple(std) if isinstance(std, list) else std
+      ),
+      rate=config['rate'],
+      seed=config['seed'],
+      network=config.get('network', ''),
+      plugin=config.get('plugin', ''),
+    )
+
+  @functools.cached_property
   def run_id(self) -> str:
     """Hash of everything that can change the result."""
     return run_id(self.config())
 
   def batch_size(self, epoch: int, images: int) -> int:
-    """The size of mini-batches of so many images in an epoch, from 1."""
-    for epochs, size in self.batch_plan:
+    """The mini-batch size in an epoch, from 1; at most ``images``."""
+    plan = self.condition.batch_plan
+    for epochs, size in plan:
       if epochs is None or epoch <= epochs:
         return min(size, images)
       epoch -= epochs
-    return min(self.batch_plan[-1][1], images)
+    return min(plan[-1][1], images)
 
   def statistics_size(self, epoch: int, images: int) -> int:
-    """Of how many images batch norm takes a mean: a group of a mini-batch."""
+    """Images per batch-norm mean: one group of a mini-batch."""
     return self.batch_size(epoch, images) // self.protocol.batch_norm_groups
 
   def batch_sizes(self, images: int) -> list[int]:
-    """All sizes that mini-batches of so many images have, rising."""
-    return sorted({min(size, images) for _, size in self.batch_plan})
+    """All mini-batch sizes of the run with so many images, rising."""
+    return sorted({min(size, images) for _, size in self.condition.batch_plan})
 
 
 def run_id(config: Mapping[str, Any]) -> str:
@@ -188,25 +234,16 @@ def run_id(config: Mapping[str, Any]) -> str:
 
 
 def runs_of(
-  condition: Condition,
+  column: Column,
   rates: Sequence[float] = RATES,
   seeds: Sequence[int] = (0,),
   **fields: Any,
 ) -> Iterator[Run]:
-  """All runs of one cell: seeds x batch plans x rates."""
+  """All runs of one cell: seeds x conditions x rates."""
   for seed in seeds:
-    for plan in condition.batch_plans:
+    for condition in column.conditions:
       for rate in rates:
-        yield Run(
-          rule=condition.rule,
-          batch_manhattan=condition.batch_manhattan,
-          batch_norm=condition.batch_norm,
-          batch_plan=plan,
-          frozen=condition.frozen,
-          rate=float(rate),
-          seed=seed,
-          **fields,
-        )
+        yield Run(condition=condition, rate=float(rate), seed=seed, **fields)
 
 
 def unique(runs: Iterable[Run]) -> list[Run]:

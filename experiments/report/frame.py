@@ -9,15 +9,15 @@ import dataclasses
 import hashlib
 import json
 import math
-import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
 from experiments.datasets.specs import SPECS
+from experiments.paper import conditions
 from experiments.paper import published as paper
-from experiments.paper.conditions import CONDITIONS, names_of
+from experiments.paper.conditions import Condition, names_of
 from experiments.paper.protocol import RATES, Protocol
 from experiments.report import statistics
 from experiments.runs.store import Record
@@ -27,14 +27,14 @@ _LONG = 60  # characters of a setting in the name of a protocol
 
 # Columns of the paper, how many batch plans each tries, and the first column of
 # the same condition.
-COLUMNS = tuple(CONDITIONS)
-_PLANS = {name: len(row.batch_plans) for name, row in CONDITIONS.items()}
-_UNNAMED = {
-  name: dataclasses.replace(row, name='') for name, row in CONDITIONS.items()
+COLUMNS = tuple(conditions.COLUMNS)
+_CONTENTS = {
+  name: column.conditions for name, column in conditions.COLUMNS.items()
 }
+_PLANS = {name: len(content) for name, content in _CONTENTS.items()}
 _FIRST = {
-  name: next(n for n in COLUMNS if _UNNAMED[n] == row)
-  for name, row in _UNNAMED.items()
+  name: next(n for n in COLUMNS if _CONTENTS[n] == content)
+  for name, content in _CONTENTS.items()
 }
 
 DEFAULTS = dataclasses.asdict(Protocol())
@@ -285,7 +285,7 @@ def _field(
 def _run(record: Record) -> dict[str, Any]:
   """The frame's row of a record."""
   config = _checked('config', record.config, dict)
-  condition: Any = cast(Any, types.SimpleNamespace)(
+  condition = Condition(
     rule=_field(config, 'config', 'rule', str),
     batch_manhattan=_field(config, 'config', 'batch_manhattan', int),
     batch_norm=_field(config, 'config', 'batch_norm', str),
@@ -293,6 +293,8 @@ def _run(record: Record) -> dict[str, Any]:
     frozen=_field(config, 'config', 'frozen', str),
   )
   fields = DEFAULTS | {k: v for k, v in config.items() if k not in _IDENTITY}
+  if plugin := _field(config, 'config', 'plugin', str, ''):
+    fields['plugin'] = hashlib.sha256(plugin.encode()).hexdigest()[:8]
   _field(fields, 'config', 'epochs', int)
   _field(fields, 'config', 'train_size', int, None)
   errors, seconds = [], 0.0

@@ -1,4 +1,4 @@
-"""Files of the results folder: written whole or not at all, read with care."""
+"""Files that are written whole or not at all, and read with care."""
 
 import json
 import os
@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = '.writing-'  # begins the names of files that are being written
+UNFINISHED = '.writing-'  # prefix of files that are being written
 
 
 class StoreError(ValueError):
-  """A results folder, or a file in it, that can't be used."""
+  """A results folder, or a file in it, that cannot be used."""
 
 
 def write_whole(path: Path, body: bytes, *, durable: bool = False) -> Path:
@@ -19,11 +19,11 @@ def write_whole(path: Path, body: bytes, *, durable: bool = False) -> Path:
 
   Args:
     path: of the file.
-    body: what it is to hold.
-    durable: wait until it is on the disk, for what can't be made again.
+    body: its content.
+    durable: wait until it is on the disk, for what cannot be made again.
 
   Raises:
-    OSError: if it can't be written; what was there is still there.
+    OSError: if it cannot be written; the previous file is still there.
   """
   descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=UNFINISHED)
   try:
@@ -40,14 +40,15 @@ def write_whole(path: Path, body: bytes, *, durable: bool = False) -> Path:
   return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-  """Writes a file of the results folder, whole or not at all.
+def write_atomically(path: Path, body: str | bytes) -> None:
+  """Writes a file of the results folder durably, whole or not at all.
 
   Raises:
-    StoreError: if it can't be written; says what to do.
+    StoreError: if it cannot be written; says what to do.
   """
   try:
-    write_whole(path, text.encode(), durable=True)
+    body = body.encode() if isinstance(body, str) else body
+    write_whole(path, body, durable=True)
   except OSError as error:
     raise not_written(path, error) from error
 
@@ -61,30 +62,40 @@ def not_written(path: Path, error: OSError) -> StoreError:
   )
 
 
-def read_text(path: Path) -> str | None:
-  """What a file holds; None if there is none.
+def read_bytes(path: Path) -> bytes | None:
+  """The content of a file; None if there is none.
 
   Raises:
-    StoreError: if it can't be read, is a link, or no ordinary file.
+    StoreError: if it cannot be read, is a link, or is no ordinary file.
   """
   try:
     mode = path.lstat().st_mode
     if stat.S_ISLNK(mode):
       raise StoreError(f'{path} is a link, which is not followed. Remove it.')
-    if not stat.S_ISREG(mode):  # a pipe would be waited for
+    if not stat.S_ISREG(mode):  # reading a pipe would block
       raise StoreError(f'{path} is not an ordinary file. Remove it.')
-    return path.read_text(encoding='utf-8', errors='replace')
+    return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
-    raise StoreError(f'{path} can not be read: {error.strerror}.') from error
+    raise StoreError(f'{path} cannot be read: {error.strerror}.') from error
+
+
+def read_text(path: Path) -> str | None:
+  """The text of a file; None if there is none.
+
+  Raises:
+    StoreError: as ``read_bytes``.
+  """
+  body = read_bytes(path)
+  return None if body is None else body.decode('utf-8', errors='replace')
 
 
 def read_json(path: Path) -> Any:
-  """What a JSON file holds; None if there is none.
+  """The value of a JSON file; None if there is none.
 
   Raises:
-    StoreError: if it can't be read, or is no JSON.
+    StoreError: if it cannot be read, or is no JSON.
   """
   text = read_text(path)
   if text is None:

@@ -6,15 +6,15 @@
                  metrics.jsonl   a line per epoch
                  checkpoints/    the state after the last epochs
                  environment.json  versions and machine of the last epochs
-                 result.json     written last, atomically: the run is finished
+                 result.json     written last: the run is finished
                  error.json      why it failed for good; it can be tried again
-          .leases/               who is at which run; see ``experiments.leases``
+                 .lock           held by the process that trains the run
 
-Files are written beside their place and moved there, so a reader never sees
-half a file. A line of metrics that was torn by a crash is dropped; a checkpoint
-that can't be read gives way to the one before. Everything here may come from
-someone else: it is read as JSON and arrays, never as code, and links, which
-could lead out of the folder, are refused.
+The process that trains a run is the only writer of its folder. Files are
+written beside their place and moved there, so a reader never sees half a file.
+A line of metrics that a crash cut off is dropped. Everything here may come from
+a stranger: it is read as JSON and arrays, never as code, and links, which could
+lead out of the folder, are refused.
 """
 
 import contextlib
@@ -26,11 +26,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.leases import Leases, forget
+import filelock
+
 from experiments.paper.protocol import VERSION, Run
 from experiments.runs.files import (
   UNFINISHED,
@@ -40,10 +41,8 @@ from experiments.runs.files import (
   read_text,
   write_atomically,
 )
-from experiments.tasks import Arrays
 
 _RUN_ID = re.compile('[0-9a-f]{20}')
-_LEASES = '.leases'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Record:
     result: both results; None while unfinished.
     environment: versions and machine of its last epochs, as far as recorded.
     error: why it failed for good; None if it did not.
-    problem: why it can't be read, in which case nothing else is known; None if
+    problem: why it cannot be read, in which case nothing else is known; None if
       it can.
   """
 
@@ -70,8 +69,215 @@ class Record:
   problem: str | None = None
 
 
+class RunFolder:
+  """The folder of one run.
+
+  Attributes:
+    path: of the folder.
+    run: whose it is.
+  """
+
+  def __init__(self, results: str | os.PathLike[str], run: Run):
+    """Names the folder; makes nothing."""
+    self.path = Path(results) / run.run_id
+    self.run = run
+
+  def result(self) -> dict[str, Any] | None:
+    """Both results of the run; None while it is unfinished.
+
+    Raises:
+      StoreError: if the file is no result, or a link.
+    """
+    _refuse_link(self.path)
+    return _result(self.path)
+
+  @contextlib.contextmanager
+  def claimed(self) -> Iterator[bool]:
+    """Whether this process may train the run; the lock dies with the process.
+
+    Raises:
+      StoreError: if the folder cannot be made or locked.
+    """
+    _refuse_link(self.path)
+    path = self.path / '.lock'
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      lock = filelock.FileLock(path, timeout=0)
+      lock.acquire()
+    except filelock.Timeout:
+      yield False
+      return
+    except OSError as error:
+      raise StoreError(
+        f'{path} could not be locked: {error.strerror}. Choose another folder '
+        'with --results.'
+      ) from error
+    try:
+      yield True
+    finally:
+      lock.release()
+      if (self.path / 'result.json').exists():
+        path.unlink(missing_ok=True)
+
+  def begin(self) -> None:
+    """Writes the configuration, or checks that the folder is this run's.
+
+    Raises:
+      StoreError: if it is not, or cannot be written.
+    """
+    (self.path / 'error.json').unlink(missing_ok=True)
+    _remove_unfinished(self.path)
+    config, found = self.run.config(), _config(self.path)
+    if found is None:
+      _write_json(self.path / 'config.json', config)
+    elif _without_words(found) != _without_words(config):
+      raise StoreError(
+        f'{self.path}/config.json is the configuration of another run. Remove '
+        f'{self.path} to do this run again.'
+      )
+
+  def metrics(self) -> list[dict[str, Any]]:
+    """The lines of metrics so far."""
+    return _metrics(self.path / 'metrics.jsonl')
+
+  def append(self, line: dict[str, Any]) -> None:
+    """Adds the line of an epoch, or nothing.
+
+    Raises:
+      StoreError: if it cannot be written.
+    """
+    path = self.path / 'metrics.jsonl'
+    text = json.dumps(line, allow_nan=False) + '\n'
+    try:
+      with path.open('ab', buffering=0) as file:
+        size = file.tell()
+        try:
+          if file.write(text.encode()) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+          file.truncate(size)
+          raise
+    except OSError as error:
+      raise not_written(path, error) from error
+
+  def finish(
+    self, result: Mapping[str, Any], environment: Mapping[str, str]
+  ) -> None:
+    """Writes the result and removes the checkpoints."""
+    _write_json(self.path / 'environment.json', environment)
+    _write_json(self.path / 'result.json', result)
+    _tidy(self.path)
+
+  def fail(self, error: str) -> None:
+    """Records why the run failed for good; a new attempt forgets it."""
+    _write_json(self.path / 'error.json', {'error': error})
+
+  def save(self, epoch: int, state: Any) -> None:
+    """Writes the state after an epoch and drops all but the last two."""
+    from experiments.runs import checkpoints
+
+    checkpoints.save(self.path / 'checkpoints', epoch, state)
+
+  def restore(self, like: Any) -> tuple[int, Any | None, list[str]]:
+    """The last epoch whose state and metrics are whole; drops later metrics.
+
+    Args:
+      like: a state with the structure, shapes, dtypes and devices to restore.
+
+    Returns:
+      The epoch (0 if there is none), the state (None then), and the reasons
+      why later checkpoints are not used.
+    """
+    from experiments.runs import checkpoints
+
+    lines = self.metrics()
+    epoch, state, problems = checkpoints.restore(
+      self.path / 'checkpoints', len(lines), like
+    )
+    rows = ''.join(json.dumps(line) + '\n' for line in lines[:epoch])
+    write_atomically(self.path / 'metrics.jsonl', rows)
+    return epoch, state, problems
+
+
+def create(folder: Path) -> None:
+  """Makes a results folder if need be, and checks that it can be written.
+
+  Raises:
+    StoreError: if it cannot.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+      file.write(b'0')
+  except OSError as error:
+    raise StoreError(
+      f'results folder {folder} cannot be written: {error.strerror}. Make '
+      'room, or choose another with --results.'
+    ) from error
+
+
+def tidy(folder: Path) -> None:
+  """Removes what a killed process left of finished runs.
+
+  This is safe while others train: nobody writes to a run with a result.
+
+  Raises:
+    StoreError: if the folder cannot be read.
+  """
+  for path in _run_folders(folder):
+    if (path / 'result.json').exists():
+      with contextlib.suppress(OSError):  # it does no harm if it stays
+        _tidy(path)
+        (path / '.lock').unlink(missing_ok=True)
+
+
+def load(folder: str | os.PathLike[str]) -> list[Record]:
+  """All runs in a results folder, in order of their names.
+
+  One that cannot be read is there with its problem.
+
+  Raises:
+    StoreError: if there is no such folder, or it cannot be read.
+  """
+  root = Path(folder)
+  if not root.is_dir():
+    raise StoreError(
+      f'there is no results folder {root}; `python -m experiments run` makes '
+      'one.'
+    )
+  return list(_records(root))
+
+
+def _records(root: Path) -> Iterator[Record]:
+  for path in _run_folders(root):
+    try:
+      config = _config(path)
+      if config is None:
+        continue
+      yield Record(
+        run_id=path.name,
+        config=config,
+        metrics=_metrics(path / 'metrics.jsonl'),
+        result=_result(path),
+        environment=read_json(path / 'environment.json'),
+        error=_error(path),
+      )
+    except StoreError as error:
+      yield Record(path.name, {}, [], None, problem=str(error))
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+  try:
+    paths = sorted(root.iterdir())
+  except OSError as error:
+    raise StoreError(f'{root} cannot be read: {error.strerror}.') from error
+  for path in paths:
+    if _RUN_ID.fullmatch(path.name) and not path.is_symlink():
+      yield path
+
+
 def _metrics(path: Path) -> list[dict[str, Any]]:
-  """The lines up to the first that is torn or out of turn."""
+  """The lines up to the first that is cut off or out of turn."""
   lines: list[dict[str, Any]] = []
   for row in (read_text(path) or '').split('\n'):
     try:
@@ -94,6 +300,24 @@ def _is_line(line: Any, epoch: int) -> bool:
   )
 
 
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+  """The configuration in a run's folder, or None if there is none."""
+  config = read_json(path / 'config.json')
+  if config is None:
+    return None
+  if not isinstance(config, dict) or config.get('version') != VERSION:
+    raise StoreError(
+      f'{path}/config.json is not of version {VERSION}: it was written by '
+      'another version of this program, or is no configuration. Use that '
+      'version, or another folder with --results, or move it away.'
+    )
+  return config
+
+
 def _result(path: Path) -> dict[str, Any] | None:
   """The result in a run's folder, or None if there is none."""
   result = read_json(path / 'result.json')
@@ -114,122 +338,6 @@ def _error(path: Path) -> str | None:
   return None if error is None else str(error)
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _config(path: Path) -> dict[str, Any] | None:
-  """The configuration in a run's folder, or None if there is none."""
-  config = read_json(path / 'config.json')
-  if config is None:
-    return None
-  if not isinstance(config, dict) or config.get('version') != VERSION:
-    raise StoreError(
-      f'{path}/config.json is not of version {VERSION}: it was written by '
-      'another version of this program, or is no configuration. Use that '
-      'version, or another folder with --results, or move it away.'
-    )
-  return config
-
-
-class RunFolder:
-  """The folder of one run, for the process that holds its lease."""
-
-  def __init__(self, path: Path, run: Run):
-    """Creates the folder or checks that it is this run's.
-
-    Raises:
-      StoreError: if it can't be made, or is not this run's.
-    """
-    self.path = path
-    _refuse_link(path)
-    try:
-      path.mkdir(parents=True, exist_ok=True)
-      (path / 'error.json').unlink(missing_ok=True)
-      for torn in path.glob(f'{UNFINISHED}*'):
-        torn.unlink()
-    except OSError as error:
-      raise StoreError(
-        f'{path} could not be made: {error.strerror}. Choose another folder '
-        'with --results.'
-      ) from error
-    config, found = run.config(), _config(path)
-    if found is None:
-      _write_json(path / 'config.json', config)
-    elif _without_words(found) != _without_words(config):
-      raise StoreError(
-        f'{path}/config.json is the configuration of another run. Remove '
-        f'{path} to do this run again.'
-      )
-
-  def metrics(self) -> list[dict[str, Any]]:
-    """The lines of metrics so far."""
-    return _metrics(self.path / 'metrics.jsonl')
-
-  def append(self, line: dict[str, Any]) -> None:
-    """Adds the line of an epoch, or nothing.
-
-    Raises:
-      StoreError: if it can't be written.
-    """
-    path = self.path / 'metrics.jsonl'
-    text = json.dumps(line, allow_nan=False) + '\n'
-    try:
-      with path.open('ab', buffering=0) as file:
-        size = file.tell()
-        try:
-          if file.write(text.encode()) < len(text):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-          file.truncate(size)
-          raise
-    except OSError as error:
-      raise not_written(path, error) from error
-
-  def finish(
-    self, result: dict[str, Any], environment: Mapping[str, str]
-  ) -> None:
-    """Writes the result; checkpoints are no longer needed."""
-    _write_json(self.path / 'environment.json', environment)
-    _write_json(self.path / 'result.json', result)
-    _tidy(self.path)
-
-  def fail(self, error: str) -> None:
-    """Records why the run failed for good; a new attempt forgets it."""
-    _write_json(self.path / 'error.json', {'error': error})
-
-  def save(self, epoch: int, state: Arrays) -> None:
-    """Writes the state after an epoch and drops all but the last two."""
-    from experiments.runs import checkpoints
-
-    checkpoints.save(self.path / 'checkpoints', epoch, state)
-
-  def restore(self) -> tuple[int, Arrays | None, list[str]]:
-    """The last epoch whose state and metrics are whole.
-
-    What comes after it is removed, so that training goes on from there.
-
-    Returns:
-      The epoch (0 if there is none), the state (None then), and what could
-      not be used, in words.
-    """
-    from experiments.runs import checkpoints
-
-    lines = self.metrics()
-    epoch, state, problems = checkpoints.restore(
-      self.path / 'checkpoints', last=len(lines)
-    )
-    rows = ''.join(json.dumps(line) + '\n' for line in lines[:epoch])
-    write_atomically(self.path / 'metrics.jsonl', rows)
-    return epoch, state, problems
-
-  def drop_last(self) -> None:
-    """Removes the last state, so that ``restore`` gives the one before."""
-    from experiments.runs import checkpoints
-
-    checkpoints.drop_last(self.path / 'checkpoints')
-
-
 def _refuse_link(path: Path) -> None:
   if path.is_symlink():
     raise StoreError(f'{path} is a link, which is not followed. Remove it.')
@@ -244,119 +352,12 @@ def _without_words(config: dict[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in config.items() if k not in ('source', 'note')}
 
 
+def _remove_unfinished(path: Path) -> None:
+  for file in path.glob(f'{UNFINISHED}*'):
+    file.unlink(missing_ok=True)
+
+
 def _tidy(path: Path) -> None:
   """Removes what a finished run no longer needs."""
   shutil.rmtree(path / 'checkpoints', ignore_errors=True)
-  for torn in path.glob(f'{UNFINISHED}*'):
-    torn.unlink(missing_ok=True)
-
-
-class Store:
-  """A results folder; nothing is written before ``create``."""
-
-  def __init__(self, folder: str | os.PathLike[str]):
-    """Names the folder."""
-    self.folder = Path(folder)
-
-  def create(self) -> None:
-    """Makes the folder if need be, and checks that it can be written.
-
-    Raises:
-      StoreError: if it can't.
-    """
-    _refuse_link(self.folder / _LEASES)
-    try:
-      (self.folder / _LEASES).mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryFile(dir=self.folder) as file:
-        file.write(b'0')
-    except OSError as error:
-      raise StoreError(
-        f'results folder {self.folder} can not be written: {error.strerror}. '
-        'Make room, or choose another with --results.'
-      ) from error
-
-  def finished(self, run: Run) -> bool:
-    """Whether the run has a result.
-
-    Raises:
-      StoreError: if what is there is no result, or a link.
-    """
-    path = self.folder / run.run_id
-    _refuse_link(path)
-    return _result(path) is not None
-
-  def missing(self, runs: Iterable[Run]) -> list[Run]:
-    """The runs without a result.
-
-    Raises:
-      StoreError: if what is there is no result, or a link.
-    """
-    return [run for run in runs if not self.finished(run)]
-
-  def tidy(self) -> None:
-    """Removes what a process that was killed left of finished runs.
-
-    This is safe while others write: nobody writes to a run with a result.
-
-    Raises:
-      StoreError: if the folder can't be read, or the leases are a link.
-    """
-    _refuse_link(self.folder / _LEASES)
-    for path in _run_folders(self.folder):
-      if (path / 'result.json').exists():
-        with contextlib.suppress(OSError):  # it does no harm if it stays
-          _tidy(path)
-          forget(self.folder / _LEASES, path.name)
-
-  def open(self, run: Run) -> RunFolder:
-    """The folder of a run; hold its lease."""
-    return RunFolder(self.folder / run.run_id, run)
-
-  def leases(self, limit: float) -> Leases:
-    """The leases of runs, by their names; see ``Leases`` for the limit."""
-    return Leases(self.folder / _LEASES, limit)
-
-
-def load(folder: str | os.PathLike[str]) -> list[Record]:
-  """All runs in a results folder, in order of their names.
-
-  One that can't be read is there with its problem.
-
-  Raises:
-    StoreError: if there is no such folder, or it can't be read.
-  """
-  root = Path(folder)
-  if not root.is_dir():
-    raise StoreError(
-      f'there is no results folder {root}; `python -m experiments run` makes '
-      'one.'
-    )
-  return list(_records(root))
-
-
-def _run_folders(root: Path) -> Iterator[Path]:
-  try:
-    paths = sorted(root.iterdir())
-  except OSError as error:
-    raise StoreError(f'{root} can not be read: {error.strerror}.') from error
-  for path in paths:
-    if _RUN_ID.fullmatch(path.name) and not path.is_symlink():
-      yield path
-
-
-def _records(root: Path) -> Iterator[Record]:
-  for path in _run_folders(root):
-    try:
-      config = _config(path)
-      if config is None:
-        continue
-      yield Record(
-        run_id=path.name,
-        config=config,
-        metrics=_metrics(path / 'metrics.jsonl'),
-        result=_result(path),
-        environment=read_json(path / 'environment.json'),
-        error=_error(path),
-      )
-    except StoreError as error:
-      yield Record(path.name, {}, [], None, problem=str(error))
+  _remove_unfinished(path)

@@ -1,7 +1,7 @@
-"""Training of one run, epoch by epoch, and its two results.
+"""Trains a run epoch by epoch.
 
 On a CPU an epoch is a loop over a jitted step, because XLA's convolutions are
-several times slower inside a compiled loop there; elsewhere it is one
+several times slower inside a compiled loop there. Elsewhere it is one
 ``lax.scan``. The numbers are the same.
 """
 
@@ -16,13 +16,13 @@ from jax.sharding import Mesh
 
 from experiments.paper.protocol import Protocol, Run
 from experiments.training import devices
-from experiments.training.placement import (
-  Parts,
-  Placed,
+from experiments.training.data import (
+  Arrays,
+  DeviceData,
   calibration_batches,
   mini_batches,
 )
-from experiments.training.program import Program, Setup, State, program
+from experiments.training.step import Program, Setup, State, program
 
 Line = dict[str, Any]  # of metrics, of an epoch
 Measured = dict[str, Any]  # of an epoch, as arrays
@@ -30,17 +30,17 @@ EVALUATION_BATCH = 250
 
 
 class Stopped(Exception):
-  """Asked to stop in the middle of an epoch, which is then as not begun."""
+  """Stop requested; the current epoch is discarded."""
 
 
-def start(run: Run, placed: Placed) -> State:
+def start(run: Run, data: DeviceData) -> State:
   """The state before the first epoch."""
   key = jax.random.key(run.seed)
-  return program(Setup.of(run, placed)).initialize(key)
+  return program(Setup.of(run, data)).initialize(key)
 
 
 class Rows(NamedTuple):
-  """The images that an epoch meets, an entry for each mini-batch.
+  """The rows of the images in an epoch, one entry per mini-batch.
 
   Attributes:
     trained: to train on, shuffled.
@@ -53,24 +53,24 @@ class Rows(NamedTuple):
   evaluated: dict[str, tuple[np.ndarray, np.ndarray]]
 
   @classmethod
-  def of(cls, run: Run, placed: Placed, epoch: int) -> 'Rows':
+  def of(cls, run: Run, data: DeviceData, epoch: int) -> 'Rows':
     """The rows of a run's epoch, counted from 1."""
-    test = np.arange(len(placed.parts.test.y), dtype=np.int32)
+    test = np.arange(len(data.arrays.test.y), dtype=np.int32)
     return cls(
-      trained=mini_batches(run, epoch, placed.trained),
-      calibration=calibration_batches(run, epoch, placed.trained),
+      trained=mini_batches(run, epoch, data.trained),
+      calibration=calibration_batches(run, epoch, data.trained),
       evaluated={
-        name: _batches(rows, devices.count(placed.mesh))
-        for name, rows in (('test', test), ('holdout', placed.held_out))
+        name: _batches(rows, devices.count(data.mesh))
+        for name, rows in (('test', test), ('holdout', data.held_out))
         if len(rows)
       },
     )
 
 
-def _batches(rows: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray]:
-  """Rows in batches of one size, and weights: 0 for what fills the last."""
+def _batches(rows: np.ndarray, divisor: int) -> tuple[np.ndarray, np.ndarray]:
+  """Rows in batches of one size, and weights: 0 for padding of the last."""
   size = min(EVALUATION_BATCH, len(rows))
-  size += -size % parts
+  size += -size % divisor
   missing = -len(rows) % size
   index = np.pad(rows, (0, missing), mode='edge')
   weight = np.pad(np.ones(len(rows), np.float32), (0, missing))
@@ -85,7 +85,7 @@ def rate_of(run: Run, epoch: int) -> np.float32:
 
 def epochs(
   run: Run,
-  placed: Placed,
+  data: DeviceData,
   state: State,
   first: int = 1,
   scan: bool | None = None,
@@ -95,28 +95,28 @@ def epochs(
 
   Args:
     run: what to do.
-    placed: its dataset.
-    state: before epoch ``first``, on whatever device; its buffers are used up.
+    data: its dataset.
+    state: before epoch ``first``, on any device; its buffers are consumed.
     first: number of the epoch to begin with, from 1.
     scan: whether an epoch is one compiled loop; default: not on a CPU.
-    stopping: asked before every step (every epoch with ``scan``) and every
-      batch of an evaluation whether to stop.
+    stopping: whether to stop; called before every step (every epoch with
+      ``scan``) and every batch of an evaluation.
 
   Yields:
-    The state after each epoch, which the next epoch uses up, and its line of
+    The state after each epoch, which the next epoch consumes, and its line of
     metrics: errors in percent, losses in nats (None if not finite), seconds.
 
   Raises:
-    Stopped: if ``stopping()`` says so.
+    Stopped: if ``stopping()`` is true.
   """
-  functions = program(Setup.of(run, placed))
-  trainer = Trainer(functions, placed.mesh, run.protocol, scan, stopping)
-  state = devices.replicate(placed.mesh, state)
+  functions = program(Setup.of(run, data))
+  trainer = Trainer(functions, data.mesh, run.protocol, scan, stopping)
+  state = devices.replicate(data.mesh, state)
   for epoch in range(first, run.protocol.epochs + 1):
     began = time.perf_counter()
-    rows = Rows.of(run, placed, epoch)
+    rows = Rows.of(run, data, epoch)
     state, measured = trainer.epoch(
-      state, placed.parts, rows, rate_of(run, epoch)
+      state, data.arrays, rows, rate_of(run, epoch)
     )
     line = line_of(epoch, rows, measured, time.perf_counter() - began)
     yield state, line
@@ -125,7 +125,7 @@ def epochs(
 
 
 class Trainer:
-  """Carries out epochs, of one run or of several at once."""
+  """Trains epochs, of one run or of several at once."""
 
   def __init__(
     self,
@@ -138,7 +138,7 @@ class Trainer:
     """Compiles nothing yet.
 
     Args:
-      functions: those of several runs take arrays with an axis more.
+      functions: those of several runs take arrays with a leading axis of runs.
       mesh: devices to divide mini-batches over.
       protocol: of all runs.
       scan: as for ``epochs``.
@@ -151,70 +151,72 @@ class Trainer:
     self._stopping = stopping
 
   def epoch(
-    self, state: State, parts: Parts, rows: Rows, rate: Any
+    self, state: State, arrays: Arrays, rows: Rows, rate: Any
   ) -> tuple[State, Measured]:
-    """Carries out an epoch.
+    """Trains an epoch and evaluates the result.
 
     Args:
-      state: before it, which is used up.
-      parts: of the dataset.
-      rows: that it meets.
+      state: before it; its buffers are consumed.
+      arrays: of the dataset.
+      rows: of the epoch.
       rate: of the epoch.
 
     Returns:
-      The state after it, and what was measured.
+      The state after it, and the measurements.
 
     Raises:
-      Stopped: if ``stopping()`` says so.
+      Stopped: if ``stopping()`` is true.
     """
     train = self._scanned if self._scan else self._looped
-    state, scores = train(state, parts, rows.trained, rate)
+    state, scores = train(state, arrays, rows.trained, rate)
     measured: Measured = {'train': scores}
-    measured |= self._evaluated(state['params'], parts, rows)
+    measured |= self._evaluated(state['params'], arrays, rows)
     if self._aligns:
       index = devices.split(self._mesh, rows.trained[0])
-      measured['layers'] = self._functions.align(state, parts, index)
+      measured['layers'] = self._functions.align(state, arrays, index)
     measured['finite'] = self._functions.finite(state['params'])
     return state, jax.device_get(measured)
 
-  def _looped(self, state, parts: Parts, order, rate):
-    """An epoch step by step; nothing waits for the device before its end."""
+  def _looped(self, state, arrays: Arrays, order, rate):
+    """An epoch step by step; only its end waits for the device."""
     scores = []
     for index in order:
       (index,) = self._split(index)
-      state, step_scores = self._functions.step(state, parts, index, rate)
+      state, step_scores = self._functions.step(state, arrays, index, rate)
       scores.append(step_scores)
     return state, np.sum(jax.device_get(scores), axis=0, dtype=np.float32)
 
-  def _scanned(self, state, parts: Parts, order, rate):
+  def _scanned(self, state, arrays: Arrays, order, rate):
     """An epoch as one compiled loop."""
     (order,) = self._split(order)
-    return self._functions.scan(state, parts, order, rate)
+    return self._functions.scan(state, arrays, order, rate)
 
-  def _evaluated(self, params, parts: Parts, rows: Rows) -> Measured:
+  def _evaluated(self, params, arrays: Arrays, rows: Rows) -> Measured:
     """Sums of losses and errors over test and held-out images."""
-    # Whole on every device: they are few, and may be of any size.
+    # Replicated: they are few, and may be of any size.
     batches = devices.replicate(self._mesh, [*rows.calibration])
-    variables = self._functions.statistics(params, parts, batches)
+    variables = self._functions.statistics(params, arrays, batches)
     measured = {}
     for name, evaluated in rows.evaluated.items():
-      images = parts.test if name == 'test' else parts.train
+      images = arrays.test if name == 'test' else arrays.train
       first, *others = [
-        self._functions.evaluate(variables, parts, images, *self._split(*batch))
+        self._functions.evaluate(
+          variables, arrays, images, *self._split(*batch)
+        )
         for batch in zip(*evaluated, strict=True)
       ]
       measured[name] = sum(others, start=first)
     return measured
 
   def _split(self, *rows: np.ndarray) -> list[Any]:
-    """Rows as the next call takes them, unless it is time to stop."""
+    """Divides rows over the devices, unless a stop was requested."""
     if self._stopping():
       raise Stopped
     return [devices.split(self._mesh, each) for each in rows]
 
 
 def line_of(epoch: int, rows: Rows, measured: Measured, seconds: float) -> Line:
-  """The line of an epoch, from what was measured of one run."""
+  """The line of metrics of an epoch, from the measurements of one run."""
   line: Line = {'epoch': epoch}
   line |= _named('train', measured['train'], rows.trained.size)
   for name, (_, weight) in rows.evaluated.items():
@@ -241,33 +243,3 @@ def _named(name: str, scores: np.ndarray, count: int) -> Line:
 def _number(value: Any) -> float | None:
   """A float, or None where JSON has no number."""
   return float(value) if math.isfinite(value) else None
-
-
-def result(
-  lines: list[Line], *, classes: int, train_images: int
-) -> dict[str, Any]:
-  """Both results of a run from its lines of metrics.
-
-  The paper's: the best test error of all epochs. The honest one: the test
-  error of the epoch that is best on the held-out images.
-  """
-  best = min(lines, key=lambda line: line['test_error'])
-  summary = {
-    'paper_error': best['test_error'],
-    'paper_epoch': best['epoch'],
-    'holdout_error': None,
-    'honest_epoch': None,
-    'honest_error': None,
-    'epochs_run': len(lines),
-    'diverged': not lines[-1]['finite'],
-    'chance_error': 100 * (1 - 1 / classes),
-    'train_images': train_images,
-  }
-  if 'holdout_error' in lines[0]:
-    chosen = min(lines, key=lambda line: line['holdout_error'])
-    summary |= {
-      'holdout_error': chosen['holdout_error'],
-      'honest_epoch': chosen['epoch'],
-      'honest_error': chosen['test_error'],
-    }
-  return summary

@@ -1,5 +1,19 @@
-"""On what something was computed, so that it can be made again."""
+"""The machine: how JAX is started on it, and what a result depends on.
 
+Two things would cost a training step on a CPU a third of its time:
+
+* jaxlib 0.10 hands convolutions to a library that uses one core. The flag below
+  returns them to code that uses all cores, and hands that library the sums,
+  which it takes in one pass.
+* The C library returns large arrays to the system after every step, and the
+  next step fills them with zeros again. Kept memory is reused.
+
+Speed settings that the user made are kept. Settings that would change the
+random numbers or the precision of a run are set here, because a run's identity
+does not contain them.
+"""
+
+import ctypes
 import importlib.metadata
 import os
 import platform
@@ -8,21 +22,91 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from experiments.datasets.cache import default_dir
+
+_CPU_FLAGS = {
+  '--xla_cpu_experimental_ynn_fusion_type': (
+    'LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_REDUCE'
+  ),
+}
+_CPU_DEVICES = '--xla_force_host_platform_device_count'
+# XLA ends the process on an unknown flag.
+_VERSION_WITH_FLAGS = '0.10.'
+# The run's identity does not contain these.
+_NUMERICS = {
+  'JAX_DEFAULT_PRNG_IMPL': 'threefry2x32',
+  'JAX_THREEFRY_PARTITIONABLE': 'true',
+  'JAX_ENABLE_X64': 'false',
+  'JAX_DEFAULT_MATMUL_PRECISION': 'float32',
+}
+# Of malloc.h: all threads use one arena, which grows by 64 MiB, holds arrays of
+# all sizes and never shrinks.
+_MALLOC = {
+  'M_ARENA_MAX': (-8, 1),
+  'M_TOP_PAD': (-2, 2**26),
+  'M_MMAP_MAX': (-4, 0),
+  'M_TRIM_THRESHOLD': (-1, 2**31 - 1),
+}
 _PACKAGES = ('symjax-bp', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
 _RIVALS = ('torch', 'biotorch')
 _VARIABLES = ('XLA_FLAGS', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'OMP_NUM_THREADS')
 
 
-def _processor() -> str:
-  """The name of the processor, as far as the system tells."""
-  try:
-    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-  except OSError:
-    lines = []
-  names = [line for line in lines if line.startswith('model name')]
-  if names:
-    return names[0].partition(':')[2].strip()
-  return platform.processor() or platform.machine()
+def configure(devices: int | None = None) -> list[str]:
+  """Sets what JAX reads when it is imported; returns what was set, in words.
+
+  Args:
+    devices: how many a CPU is to have; None leaves it at one.
+  """
+  messages = []
+  flags = os.environ.get('XLA_FLAGS', '')
+  version = importlib.metadata.version('jaxlib')
+  for flag, value in _CPU_FLAGS.items():
+    if flag not in flags and version.startswith(_VERSION_WITH_FLAGS):
+      flags = f'{flags} {flag}={value}'.strip()
+      messages.append(f'XLA_FLAGS {flag}={value}')
+  if devices is not None and devices > 1 and _CPU_DEVICES not in flags:
+    flags = f'{flags} {_CPU_DEVICES}={devices}'.strip()
+    messages.append(f'XLA_FLAGS {_CPU_DEVICES}={devices}')
+  if flags:
+    os.environ['XLA_FLAGS'] = flags
+  for name, value in _NUMERICS.items():
+    if os.environ.get(name, value) != value:
+      messages.append(f'{name} {value} (was {os.environ[name]})')
+    os.environ[name] = value
+  if keep_memory():
+    messages.append('malloc: memory is kept between steps')
+  cache = {
+    'JAX_COMPILATION_CACHE_DIR': str(default_dir() / 'compiled'),
+    # JAX's own limit of a second excludes most of these programs.
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
+  for name, value in cache.items():
+    if name not in os.environ:
+      os.environ[name] = value
+      messages.append(f'{name} {value}')
+  return messages
+
+
+def start_jax(devices: int | None = None) -> None:
+  """``configure`` with its messages on standard output."""
+  for line in configure(devices):
+    print(f'set {line}', flush=True)
+
+
+def keep_memory() -> bool:
+  """Makes glibc's malloc keep memory, unless the user configured malloc.
+
+  It holds for this process, not for its children.
+  """
+  chosen = any(
+    name == 'GLIBC_TUNABLES' or name.startswith('MALLOC_')
+    for name in os.environ
+  )
+  if platform.libc_ver()[0] != 'glibc' or chosen:
+    return False
+  mallopt = ctypes.CDLL(None).mallopt
+  return all([mallopt(*setting) == 1 for setting in _MALLOC.values()])
 
 
 def cores() -> list[int]:
@@ -32,18 +116,19 @@ def cores() -> list[int]:
   return [*range(os.cpu_count() or 1)]
 
 
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-  found = {}
-  for package in packages:
-    try:
-      found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      pass
-  return found
+def accelerators() -> list[str]:
+  """CUDA's names of the devices that this process may use."""
+  if os.environ.get('JAX_PLATFORMS', '').startswith('cpu'):
+    return []
+  visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+  if visible is not None:
+    return [name for name in visible.split(',') if name.strip()]
+  found = Path('/dev').glob('nvidia[0-9]*')
+  return [str(number) for number in range(len(list(found)))]
 
 
 def environment() -> dict[str, str]:
-  """Processor, its cores, system and versions: what bits may depend on."""
+  """Processor, cores, system and versions: what bits may depend on."""
   return {
     'processor': _processor(),
     'cores': str(len(cores())),
@@ -55,17 +140,42 @@ def environment() -> dict[str, str]:
   }
 
 
+def command() -> str:
+  """The command line of this process, to be repeated."""
+  return shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
+
+
 def described() -> dict[str, str]:
-  """The command that is being carried out, and its environment."""
-  command = shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
-  return {'command': command, **environment(), **_versions(_RIVALS)}
+  """The command line and the environment of a measurement."""
+  return {'command': command(), **environment(), **_versions(_RIVALS)}
 
 
 def warn_if_busy() -> None:
-  """Says so if other programs are using the processor."""
+  """Prints a warning if other programs use the processor."""
   load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0
   if load > len(cores()) / 2:
     print(
       f'warning: other programs use the processor (load {load:.1f} on '
-      f'{len(cores())} cores): what is measured now is theirs as much as ours.'
+      f'{len(cores())} cores) and distort what is measured now.'
     )
+
+
+def _processor() -> str:
+  try:
+    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
+  except OSError:
+    lines = []
+  names = [line for line in lines if line.startswith('model name')]
+  if names:
+    return names[0].partition(':')[2].strip()
+  return platform.processor() or platform.machine()
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+  found = {}
+  for package in packages:
+    try:
+      found[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      pass
+  return found

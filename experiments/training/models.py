@@ -1,9 +1,9 @@
-"""The five architectures of the paper's Table 1, in plain Flax.
+"""The five networks of the paper's Table 1, in plain Flax.
 
-An architecture is a list of layers as data. ``A x B x C / D`` in the paper is
-``C`` feature maps of size ``A x B`` with stride ``D``. Rectified linear units
-follow every layer of weights but the last; batch normalisation, where a
-condition has it, stands in front of them, and takes the place of the bias.
+A network is a list of layers as data. ``A x B x C / D`` in the paper is ``C``
+feature maps of size ``A x B`` with stride ``D``. Rectified linear units follow
+every layer of weights but the last. Batch normalization, where a condition has
+it, precedes them and replaces the bias.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.datasets.spec import SHAPES
 from experiments.training.pooling import Pool, pool
 from symjax_bp.batch_norm import BatchNorm
 
@@ -44,7 +43,8 @@ def _full(features: int) -> Full:
 
 _CLASSES = Full(lambda classes: classes)
 
-ARCHITECTURES: dict[str, tuple[Conv | Pool | Full, ...]] = {
+Layers = tuple[Conv | Pool | Full, ...]
+NETWORKS: dict[str, Layers] = {
   'general': (
     Conv(9, 48, stride=2),
     Pool('max', 2, 2),
@@ -94,19 +94,20 @@ def rectified_once(x: jax.Array) -> jax.Array:
 
 
 class Network(nn.Module):
-  """One of the five architectures under one condition.
+  """A network under one condition.
 
   Attributes:
-    architecture: key of ``ARCHITECTURES``.
+    layers: such as an entry of ``NETWORKS``; the last one has no
+      rectification.
     classes: number of classes.
     batch_norm: 'none', 'plain' or 'affine'.
     initial_stds: standard deviations of the initial weights by layer, from the
       input on; the last one is that of all further layers. Biases are 0.
-    epsilon: of batch normalisation, in units of the variance.
+    epsilon: of batch normalization, in units of the variance.
     axis_name: of the devices over which batch statistics are taken.
   """
 
-  architecture: str
+  layers: Layers
   classes: int
   batch_norm: str = 'none'
   initial_stds: tuple[float, ...] = (0.01,)
@@ -115,12 +116,11 @@ class Network(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Returns logits ``(batch, classes)`` of inputs of the architecture."""
-    layers = ARCHITECTURES[self.architecture]
+    """Returns logits ``(batch, classes)``."""
     options: dict[str, Any] = {}
     further = itertools.repeat(self.initial_stds[-1])
     stds = itertools.chain(self.initial_stds, further)
-    for layer, following in itertools.pairwise(layers):
+    for layer, following in itertools.pairwise(self.layers):
       if isinstance(layer, Pool):
         x = pool(x, layer)
         x = rectified_once(x) if layer.kind == 'max' else x
@@ -155,11 +155,13 @@ class Network(nn.Module):
     return nn.Dense(self.classes, name='output', **options)(x)
 
 
-def multiply_adds(architecture: str, classes: int) -> list[int]:
-  """Multiply-adds of one forward pass of one example, by layer of weights."""
-  *spatial, features = SHAPES[architecture]
+def multiply_adds(
+  layers: Layers, shape: tuple[int, ...], classes: int
+) -> list[int]:
+  """Multiply-adds of a forward pass of one example, by layer of weights."""
+  *spatial, features = shape
   counts = []
-  for layer in ARCHITECTURES[architecture]:
+  for layer in layers:
     if isinstance(layer, Full):
       inputs = math.prod(spatial) * features
       spatial, features = [], layer.features(classes)
@@ -174,10 +176,10 @@ def multiply_adds(architecture: str, classes: int) -> list[int]:
   return counts
 
 
-def training_flops(architecture: str, classes: int) -> int:
+def training_flops(layers: Layers, shape: tuple[int, ...], classes: int) -> int:
   """Floating point operations of one training step of one example.
 
   Forward, dW and dx of every layer of weights; the first layer needs no dx.
   """
-  first, *others = multiply_adds(architecture, classes)
+  first, *others = multiply_adds(layers, shape, classes)
   return 2 * (2 * first + 3 * sum(others))

@@ -1,11 +1,11 @@
-"""Runs that differ in rate and seed only, trained as one program.
+"""Several runs that differ in rate and seed only, trained as one program.
 
 Their states are stacked along a first axis, and the functions of
-``experiments.program`` mapped over it: an accelerator that one small network
-leaves idle does several in little more time. On a CPU it takes longer than one
-after the other, for there a convolution with kernels per run is a grouped one.
-Sums may be taken in another order: the numbers are those of the runs alone
-within rounding. What is recorded is the same.
+``experiments.training.step`` are mapped over it. An accelerator that one small
+network leaves idle trains several in little more time. On a CPU this is slower
+than one after the other: a convolution with kernels per run becomes a grouped
+one. The order of sums may differ, so numbers equal those of single runs up to
+rounding.
 """
 
 import functools
@@ -16,99 +16,98 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from experiments.paper.protocol import Run
-from experiments.training import devices
-from experiments.training import loop as train
+from experiments.training import loop
+from experiments.training.data import Arrays, DeviceData
 from experiments.training.loop import Line, Rows
-from experiments.training.placement import Parts, Placed
-from experiments.training.program import Program, Setup, State, program
+from experiments.training.step import Program, Setup, State, program
 
 _ON_ACCELERATORS = 32  # runs at once; bounds the memory that they take
 _KEPT_PROGRAMS = 8
 
 
-def group_size(together: int | None, mesh: Mesh | None) -> int:
-  """How many runs are trained as one program, at most.
+def group_size(together: int | None, devices: int | None) -> int:
+  """The largest number of runs that are trained as one program.
 
   Args:
-    together: what is asked for; None is many on an accelerator, one on a CPU or
-      where mini-batches are divided over several devices.
-    mesh: devices that mini-batches are divided over.
+    together: as requested; None is many on a single accelerator, else one.
+    devices: over which mini-batches are divided; None is all accelerators that
+      divide them.
 
   Raises:
-    ValueError: if several runs and several devices are asked for.
+    ValueError: if several runs and several devices are requested.
   """
-  several = devices.count(mesh) > 1
+  accelerated = jax.default_backend() != 'cpu'
+  if devices is None:
+    devices = jax.local_device_count() if accelerated else 1
   if together is None:
-    one = several or jax.default_backend() == 'cpu'
-    return 1 if one else _ON_ACCELERATORS
-  if together > 1 and several:
+    return _ON_ACCELERATORS if accelerated and devices == 1 else 1
+  if together > 1 and devices > 1:
     raise ValueError(
       f'together is {together}, but must be 1 where mini-batches are divided '
-      f'over {devices.count(mesh)} devices: say --devices 1, or --together 1.'
+      f'over {devices} devices: say --devices 1, or --together 1.'
     )
   return together
 
 
 def epochs(
   runs: Sequence[Run],
-  placed: Sequence[Placed],
+  data: Sequence[DeviceData],
   states: Sequence[State],
   first: int = 1,
   scan: bool | None = None,
   stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[dict[int, tuple[State, Line]]]:
-  """Trains a group epoch by epoch; a group of one as ``train.epochs`` does.
+  """Trains a group epoch by epoch; a group of one with ``loop.epochs``.
 
-  A run of which a parameter is not finite ends there. It stays in the program
-  until all have ended, as another number of runs would be another compilation.
+  A run ends when a parameter is not finite. It stays in the program until all
+  have ended, because another number of runs would need another compilation.
 
   Args:
     runs: at least one; they differ in rate and seed only.
-    placed: the dataset of each; of several, on one device.
-    states: of each, before epoch ``first``; their buffers are used up.
-    first: as for ``train.epochs``, and so are the others.
-    scan: whether an epoch is one compiled loop; default: not on a CPU.
-    stopping: asked as by ``train.epochs``.
+    data: the dataset of each; several runs need a single device.
+    states: of each, before epoch ``first``; their buffers are consumed.
+    first: number of the epoch to begin with, from 1.
+    scan: as for ``loop.epochs``.
+    stopping: as for ``loop.epochs``.
 
   Yields:
-    After each epoch, by the index of those runs that had not ended before it:
-    state, which the next epoch uses up, and line of metrics. Seconds are the
-    run's share.
+    After each epoch, for the index of each run that had not ended before:
+    its state, which the next epoch consumes, and its line of metrics. Seconds
+    are the run's share.
 
   Raises:
-    Stopped: if ``stopping()`` says so.
+    Stopped: if ``stopping()`` is true.
   """
   if len(runs) == 1:
-    one = train.epochs(runs[0], placed[0], states[0], first, scan, stopping)
+    one = loop.epochs(runs[0], data[0], states[0], first, scan, stopping)
     yield from ({0: pair} for pair in one)
     return
   protocol = runs[0].protocol
-  means = jnp.stack([each.parts.mean for each in placed])
-  parts = placed[0].parts._replace(mean=means)
+  means = jnp.stack([each.arrays.mean for each in data])
+  arrays = data[0].arrays._replace(mean=means)
   state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
   for leaf in jax.tree.leaves(states):  # no state is in memory twice
     leaf.delete()
-  functions = _mapped(Setup.of(runs[0], placed[0]))
-  trainer = train.Trainer(functions, None, protocol, scan, stopping)
+  functions = _mapped(Setup.of(runs[0], data[0]))
+  trainer = loop.Trainer(functions, None, protocol, scan, stopping)
   learning = list(range(len(runs)))
   for epoch in range(first, protocol.epochs + 1):
     began = time.perf_counter()
-    rows = [Rows.of(*each, epoch) for each in zip(runs, placed, strict=True)]
+    rows = [Rows.of(*each, epoch) for each in zip(runs, data, strict=True)]
     state, measured = trainer.epoch(
       state,
-      parts,
-      jax.tree.map(lambda *arrays: np.stack(arrays, 1), *rows),
-      np.stack([train.rate_of(run, epoch) for run in runs]),
+      arrays,
+      jax.tree.map(lambda *leaves: np.stack(leaves, 1), *rows),
+      np.stack([loop.rate_of(run, epoch) for run in runs]),
     )
-    arrays = jax.device_get(state)
+    states = jax.device_get(state)
     seconds = (time.perf_counter() - began) / len(learning)
     done = {
       i: (
-        _own(arrays, i),
-        train.line_of(epoch, rows[i], _own(measured, i), seconds),
+        _own(states, i),
+        loop.line_of(epoch, rows[i], _own(measured, i), seconds),
       )
       for i in learning
     }
@@ -119,8 +118,8 @@ def epochs(
 
 
 def _own(tree, i: int):
-  """What is of one run in a tree of stacked arrays."""
-  return jax.tree.map(lambda array: array[i], tree)
+  """One run's part of a tree of stacked arrays."""
+  return jax.tree.map(lambda leaf: leaf[i], tree)
 
 
 @functools.lru_cache(maxsize=_KEPT_PROGRAMS)
@@ -131,24 +130,24 @@ def _mapped(setup: Setup) -> Program:
   second where there is one of mini-batches.
   """
   functions = program(setup)
-  parts = Parts(train=None, test=None, mean=0)  # type: ignore[arg-type]
-  step = jax.vmap(functions.step, (0, parts, 0, 0))
-  scan = jax.vmap(functions.scan, (0, parts, 1, 0))
+  arrays = Arrays(train=None, test=None, mean=0)  # type: ignore[arg-type]
+  step = jax.vmap(functions.step, (0, arrays, 0, 0))
+  scan = jax.vmap(functions.scan, (0, arrays, 1, 0))
   return functions._replace(
     step=jax.jit(step, donate_argnums=0),
     scan=jax.jit(scan, donate_argnums=0),
-    evaluate=jax.jit(jax.vmap(functions.evaluate, (0, parts, None, 0, 0))),
-    statistics=jax.vmap(functions.statistics, (0, parts, 0)),
+    evaluate=jax.jit(jax.vmap(functions.evaluate, (0, arrays, None, 0, 0))),
+    statistics=jax.vmap(functions.statistics, (0, arrays, 0)),
     align=jax.jit(functools.partial(_aligned, functions.align)),
     finite=jax.jit(jax.vmap(functions.finite)),
   )
 
 
-def _aligned(align, state, parts: Parts, index) -> dict[str, Any]:
+def _aligned(align, state, arrays: Arrays, index) -> dict[str, Any]:
   """``align`` of several runs."""
   # One after the other: jaxlib 0.10.2 compiles jax.vmap of it to wrong numbers
   # on a CPU, for 6 runs of the network for TIMIT.
   return jax.lax.map(
-    lambda one: align(one[0], parts._replace(mean=one[1]), one[2]),
-    (state, parts.mean, index),
+    lambda one: align(one[0], arrays._replace(mean=one[1]), one[2]),
+    (state, arrays.mean, index),
   )

@@ -1,4 +1,4 @@
-"""Results folders: one made by hand, and what is compared of any."""
+"""Results folders: one made by hand, and the contents of any."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.paper.protocol import Run
-from experiments.runs import checkpoints, store
-from experiments.runs.store import Store
+from experiments.runs.store import RunFolder
 from tests.experiments import tiny
 
 ENVIRONMENT = {'jax': '0.10.0', 'cores': '2'}
@@ -23,42 +22,41 @@ def line(epoch: int, error: float = 50.0) -> dict:
 def state(epoch: int) -> dict:
   return {
     'params': {'kernel': jnp.full((64, 8), epoch, jnp.float32)},
-    'feedback': {},
+    'feedback': {'kernel:frsf(p_flip=0.5)': jnp.ones(3, jnp.uint32)},
     'updates': jnp.int32(epoch),
   }
 
 
-def arrays(epoch: int) -> dict:
-  return dict(checkpoints.by_name(state(epoch)))
-
-
 def interrupted(
   folder: Path, epochs: int = 3, run: Run | None = None
-) -> store.RunFolder:
+) -> RunFolder:
   """A run with metrics and checkpoints of some epochs."""
-  folder = Store(folder).open(run or tiny.run())
-  for epoch in range(1, epochs + 1):
-    folder.append(line(epoch))
-    folder.save(epoch, arrays(epoch))
-  return folder
+  made = RunFolder(folder, run or tiny.run())
+  with made.claimed() as mine:
+    assert mine
+    made.begin()
+    for epoch in range(1, epochs + 1):
+      made.append(line(epoch))
+      made.save(epoch, state(epoch))
+  return made
 
 
-def check(folder: store.RunFolder, epoch: int) -> list[str]:
+def check(folder: RunFolder, epoch: int) -> list[str]:
   """Restores; the state and the metrics must be those of the epoch."""
-  found, kept, problems = folder.restore()
+  found, restored, problems = folder.restore(state(0))
   assert found == epoch
-  assert (kept is None) == (epoch == 0)
-  restored = state(0) if kept is None else checkpoints.fit(kept, state(0))
-  jax.tree.map(np.testing.assert_array_equal, restored, state(epoch))
+  assert (restored is None) == (epoch == 0)
+  if restored is not None:
+    jax.tree.map(np.testing.assert_array_equal, restored, state(epoch))
   assert [row['epoch'] for row in folder.metrics()] == [*range(1, epoch + 1)]
   return problems
 
 
 def contents(folder: Path) -> dict[tuple[str, str], object]:
-  """Every file of every run, but for times and what it ran on."""
+  """Every file of every run, but for times and the environment."""
   found = {}
-  for path in folder.glob('[0-9a-f]*/*'):
-    if path.name == 'environment.json':
+  for path in folder.rglob('*'):
+    if path.name == 'environment.json' or path.is_dir():
       continue
     text = path.read_text()
     if path.name == 'metrics.jsonl':

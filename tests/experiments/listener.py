@@ -1,32 +1,51 @@
-"""What a driver tells, remembered."""
+"""Listeners that remember the progress of runs, and act at an epoch."""
+
+import os
+import signal
+
+
+class Crash(Exception):
+  """Stands for the end of the process."""
+
+
+def crash():
+  raise Crash
+
+
+def interrupt():
+  os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate():
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Listener:
-  """Remembers what it was told; does something after an epoch."""
+  """Remembers its events; acts after an epoch, or after so many of all runs."""
 
-  def __init__(self, after: int | None = None, act=lambda: None):
-    self.told = []
-    self._after, self._act = after, act
+  def __init__(self, after=None, act=lambda: None, *, count=None):
+    self.events = []
+    self._after, self._act, self._count = after, act, count
 
   def run_started(self, run, first_epoch):
-    self.told.append(('started', run.run_id, first_epoch))
+    self.events.append(('started', run.run_id, first_epoch))
 
   def epoch_finished(self, run, line):
-    self.told.append(('epoch', run.run_id, line['epoch']))
-    if line['epoch'] == self._after:
+    self.events.append(('epoch', run.run_id, line['epoch']))
+    if line['epoch'] == self._after or len(self.epochs()) == self._count:
       self._act()
 
   def run_finished(self, run, result):
-    self.told.append(('finished', run.run_id, result['paper_error']))
+    self.events.append(('finished', run.run_id, result['paper_error']))
 
   def run_failed(self, run, error, again):
-    self.told.append(('failed', run.run_id, error, again))
+    self.events.append(('failed', run.run_id, error, again))
 
   def message(self, text):
-    self.told.append(('message', text))
+    self.events.append(('message', text))
+
+  def of(self, kind):
+    return [event[1:] for event in self.events if event[0] == kind]
 
   def epochs(self):
-    return [event[2] for event in self.told if event[0] == 'epoch']
-
-  def messages(self):
-    return [event[1] for event in self.told if event[0] == 'message']
+    return [epoch for _, epoch in self.of('epoch')]

@@ -1,14 +1,14 @@
 """Every column of the paper is a condition, with the content its text gives."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 import experiments
 from experiments.paper import conditions
-from experiments.paper import protocol as grid
-from experiments.paper.conditions import CONDITIONS, TABLES, find
+from experiments.paper.conditions import COLUMNS, TABLES, find
 
 _ONE_HUNDRED = [[(None, 100)]]
 _BOTTOM, _TOP = 'last layer', 'before last layer'
@@ -72,19 +72,22 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def _content(condition: conditions.Condition) -> tuple:
+def _content(column: conditions.Column) -> tuple:
+  first, *others = column.conditions
+  for other in others:
+    assert dataclasses.replace(other, batch_plan=first.batch_plan) == first
   return (
-    condition.rule,
-    condition.batch_manhattan,
-    condition.batch_norm,
-    [[*plan] for plan in condition.batch_plans],
-    condition.frozen,
+    first.rule,
+    first.batch_manhattan,
+    first.batch_norm,
+    [[*condition.batch_plan] for condition in column.conditions],
+    first.frozen,
   )
 
 
 def test_content_of_all_45_columns():
-  assert {name: _content(row) for name, row in CONDITIONS.items()} == _EXPECTED
-  assert all(name == row.name for name, row in CONDITIONS.items())
+  assert {name: _content(row) for name, row in COLUMNS.items()} == _EXPECTED
+  assert all(name == row.name for name, row in COLUMNS.items())
 
 
 def test_tables_are_those_of_the_published_numbers():
@@ -176,44 +179,25 @@ def test_tables_by_name():
     conditions.find_tables('4-C3')
 
 
-def _run(condition: conditions.Condition, plan: int = 0) -> grid.Run:
-  runs = grid.runs_of(
-    condition, (1.0,), dataset='d', digest='0', protocol=grid.Protocol()
-  )
-  return [*runs][plan]
-
-
-def test_names_of_a_run_are_all_columns_with_its_content():
-  assert set(conditions.names_of(_run(find('BM')))) == {'BM', 'BM1', 'BM-100'}
-  for plan in (0, 1):
-    assert conditions.names_of(_run(find('uSF+BM'), plan)) == ('uSF+BM',)
-  for name, condition in CONDITIONS.items():
-    assert name in conditions.names_of(_run(condition))
+def test_names_of_a_condition_are_all_columns_with_its_content():
+  (bm,) = find('BM').conditions
+  assert set(conditions.names_of(bm)) == {'BM', 'BM1', 'BM-100'}
+  for name, column in COLUMNS.items():
+    for condition in column.conditions:
+      assert name in conditions.names_of(condition)
 
 
 @pytest.mark.parametrize(
   'name',
   ['SGD+BN', 'BN+BM2', 'frSF-10%+BN', 'uSF+BN+BM-30 Top', 'NuSF-5'],
 )
-def test_the_name_of_a_run_that_is_no_column_can_be_found(name):
-  names = conditions.names_of(_run(find(name)))
-  assert names == (name,)
-  assert find(names[0]) == find(name)
+def test_the_name_of_a_condition_that_is_no_column_can_be_found(name):
+  (condition,) = find(name).conditions
+  assert conditions.names_of(condition) == (name,)
 
 
-def test_a_content_without_a_name_is_described():
+def test_a_condition_without_a_name_is_described():
   condition = conditions.Condition(
-    name='mine',
-    rule='uSF',
-    batch_norm='affine',
-    batch_plans=(conditions.THEN_500,),
+    rule='uSF', batch_norm='affine', batch_plan=conditions.THEN_500
   )
-  (name,) = conditions.names_of(_run(condition))
-  assert name == 'uSF+BN(affine)-100x3,500'
-
-
-def test_a_condition_of_ones_own(monkeypatch):
-  mine = conditions.Condition(name='mine', rule='uSF', batch_norm='affine')
-  monkeypatch.setitem(CONDITIONS, 'mine', mine)
-  assert find('Mine') is mine
-  assert conditions.names_of(_run(mine)) == ('mine',)
+  assert conditions.names_of(condition) == ('uSF+BN(affine)-100x3,500',)

@@ -1,27 +1,25 @@
 """A run over several devices is that of one, whatever its condition."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
 
-from experiments.training import devices, placement
+from experiments.training import data as device
+from experiments.training import devices
 from experiments.training import loop as train
-from experiments.training.program import Setup, program
+from experiments.training.step import Setup, program
 from tests.experiments import tiny
 
 _PLAN = ((None, 72),)  # three of 216 images; 2, 4 and 8 divide it
 
 
 def _run(condition, **protocol):
-  run = tiny.run(condition, **protocol)
-  return dataclasses.replace(run, batch_plan=_PLAN)
+  return tiny.with_plan(tiny.run(condition, **protocol), _PLAN)
 
 
 def _placed(run, count):
   mesh = devices.mesh_for([run], count)
-  return placement.place(placement.upload(tiny.dataset(), mesh), run)
+  return tiny.placed(run, mesh=mesh)
 
 
 def _trained(run, count, state=None, first=1, scan=None):
@@ -68,7 +66,7 @@ def test_several_devices_are_one(condition, count, scan):
   if '+BM' in condition:
     # Rounding decides the sign of a gradient that is nearly 0, and the updates
     # after it follow. So one update an epoch, and each from the same state.
-    run = dataclasses.replace(run, batch_plan=((None, 216),))
+    run = tiny.with_plan(run, ((None, 216),))
   expected, expected_lines = _trained(run, 1)
   first, lines = _trained(run, count, scan=scan)
   second, more = _trained(run, count, expected[0], first=2, scan=scan)
@@ -117,12 +115,12 @@ def test_a_step_in_groups_is_the_mean_of_the_gradients_of_the_groups():
   options = dict(momentum=0.0, weight_decay=0.0)
   grouped = _run('BN', batch_norm_groups=4, **options)
   placed = _placed(grouped, 1)
-  index = placement.mini_batches(grouped, 1, placed.trained)[0]
+  index = device.mini_batches(grouped, 1, placed.trained)[0]
 
   def params_after(run, rows):
     functions = program(Setup.of(run, placed))
     state, _ = functions.step(
-      train.start(run, placed), placed.parts, rows, np.float32(1)
+      train.start(run, placed), placed.arrays, rows, np.float32(1)
     )
     return state['params']
 
@@ -140,9 +138,9 @@ def test_a_step_in_groups_is_the_mean_of_the_gradients_of_the_groups():
 def test_statistics_for_testing_are_of_groups():
   run = _run('uSF+BN', batch_norm_groups=4)
   rows = np.arange(216, dtype=np.int32)
-  assert placement.calibration_batches(run, 1, rows).shape == (20, 18)
+  assert device.calibration_batches(run, 1, rows).shape == (20, 18)
   whole = _run('uSF+BN')
-  assert placement.calibration_batches(whole, 1, rows).shape == (20, 72)
+  assert device.calibration_batches(whole, 1, rows).shape == (20, 72)
 
 
 def test_the_default_is_what_divides_every_mini_batch(monkeypatch):
@@ -162,24 +160,9 @@ def test_the_default_is_what_divides_every_mini_batch(monkeypatch):
   assert devices.mesh_for([tiny.run('BM-17')], None) is None
 
 
-def test_what_can_not_be_divided_is_refused():
+def test_devices_that_are_not_there_are_refused():
   run = tiny.run('SGD')
   with pytest.raises(ValueError, match='devices is 9, .* from 1 to 8'):
     devices.mesh_for([run], 9)
   with pytest.raises(ValueError, match='devices is 0'):
     devices.mesh_for([run], 0)
-  with pytest.raises(ValueError, match='mini-batch of 100 .* 8 devices'):
-    devices.mesh_for([run], 8)
-  # A set that is smaller than the mini-batch.
-  large = dataclasses.replace(run, batch_plan=((None, 500),))
-  uploaded = placement.upload(tiny.dataset(), devices.mesh_for([large], 5))
-  placed = placement.place(uploaded, large)
-  with pytest.raises(ValueError, match='mini-batch of 216 .* 5 devices'):
-    placement.check_divisible(large, placed)
-  with pytest.raises(ValueError, match='batch_norm_groups is 3, .* of 100'):
-    tiny.run('uSF+BN', batch_norm_groups=3)
-  grouped = dataclasses.replace(
-    tiny.run('uSF+BN', batch_norm_groups=5), batch_plan=((None, 500),)
-  )
-  with pytest.raises(ValueError, match='batch_norm_groups is 5, .* of 216'):
-    placement.check_divisible(grouped, tiny.placed(grouped))

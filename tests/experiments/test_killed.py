@@ -12,15 +12,16 @@ import time
 
 import pytest
 
-from experiments import executors, runner
-from experiments.runs.store import Store, StoreError, load
-from experiments.tasks import Settings
+from experiments.runs import launch, store
+from experiments.runs.files import StoreError
+from experiments.runs.store import RunFolder, load
+from experiments.runs.train import Options
 from tests.experiments import folders, tiny
 from tests.experiments.listener import Listener
 
 _KILLS = 20
 _RUNS = [
-  tiny.run(condition, epochs=3) for condition in ('uSF', 'brSF-50%+BN+BM')
+  tiny.run(condition, epochs=6) for condition in ('uSF', 'brSF-50%+BN+BM')
 ]
 _WAIT = 600  # seconds until something is wrong, on a busy machine too
 # What a process does to the files of the store, as Python tells it.
@@ -28,11 +29,6 @@ _CHANGES = {
   'open', 'os.mkdir', 'os.rename', 'os.remove', 'os.rmdir', 'os.utime',
   'os.truncate', 'shutil.rmtree',
 }  # fmt: skip
-
-
-def _load(run):
-  del run
-  return tiny.dataset()
 
 
 class _Changes:
@@ -53,20 +49,19 @@ class _Changes:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _do(folder, began, last, room, share) -> None:
-  """The grid, in a process of its own; tells when it began, and changes."""
+def _do(folder, load, began, last, room, share) -> None:
+  """The grid, in a process of its own; sends when it began, and changes."""
   if room is not None:  # Python ignores the signal, so writing fails
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
   changes = _Changes(folder, last)
   sys.addaudithook(changes)
-  target = Store(folder)
-  target.create()
-  local = executors.Local(Settings(_load, None, share))
   listener = Listener()
   listener.run_started = lambda *_: began.send(time.monotonic())
+  options = Options(folder, load, checkpoint_share=share)
   try:
-    summary = runner.carry_out(
-      target.missing(_RUNS), target, local, listener, lease=1e6
+    store.create(folder)
+    summary = launch.launch(
+      _RUNS, launch.in_this_process(options), options, listener
     )
   except StoreError as error:
     began.send(str(error))
@@ -75,23 +70,27 @@ def _do(folder, began, last, room, share) -> None:
   began.send((time.monotonic(), changes.count))
 
 
+def _missing(folder) -> list:
+  return [run for run in _RUNS if RunFolder(folder, run).result() is None]
+
+
 @pytest.fixture(name='start', scope='module')
 def _start(tmp_path_factory):
-  """Starts the grid in a folder: (process, what it tells)."""
+  """Starts the grid in a folder: (process, pipe)."""
   context = multiprocessing.get_context('forkserver')
   # All imports are done once; what is forked has no threads yet.
   context.set_forkserver_preload(
-    [__name__, 'experiments.worker', 'orbax.checkpoint']
+    [__name__, 'experiments.training.vmapped', 'experiments.runs.checkpoints']
   )
 
   def start(folder, last=None, room=None, share=1.0):
-    told, tell = context.Pipe(duplex=False)
+    receiving, sending = context.Pipe(duplex=False)
     process = context.Process(
-      target=_do, args=(folder, tell, last, room, share)
+      target=_do, args=(folder, tiny.loader(), sending, last, room, share)
     )
     process.start()
-    tell.close()
-    return process, told
+    sending.close()
+    return process, receiving
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv(
@@ -102,15 +101,15 @@ def _start(tmp_path_factory):
 
 
 def _finish(start, folder, **limits) -> list:
-  """Lets the grid come to its end; all that it told."""
-  process, told = start(folder, **limits)
+  """Lets the grid come to its end; its messages."""
+  process, receiving = start(folder, **limits)
   process.join(_WAIT)
   assert process.exitcode == 0
-  tellings = []
+  messages = []
   with contextlib.suppress(EOFError):
-    while told.poll():
-      tellings.append(told.recv())
-  return tellings
+    while receiving.poll():
+      messages.append(receiving.recv())
+  return messages
 
 
 @pytest.fixture(name='undisturbed', scope='module')
@@ -130,12 +129,12 @@ def test_killed_at_twenty_moments(start, tmp_path, undisturbed):
   kills = 0
   for grid in itertools.count():
     folder = tmp_path / f'grid {grid}'
-    while kills < _KILLS and Store(folder).missing(_RUNS):
+    while kills < _KILLS and _missing(folder):
       # At a change of a file, or while training and between all changes.
       by_file = kills % 2 == 0
       last = chance.randrange(1, changes) if by_file else None
-      process, told = start(folder, last)
-      if not by_file and told.poll(_WAIT):
+      process, receiving = start(folder, last)
+      if not by_file and receiving.poll(_WAIT):
         process.join(chance.uniform(0, ended - began))
         process.kill()
       process.join(_WAIT)
@@ -153,7 +152,7 @@ def test_killed_at_twenty_moments(start, tmp_path, undisturbed):
   [
     ('shutil.rmtree', 'checkpoints'),
     ('os.rmdir', 'checkpoints'),
-    ('os.remove', f'{_RUNS[0].run_id}.1'),
+    ('os.remove', '.lock'),
   ],
 )
 def test_killed_between_a_result_and_the_end(
@@ -162,10 +161,9 @@ def test_killed_between_a_result_and_the_end(
   process, _ = start(tmp_path, last)
   process.join(_WAIT)
   assert process.exitcode == -signal.SIGKILL
-  assert Store(tmp_path).missing(_RUNS) == _RUNS[1:]
+  assert _missing(tmp_path) == _RUNS[1:]
   _finish(start, tmp_path)
   assert folders.contents(tmp_path) == undisturbed
-  assert list((tmp_path / '.leases').iterdir()) == []
 
 
 # Room in bytes for any one file: as on a disk that fills, a write stops in its
@@ -174,8 +172,8 @@ def test_killed_between_a_result_and_the_end(
   ('room', 'share', 'what', 'lines'),
   [
     (400, 1.0, 'config.json', 0),
-    (600, 0.0, 'metrics.jsonl', 2),
-    (40_000, 1.0, 'checkpoints/1', 1),
+    (1000, 0.0, 'metrics.jsonl', None),
+    (40_000, 1.0, 'checkpoints/1.msgpack', 1),
   ],
 )
 def test_out_of_room(start, tmp_path, undisturbed, room, share, what, lines):
@@ -188,7 +186,10 @@ def test_out_of_room(start, tmp_path, undisturbed, room, share, what, lines):
     path = tmp_path / record.run_id / 'metrics.jsonl'
     text = path.read_text()
     assert text.endswith('\n') or not text
-    assert text.count('\n') == len(record.metrics) == lines
+    assert text.count('\n') == len(record.metrics)
+    # Of six lines some have room.
+    done = len(record.metrics)
+    assert done == lines if lines is not None else 1 < done < 6
     left = [file.name for file in tmp_path.rglob('*') if file.is_file()]
     assert not [name for name in left if 'writing' in name or 'tmp' in name]
   _finish(start, tmp_path)

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.datasets import SHAPES, SPECS
-from experiments.datasets.spec import WEIGHT_LAYERS
+from experiments.datasets import SHAPES, SPECS, WEIGHT_LAYERS
 from experiments.training.models import (
-  ARCHITECTURES,
+  NETWORKS,
   Network,
   Pool,
   multiply_adds,
@@ -89,7 +88,7 @@ _BY_DATASET = {
 
 def _network(architecture: str, classes: int, batch_norm: str = 'none'):
   return Network(
-    architecture=architecture,
+    NETWORKS[architecture],
     classes=classes,
     batch_norm=batch_norm,
   )
@@ -123,7 +122,7 @@ def test_shapes_and_parameter_counts(name, batch_norm):
 
 
 def test_initial_weights():
-  model = Network('timit', 80, initial_stds=(0.02,))
+  model = Network(NETWORKS['timit'], 80, initial_stds=(0.02,))
   x = jnp.zeros((1, *SHAPES['timit']))
   params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
   for path, leaf in jax.tree.leaves_with_path(params['params']):
@@ -144,7 +143,9 @@ def test_initial_weights():
   ],
 )
 def test_initial_weights_by_layer(given, by_layer, batch_norm):
-  model = Network('cifar', 100, batch_norm=batch_norm, initial_stds=given)
+  model = Network(
+    NETWORKS['cifar'], 100, batch_norm=batch_norm, initial_stds=given
+  )
   x = jnp.zeros((1, *SHAPES['cifar']))
   params = jax.jit(model.init, static_argnums=2)(jax.random.key(0), x, True)
   kernels = {
@@ -158,8 +159,12 @@ def test_initial_weights_by_layer(given, by_layer, batch_norm):
   np.testing.assert_allclose(found, by_layer, rtol=0.05)
 
 
+def _multiply_adds(name, classes):
+  return multiply_adds(NETWORKS[name], SHAPES[name], classes)
+
+
 def test_number_of_layers_of_weights():
-  counts = {name: len(multiply_adds(name, 10)) for name in SHAPES}
+  counts = {name: len(_multiply_adds(name, 10)) for name in SHAPES}
   assert counts == {
     'general': 5, 'mnist': 4, 'cifar': 5, 'svhn': 4, 'timit': 3,
   }  # fmt: skip
@@ -167,22 +172,22 @@ def test_number_of_layers_of_weights():
 
 
 def test_multiply_adds_by_hand():
-  assert multiply_adds('mnist', 10) == [
+  assert _multiply_adds('mnist', 10) == [
     24 * 24 * 20 * 25,  # 288,000
     8 * 8 * 50 * 25 * 20,  # 1,600,000
     800 * 500,
     500 * 10,
   ]
-  assert multiply_adds('general', 102) == [
+  assert _multiply_adds('general', 102) == [
     56 * 56 * 48 * 81 * 3,  # 36,578,304
     24 * 24 * 128 * 25 * 48,  # 88,473,600
     18432 * 306,
     306 * 204,
     204 * 102,
   ]
-  assert multiply_adds('timit', 80) == [1845 * 512, 512 * 256, 256 * 80]
+  assert _multiply_adds('timit', 80) == [1845 * 512, 512 * 256, 256 * 80]
   # No gradient of the first layer's input.
-  assert training_flops('mnist', 10) == 2 * (
+  assert training_flops(NETWORKS['mnist'], (28, 28, 1), 10) == 2 * (
     2 * 288_000 + 3 * (1_600_000 + 400_000 + 5_000)
   )
 
@@ -220,7 +225,7 @@ def _pool_loop(x: np.ndarray, layer: Pool, g: np.ndarray | None = None):
   sorted(
     {
       layer
-      for layers in ARCHITECTURES.values()
+      for layers in NETWORKS.values()
       for layer in layers
       if isinstance(layer, Pool)
     },
@@ -247,7 +252,7 @@ def test_the_pools_of_table_1():
       for p in layers
       if isinstance(p, Pool)
     ]
-    for name, layers in ARCHITECTURES.items()
+    for name, layers in NETWORKS.items()
   } == {
     'general': [('max', 2, 2, 0)] * 2,
     'mnist': [('max', 2, 2, 0)] * 2,

@@ -1,5 +1,6 @@
-"""The program as processes: killed, interrupted, two at once, on a terminal."""
+"""The program and its workers as processes: killed, stopped, two at once."""
 
+import dataclasses
 import os
 import pty
 import re
@@ -15,9 +16,15 @@ import psutil
 import pytest
 
 import experiments
-from experiments import processes
-from experiments.runs import store
-from tests.experiments import folders, halting
+from experiments.runs import launch, store
+from experiments.runs.processes import in_processes, places
+from experiments.runs.ray_tasks import on_ray
+from experiments.runs.train import Options
+from tests.experiments import folders, halting, tiny
+from tests.experiments.listener import Listener, terminate
+
+# Ray forks to start its servers, as a driver does before it has loaded JAX.
+pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
 _ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
@@ -27,6 +34,24 @@ _OPTIONS = (
 )  # fmt: skip
 _WAIT = 600  # seconds until something is wrong, on a busy machine too
 _PREEMPTION = 10  # seconds between SIGTERM and SIGKILL on many clusters
+_PROGRAM = (sys.executable, '-m', 'experiments')
+_BAD = "def bad(*_): raise RuntimeError('no memory')\nNETWORKS = {'bad': bad}"
+_RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
+_FAILS = dataclasses.replace(_RUNS[0], network='bad', plugin=_BAD)
+_LONG = tiny.run('brSF-50%', epochs=100_000)  # never done before a stop
+
+
+@pytest.fixture(name='_compiled', scope='module', autouse=True)
+def _compile_once(tmp_path_factory):
+  """All processes share what the first one compiled."""
+  with pytest.MonkeyPatch.context() as patch:
+    folder = tmp_path_factory.mktemp('compiled')
+    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
+    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+    patch.setenv(
+      'XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp() / 'cache_home')
+    )
+    yield
 
 
 def _environment() -> dict[str, str]:
@@ -36,23 +61,15 @@ def _environment() -> dict[str, str]:
   return environment
 
 
-_PROGRAM = (sys.executable, '-m', 'experiments')
-
-
-def _command(folder: Path, program: Sequence[str] = _PROGRAM) -> list[str]:
-  return [*program, 'run', *_OPTIONS, '--results', str(folder)]
-
-
 def _start(
-  folder: Path, *options: str, program: Sequence[str] = _PROGRAM
+  folder: Path, *options: str, program: Sequence[str] = _PROGRAM, **how
 ) -> subprocess.Popen:
   return subprocess.Popen(
-    [*_command(folder, program), *options],
+    [*program, 'run', *_OPTIONS, '--results', str(folder), *options],
     cwd=_ROOT,
     env=_environment(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
     text=True,
+    **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **how},
   )
 
 
@@ -74,39 +91,20 @@ def _halted(folder: Path, epochs: int, *options: str) -> subprocess.Popen:
 
 @pytest.fixture(name='undisturbed', scope='module')
 def _undisturbed(tmp_path_factory):
-  """What a run that nothing happens to leaves: (contents, output)."""
-  home = tmp_path_factory.getbasetemp() / 'cache_home'
+  """The result of a program that nothing happens to: (contents, output)."""
   folder = tmp_path_factory.mktemp('undisturbed')
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('XDG_CACHE_HOME', str(home))
-    output = _finish(_start(folder))
+  output = _finish(_start(folder))
   return folders.contents(folder), output
 
 
-def test_an_undisturbed_run(undisturbed):
+def test_an_undisturbed_program(undisturbed):
   contents, output = undisturbed
   assert len(contents) == 2 * 3
   assert '2 of 2 runs to do' in output
-  assert '[1/2] digits SGD, rate x1, seed 0: best validation error' in output
-  assert '[2/2] digits uSF+BN, rate x1, seed 0: best valid' in output
+  assert '[1/2] digits SGD, rate x1, seed 0: lowest test error' in output
+  assert '[2/2] digits uSF+BN, rate x1, seed 0: lowest test' in output
   assert '\x1b' not in output  # plain lines where there is no terminal
   assert 'set XLA_FLAGS' in output
-
-
-def test_killed_in_the_middle_and_resumed(tmp_path, undisturbed):
-  process = _halted(tmp_path, _EPOCHS + 4)
-  process.kill()
-  process.communicate()
-  records = store.load(tmp_path)
-  assert [r.result is None for r in records].count(True) == 1
-  # As if the kill had torn the line of an epoch.
-  (torn,) = (r.run_id for r in records if r.result is None)
-  with (tmp_path / torn / 'metrics.jsonl').open('a') as file:
-    file.write('{"epoch": ')
-  output = _finish(_start(tmp_path))
-  assert '1 of 2 runs to do' in output
-  assert 'digits uSF+BN, rate x1, seed 0: goes on with epoch' in output
-  assert folders.contents(tmp_path) == undisturbed[0]
 
 
 def test_signals_then_a_terminal(tmp_path, undisturbed):
@@ -115,7 +113,7 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   halting.go_on(process)
   output = _finish(process, 130)
   assert 'stopped by SIGINT' in output
-  again = output.split('Go on with: ')[1].strip()
+  again = output.split('Resume with: ')[1].strip()
   assert again.startswith('python -m experiments run --condition SGD uSF+BN')
   assert str(tmp_path) in again
   (record,) = store.load(tmp_path)
@@ -126,24 +124,25 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   process.send_signal(signal.SIGTERM)
   halting.go_on(process)
   output = _finish(process, 143, within=_PREEMPTION)
-  assert f'goes on with epoch {done + 1}' in output
+  assert f'resumes with epoch {done + 1}' in output
   assert 'stopped by SIGTERM' in output
 
-  status, output = _on_a_terminal(_command(tmp_path))
+  status, output = _on_a_terminal(tmp_path)
   assert status == 0
   assert '━' in output  # the bar
-  assert re.search(r'digits uSF\+BN, rate x1, seed 0: best', output)
-  assert re.search(rf'{_EPOCHS}/{_EPOCHS}', output)
+  assert re.search(r'digits uSF\+BN, rate x1, seed 0: lowest', output)
+  assert '1/1' in output
   assert folders.contents(tmp_path) == undisturbed[0]
 
 
-def _on_a_terminal(command: list[str]) -> tuple[int, str]:
-  """Runs a command on a terminal of 200 columns: (status, output)."""
+def _on_a_terminal(folder: Path) -> tuple[int, str]:
+  """Runs the program on a terminal of 200 columns: (status, output)."""
   main, terminal = pty.openpty()
   environment = _environment() | {'COLUMNS': '200', 'TERM': 'xterm-256color'}
   process = subprocess.Popen(
-    command, cwd=_ROOT, env=environment, stdout=terminal, stderr=terminal
-  )
+    [*_PROGRAM, 'run', *_OPTIONS, '--results', str(folder)],
+    cwd=_ROOT, env=environment, stdout=terminal, stderr=terminal,
+  )  # fmt: skip
   os.close(terminal)
   output = b''
   end = time.monotonic() + _WAIT
@@ -161,18 +160,21 @@ def _on_a_terminal(command: list[str]) -> tuple[int, str]:
   return process.wait(timeout=_WAIT), output.decode(errors='replace')
 
 
-def test_two_processes_share_a_folder(tmp_path, undisturbed):
-  processes = [_start(tmp_path) for _ in range(2)]
-  outputs = [_finish(process) for process in processes]
+def test_two_drivers_share_a_folder(tmp_path, undisturbed):
+  drivers = [_start(tmp_path) for _ in range(2)]
+  output = ''.join([_finish(driver) for driver in drivers])
   assert folders.contents(tmp_path) == undisturbed[0]
-  done = ''.join(outputs)
   for condition in ('SGD', 'uSF+BN'):  # each once
-    assert len(re.findall(rf'\] digits {re.escape(condition)}, ', done)) == 1
+    assert len(re.findall(rf'\] digits {re.escape(condition)}, ', output)) == 1
 
 
 def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
-  process = _halted(tmp_path, 3, '--executor', 'processes', '--workers', '1')
-  workers = psutil.Process(process.pid).children(recursive=True)
+  process = _start(tmp_path, '--executor', 'processes', '--workers', '1')
+  driver, end = psutil.Process(process.pid), time.monotonic() + _WAIT
+  while not any(record.metrics for record in store.load(tmp_path)):
+    assert time.monotonic() < end
+    time.sleep(0.01)
+  workers = driver.children(recursive=True)
   cores = {
     tuple(w.cpu_affinity()) for w in workers if 'spawn_main' in str(w.cmdline())
   }
@@ -180,33 +182,27 @@ def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
   process.communicate()
   _, alive = psutil.wait_procs(workers, timeout=_WAIT)
   assert not alive
-  shares = {place.cores for place in processes.places(1)}
+  shares = {place.cores for place in places(1)}
   assert shares <= cores  # as many as without workers, for the same bits
-  # Its runs are not waited for, and shards know of each other's.
+  # Nobody waits for its runs, and shards know of each other's.
   outputs = [
     _finish(_start(tmp_path, '--shard', shard)) for shard in ('1/2', '2/2')
   ]
   assert 'another process' not in ''.join(outputs)
-  assert all('[1/1] digits' in output for output in outputs)
   assert folders.contents(tmp_path) == undisturbed[0]
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
-  with subprocess.Popen(
-    [sys.executable, '-m', 'experiments', 'list'],
-    cwd=_ROOT,
-    env=_environment(),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-  ) as process:
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.close()
-    assert process.stderr.read() == b''
-    assert process.wait(timeout=_WAIT) == 1
+def test_output_that_nobody_reads_loses_no_results(tmp_path, undisturbed):
+  reader, writer = os.pipe()
+  os.close(reader)
+  process = _start(tmp_path, stdout=writer)
+  os.close(writer)
+  _, errors = process.communicate(timeout=_WAIT)
+  assert errors == ''
+  assert folders.contents(tmp_path) == undisturbed[0]
 
 
-def test_help_imports_no_jax():
+def test_help_and_list_import_no_jax():
   code = """
 import sys
 from experiments import cli
@@ -214,7 +210,7 @@ sys.argv = ['experiments', *sys.argv[1:]]
 try:
   cli.main()
 finally:
-  heavy = {'jax', 'flax', 'sklearn', 'scipy', 'matplotlib', 'orbax'}
+  heavy = {'jax', 'flax', 'sklearn', 'scipy', 'matplotlib', 'pandas'}
   print(sorted(heavy & set(sys.modules)))
 """
   for arguments in (['--help'], ['run', '--help'], ['list']):
@@ -227,3 +223,140 @@ finally:
       check=True,
     )
     assert result.stdout.endswith('[]\n'), result.stdout[-300:]
+
+
+def _options(folder, share=1.0):
+  store.create(folder)
+  return Options(folder, tiny.loader(), checkpoint_share=share)
+
+
+_LAUNCHERS = {
+  'processes': lambda options: in_processes(options, places(1)),
+  'ray': lambda options: on_ray(options, None, float(os.cpu_count() or 1)),
+}
+
+
+def _workers() -> list[psutil.Process]:
+  """The worker processes of this one."""
+  children = psutil.Process().children(recursive=True)
+  return [
+    child
+    for child in children
+    if re.search('spawn_main|ray::_task', ' '.join(child.cmdline()))
+  ]
+
+
+def _addresses() -> list[str]:
+  """The addresses on which this process and its children listen."""
+  processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+  return [
+    connection.laddr.ip
+    for process in processes
+    for connection in process.net_connections('inet')
+    if connection.status == psutil.CONN_LISTEN
+  ]
+
+
+@pytest.fixture(name='alone', scope='module')
+def _alone(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('alone')
+  options = _options(folder)
+  launch.launch(_RUNS, launch.in_this_process(options), options, Listener())
+  return folders.contents(folder)
+
+
+def _kill_the_worker():
+  (worker,) = _workers()
+  worker.kill()
+
+
+def test_a_killed_worker_is_replaced_and_a_failing_run_recorded(
+  tmp_path, alone
+):
+  options = _options(tmp_path)
+  listener = Listener(count=2, act=_kill_the_worker)
+  runs = [_RUNS[0], _FAILS, _RUNS[1]]
+  launcher = in_processes(options, places(1))
+  summary = launch.launch(runs, launcher, options, listener)
+  assert (summary.done, summary.failed, summary.elsewhere) == (2, 1, 0)
+
+  # The worker may have been between two runs; that is a failure too.
+  failures = listener.of('failed')
+  (killed,) = [failure for failure in failures if 'died' in failure[1]]
+  assert killed[2]
+  others = [failure for failure in failures if failure != killed]
+  assert [run for run, *_ in others] == [_FAILS.run_id] * 3
+  assert [again for *_, again in others] == [True, True, False]
+
+  found = folders.contents(tmp_path)
+  error = found.pop((_FAILS.run_id, 'error.json'))
+  assert 'RuntimeError in line 1 of <plugin>: no memory' in error
+  assert {k: v for k, v in found.items() if k[0] != _FAILS.run_id} == alone
+
+
+def test_a_killed_ray_task_resumes(tmp_path):
+  class Killer(Listener):
+    """Kills the task; stops the launch once it has resumed."""
+
+    addresses: list[str] = []
+
+    def run_started(self, run, first_epoch):
+      super().run_started(run, first_epoch)
+      if self.of('failed'):
+        terminate()
+
+    def run_failed(self, run, error, again):
+      self.addresses += _addresses()
+      super().run_failed(run, error, again)
+
+  options = _options(tmp_path)
+  listener = Killer(count=2, act=_kill_the_worker)
+  with pytest.raises(launch.Interrupted):
+    launch.launch([_LONG], _LAUNCHERS['ray'](options), options, listener)
+  ((run_id, error, again),) = listener.of('failed')
+  assert (run_id, again) == (_LONG.run_id, True)
+  assert 'its worker has died' in error
+  first, resumed = [epoch for _, epoch in listener.of('started')]
+  assert first < resumed
+  # No other host can reach it.
+  assert len(listener.addresses) > 5
+  assert set(listener.addresses) <= {'127.0.0.1', '::1', '::ffff:127.0.0.1'}
+
+
+@pytest.mark.parametrize('name', _LAUNCHERS)
+def test_a_stop_keeps_the_epochs_of_workers(tmp_path, name):
+  options = _options(tmp_path, 0.0)  # no checkpoint is due before
+  with pytest.raises(launch.Interrupted, match='SIGTERM'):
+    launch.launch(
+      [_LONG], _LAUNCHERS[name](options), options, Listener(2, terminate)
+    )
+  (record,) = store.load(tmp_path)
+  assert record.result is None
+  done = len(record.metrics)
+  assert done >= 2
+  saved = os.listdir(tmp_path / _LONG.run_id / 'checkpoints')
+  assert saved == [f'{done}.msgpack']
+  assert not _workers()
+  # Another launch resumes there.
+  listener = Listener(done + 1, terminate)
+  with pytest.raises(launch.Interrupted):
+    launch.launch([_LONG], launch.in_this_process(options), options, listener)
+  assert listener.events[0] == ('started', _LONG.run_id, done + 1)
+  assert listener.epochs() == [done + 1]
+
+
+def test_each_worker_has_its_own_part_of_the_host(monkeypatch):
+  monkeypatch.setattr(os, 'sched_getaffinity', lambda _: {0, 1, 2, 4, 5})
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert [place.cores for place in places(2)] == [(0, 1), (2, 4, 5)]
+  each = [(0,), (1,), (2,), (4,), (5,)]
+  assert [place.cores for place in places(None)] == each
+  assert {place.cores for place in places(10)} == set(each)
+  with pytest.raises(ValueError, match='workers must be positive, not 0'):
+    places(0)
+  monkeypatch.setenv('JAX_PLATFORMS', '')
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,GPU-8f')
+  assert [place.environment for place in places(None)] == [
+    {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': '3'},
+    {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': 'GPU-8f'},
+  ]

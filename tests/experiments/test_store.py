@@ -1,4 +1,4 @@
-"""The results folder: whatever is torn, damaged or planted, nothing is lost."""
+"""The results folder: nothing is lost to damaged or planted files."""
 
 import errno
 import json
@@ -8,30 +8,43 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments.runs import files, store
-from experiments.runs.store import Store, StoreError
+from experiments.runs import checkpoints, files, store
+from experiments.runs.store import RunFolder, StoreError
 from tests.experiments import folders, tiny
 
 
-def test_what_a_finished_run_leaves(tmp_path):
+def test_a_finished_run(tmp_path):
   run = tiny.run()
   folder = folders.interrupted(tmp_path)
-  assert not Store(tmp_path).finished(run)
+  assert folder.result() is None
   folder.finish(folders.RESULT, folders.ENVIRONMENT)
-  assert Store(tmp_path).finished(run)
-  assert sorted(os.listdir(tmp_path / run.run_id)) == [
+  with folder.claimed():
+    pass
+  assert folder.result() == folders.RESULT
+  assert sorted(os.listdir(folder.path)) == [
     'config.json', 'environment.json', 'metrics.jsonl', 'result.json',
   ]  # fmt: skip
-  (record,) = store.load(tmp_path)
-  assert record == store.Record(
-    run.run_id,
-    run.config(),
-    [folders.line(1), folders.line(2), folders.line(3)],
-    folders.RESULT,
-    folders.ENVIRONMENT,
-  )
+  assert store.load(tmp_path) == [
+    store.Record(
+      run.run_id,
+      run.config(),
+      [folders.line(1), folders.line(2), folders.line(3)],
+      folders.RESULT,
+      folders.ENVIRONMENT,
+    )
+  ]
+
+
+def test_one_process_at_a_time(tmp_path):
+  folder, again = (RunFolder(tmp_path, tiny.run()) for _ in range(2))
+  with folder.claimed() as first:
+    with again.claimed() as second:
+      assert (first, second) == (True, False)
+  with again.claimed() as third:
+    assert third
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -52,35 +65,28 @@ def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
   assert path.read_text() == 'new'
 
 
-def test_what_a_crash_leaves_is_removed(tmp_path):
-  run = tiny.run()
+def test_leftovers_of_a_crash_are_removed(tmp_path):
   folder = folders.interrupted(tmp_path)
-  torn = folder.path / f'{files.UNFINISHED}abc'
-  torn.write_text('{"half')
-  assert Store(tmp_path).missing([run]) == [run]
-  Store(tmp_path).open(run)
-  assert not torn.exists()
+  cut_off = folder.path / f'{files.UNFINISHED}abc'
+  cut_off.write_text('{"half')
+  folder.begin()
+  assert not cut_off.exists()
   # Between the result and the end.
   result = json.dumps(folders.RESULT)
   files.write_atomically(folder.path / 'result.json', result)
-  torn.write_text('{"half')
+  cut_off.write_text('{"half')
   unfinished = folders.interrupted(tmp_path, run=tiny.run('uSF'))
-  Store(tmp_path).create()
-  leases = Store(tmp_path).leases(60)
-  assert leases.acquire(run.run_id)
-  assert leases.acquire(unfinished.path.name)
-  assert Store(tmp_path).missing([run]) == []
-  assert torn.exists()  # to ask removes nothing
-  Store(tmp_path).tidy()
+  assert folder.result() == folders.RESULT
+  assert cut_off.exists()  # reading removes nothing
+  store.tidy(tmp_path)
   assert sorted(os.listdir(folder.path)) == [
     'config.json', 'metrics.jsonl', 'result.json',
   ]  # fmt: skip
-  assert os.listdir(tmp_path / '.leases') == [f'{unfinished.path.name}.1']
   assert folders.check(unfinished, 3) == []
 
 
 @pytest.mark.parametrize(
-  ('text', 'said'),
+  ('text', 'reason'),
   [
     ('{"version": 1}', 'not of version 2'),
     ('{}', 'not of version 2'),
@@ -90,20 +96,19 @@ def test_what_a_crash_leaves_is_removed(tmp_path):
     ('{"version": 2, "dataset": "other"}', 'another run'),
   ],
 )
-def test_a_config_of_something_else(tmp_path, text, said):
-  run = tiny.run()
-  path = tmp_path / run.run_id
-  path.mkdir()
-  (path / 'config.json').write_text(text)
-  with pytest.raises(StoreError, match=said) as error:
-    Store(tmp_path).open(run)
-  assert run.run_id in str(error.value)
-  if said != 'another run':
+def test_a_config_of_something_else(tmp_path, text, reason):
+  folder = RunFolder(tmp_path, tiny.run())
+  folder.path.mkdir()
+  (folder.path / 'config.json').write_text(text)
+  with pytest.raises(StoreError, match=reason) as error:
+    folder.begin()
+  assert folder.run.run_id in str(error.value)
+  if reason != 'another run':
     folders.interrupted(tmp_path, run=tiny.run('uSF'))
     bad, good = sorted(store.load(tmp_path), key=lambda r: r.problem is None)
-    assert said in (bad.problem or '')
-    assert (bad.run_id, good.metrics[0]) == (run.run_id, folders.line(1))
-  assert (path / 'config.json').read_text() == text
+    assert reason in (bad.problem or '')
+    assert (bad.run_id, good.metrics[0]) == (folder.run.run_id, folders.line(1))
+  assert (folder.path / 'config.json').read_text() == text
 
 
 def test_words_in_a_config_may_differ(tmp_path):
@@ -111,23 +116,22 @@ def test_words_in_a_config_may_differ(tmp_path):
   config = json.loads((folder.path / 'config.json').read_text())
   config |= {'source': 'elsewhere', 'note': 'lossy'}
   (folder.path / 'config.json').write_text(json.dumps(config))
-  assert folders.check(Store(tmp_path).open(tiny.run()), 3) == []
+  folder.begin()
+  assert folders.check(folder, 3) == []
 
 
 @pytest.mark.parametrize(
   'text', ['null', '[]', '{', '{"paper_error": NaN}', '{"paper_error": "1"}']
 )
-def test_a_result_that_is_none(tmp_path, text):
-  run = tiny.run()
+def test_a_file_that_is_no_result(tmp_path, text):
   folder = folders.interrupted(tmp_path)
   (folder.path / 'result.json').write_text(text)
   if text == 'null':
-    assert not Store(tmp_path).finished(run)
+    assert folder.result() is None
     return
-  with pytest.raises(StoreError, match='result.json') as error:
-    Store(tmp_path).missing([run])
-  assert run.run_id in str(error.value)
-  assert 'do that run again' in str(error.value)
+  with pytest.raises(StoreError, match='result.json.* run again') as error:
+    folder.result()
+  assert folder.run.run_id in str(error.value)
   (record,) = store.load(tmp_path)
   assert record.problem == str(error.value)
 
@@ -135,34 +139,28 @@ def test_a_result_that_is_none(tmp_path, text):
 def test_links_are_not_followed(tmp_path):
   run = tiny.run()
   outside = folders.interrupted(tmp_path / 'outside').path
-  inside = tmp_path / 'inside'
-  (inside / run.run_id).mkdir(parents=True)
-  (inside / run.run_id / 'config.json').symlink_to(outside / 'config.json')
-  (record,) = store.load(inside)
+  inside = RunFolder(tmp_path / 'inside', run)
+  inside.path.mkdir(parents=True)
+  (inside.path / 'config.json').symlink_to(outside / 'config.json')
+  (record,) = store.load(inside.path.parent)
   assert 'config.json is a link' in (record.problem or '')
-  (inside / run.run_id / 'config.json').unlink()
-  folder = Store(inside).open(run)
-  (folder.path / 'checkpoints').symlink_to(outside / 'checkpoints')
+  (inside.path / 'config.json').unlink()
+  (inside.path / 'checkpoints').symlink_to(outside / 'checkpoints')
   with pytest.raises(StoreError, match='checkpoints is a link'):
-    folder.restore()
-  shutil.rmtree(folder.path)
-  folder.path.symlink_to(outside)
-  with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
-    Store(inside).open(run)
-  assert store.load(inside) == []
+    inside.restore(folders.state(0))
+  shutil.rmtree(inside.path)
+  inside.path.symlink_to(outside)
   files.write_atomically(outside / 'result.json', json.dumps(folders.RESULT))
-  with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
-    Store(inside).missing([run])
-  Store(inside).tidy()
-  assert {'2', '3'} < set(os.listdir(outside / 'checkpoints'))
-  (inside / '.leases').symlink_to(tmp_path / 'outside')
-  for ask in (Store(inside).create, Store(inside).tidy):
-    with pytest.raises(StoreError, match='.leases is a link'):
+  for ask in (inside.result, inside.claimed().__enter__):
+    with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
       ask()
+  assert store.load(inside.path.parent) == []
+  store.tidy(inside.path.parent)
+  assert len(os.listdir(outside / 'checkpoints')) == 2
 
 
 @pytest.mark.parametrize('name', ['config.json', 'metrics.jsonl'])
-def test_pipes_are_not_waited_for(tmp_path, name):
+def test_pipes_do_not_block(tmp_path, name):
   path = folders.interrupted(tmp_path).path / name
   path.unlink()
   os.mkfifo(path)
@@ -172,42 +170,49 @@ def test_pipes_are_not_waited_for(tmp_path, name):
 
 def test_other_folders_are_ignored(tmp_path):
   folders.interrupted(tmp_path)
-  for name in ('report', '0' * 19, 'G' * 20, '.leases', '0' * 20):
+  for name in ('report', '0' * 19, 'G' * 20, '0' * 20):
     (tmp_path / name).mkdir(exist_ok=True)
   (tmp_path / 'notes.txt').write_text('mine')
   (tmp_path / ('1' * 20)).write_text('a file')
   assert len(store.load(tmp_path)) == 1
 
 
-def test_folders_that_can_not_be_used(tmp_path):
+def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
   file = tmp_path / 'file'
   file.write_text('')
-  with pytest.raises(StoreError, match='file can not be written.*--results'):
-    Store(file).create()
+  with pytest.raises(StoreError, match='file cannot be written.*--results'):
+    store.create(file)
   for path in (file, tmp_path / 'none'):
     with pytest.raises(StoreError, match='no results folder.*experiments run'):
       store.load(path)
   with pytest.raises(StoreError, match='--results'):
-    Store(file).open(tiny.run())
-  assert not Store(tmp_path / 'none').finished(tiny.run())
+    RunFolder(file, tiny.run()).claimed().__enter__()
+  assert RunFolder(tmp_path / 'none', tiny.run()).result() is None
   assert not (tmp_path / 'none').exists()
-
-
-def test_a_folder_that_can_not_be_read(tmp_path, monkeypatch):
-  folder = folders.interrupted(tmp_path)
 
   def denied(*_, **__):
     raise PermissionError(errno.EACCES, 'Permission denied')
 
+  folder = folders.interrupted(tmp_path)
   with monkeypatch.context() as patch:
-    patch.setattr(Path, 'read_text', denied)
+    patch.setattr(Path, 'read_bytes', denied)
     (record,) = store.load(tmp_path)
-    assert 'config.json can not be read: Perm' in (record.problem or '')
+    assert 'config.json cannot be read: Perm' in (record.problem or '')
   with monkeypatch.context() as patch:
     patch.setattr(Path, 'iterdir', denied)
-    with pytest.raises(StoreError, match=f'{tmp_path} can not be read: Perm'):
+    with pytest.raises(StoreError, match=f'{tmp_path} cannot be read: Perm'):
       store.load(tmp_path)
   assert folders.check(folder, 3) == []
+
+
+# Names that other libraries take for patterns or cut off.
+@pytest.mark.parametrize(
+  'name', ['a[b]', 'lr=[0.1,0.2]', '*?', '{x}', 'é ü', '#%:', '-r', '~', '\'"']
+)
+def test_folders_with_any_name(tmp_path, name):
+  folder = folders.interrupted(tmp_path / name)
+  assert folders.check(folder, 3) == []
+  assert len(store.load(tmp_path / name)) == 1
 
 
 @pytest.fixture(name='tiny_disk')
@@ -224,21 +229,21 @@ def _tiny_disk(tmp_path):
   subprocess.run(['umount', str(path)], check=True)
 
 
-def test_a_full_disk_tears_nothing(tiny_disk):
+def test_a_full_disk_damages_nothing(tiny_disk):
   folder = folders.interrupted(tiny_disk, 2)
   fill = tiny_disk / 'fill'
   size = shutil.disk_usage(tiny_disk).free
   fill.write_bytes(b'0' * size)
-  with pytest.raises(StoreError, match='checkpoints/3 could not.*make room'):
-    folder.save(3, folders.arrays(3))
+  with pytest.raises(StoreError, match='3.msgpack could not.*make room'):
+    folder.save(3, folders.state(3))
   with pytest.raises(StoreError, match='metrics.jsonl could not.*No space'):
     for epoch in range(3, 100_000):
       folder.append(folders.line(epoch))
   with pytest.raises(StoreError, match='environment.json could not.*No space'):
     folder.finish(folders.RESULT, folders.ENVIRONMENT)
-  with pytest.raises(StoreError, match='can not be written: No space'):
-    Store(tiny_disk).create()
-  assert not (folder.path / 'result.json').exists()
+  with pytest.raises(StoreError, match='cannot be written: No space'):
+    store.create(tiny_disk)
+  assert folder.result() is None
   fill.unlink()
   assert folders.check(folder, 2) == []
   folder.finish(folders.RESULT, folders.ENVIRONMENT)
@@ -250,7 +255,7 @@ def test_no_pickle_is_read():
   code = """
 import sys, tempfile
 from pathlib import Path
-from experiments import store
+from experiments.runs import store
 from tests.experiments import folders
 loaded = []
 def hook(event, arguments):
@@ -266,19 +271,102 @@ import pickle
 pickle.loads(pickle.dumps(Path))
 assert loaded  # the hook works
 """
-  subprocess.run([sys.executable, '-c', code], check=True, env=_environment())
+  environment = {'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
+  command = [sys.executable, '-c', code]
+  subprocess.run(command, check=True, env={**os.environ, **environment})
 
 
-def _environment() -> dict[str, str]:
-  return {**os.environ, 'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
-
-
-def test_why_a_run_failed_is_kept_until_it_is_tried_again(tmp_path):
+def test_the_error_of_a_failed_run_is_kept_until_it_is_tried_again(tmp_path):
   folder = folders.interrupted(tmp_path)
   folder.fail('RuntimeError: <out of memory>')
   (record,) = store.load(tmp_path)
   assert record.error == 'RuntimeError: <out of memory>'
-  assert record.result is None
-  assert Store(tmp_path).missing([tiny.run()]) == [tiny.run()]
-  Store(tmp_path).open(tiny.run())
+  assert record.result is folder.result() is None
+  folder.begin()
   assert store.load(tmp_path)[0].error is None
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+  folder = folders.interrupted(tmp_path)
+  path = folder.path / 'checkpoints'
+  assert sorted(os.listdir(path)) == ['2.msgpack', '3.msgpack']
+  assert folders.check(folder, 3) == []
+  folder.append(folders.line(4))  # an epoch after the last checkpoint
+  assert folders.check(folder, 3) == []
+  (folder.path / 'metrics.jsonl').unlink()
+  assert len(folders.check(folder, 0)) == 2
+  # Nothing is removed before another way was found; then the later ones go.
+  assert sorted(os.listdir(path)) == ['2.msgpack', '3.msgpack']
+  folder.append(folders.line(1))
+  folder.save(1, folders.state(1))
+  assert os.listdir(path) == ['1.msgpack']
+
+
+@pytest.mark.parametrize(
+  ('line', 'epochs'),
+  [
+    ('{"epoch": 4, "test_er', 3),
+    ('\x00\x00', 3),
+    ('{}', 3),
+    ('[' * 100_000, 2),
+    ('{"epoch": 3, "test_error": "50", "finite": true}', 2),
+    ('{"epoch": 3, "test_error": NaN, "finite": true}', 2),
+    ('{"epoch": 3, "test_error": 50, "finite": 1}', 2),
+    ('{"epoch": 3, "test_error": 1, "finite": true, "holdout_error": null}', 2),
+    ('{"epoch": 5, "test_error": 50, "finite": true}', 2),
+    ('17', 2),
+  ],
+)
+def test_lines_that_are_no_metrics_end_the_metrics(tmp_path, line, epochs):
+  folder = folders.interrupted(tmp_path)
+  lines = [json.dumps(folders.line(epoch)) for epoch in range(1, epochs + 1)]
+  (folder.path / 'metrics.jsonl').write_text('\n'.join([*lines, line]))
+  assert len(store.load(tmp_path)[0].metrics) == epochs
+  problems = folders.check(folder, epochs)
+  if epochs == 2:
+    assert '3.msgpack is not used: there are metrics of 2 epochs' in problems[0]
+  folder.append(folders.line(epochs + 1))
+  assert len(folder.metrics()) == epochs + 1
+
+
+def _truncate(path: Path) -> None:
+  os.truncate(path, path.stat().st_size // 2)
+
+
+def _flip_a_byte(path: Path) -> None:
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 0xFF
+  path.write_bytes(data)
+
+
+def _garbage(path: Path) -> None:
+  path.write_bytes(os.urandom(path.stat().st_size))
+
+
+def _another(path: Path) -> None:
+  shutil.copyfile(path.with_name('2.msgpack'), path)
+
+
+def _other_arrays(path: Path) -> None:
+  checkpoints.save(path.parent, 3, {'params': np.zeros(3, np.float32)})
+
+
+@pytest.mark.parametrize(
+  'damage', [_truncate, _flip_a_byte, _garbage, _another, _other_arrays]
+)
+def test_a_checkpoint_of_no_use_gives_way_to_the_one_before(tmp_path, damage):
+  folder = folders.interrupted(tmp_path)
+  damage(folder.path / 'checkpoints' / '3.msgpack')
+  (problem,) = folders.check(folder, 2)
+  assert f'{folder.path}/checkpoints/3.msgpack is not used: ' in problem
+  assert 'damaged' in problem or ' is ' in problem
+  assert (folder.path / 'checkpoints' / '3.msgpack').exists()
+
+
+def test_other_arrays_do_not_fit():
+  arrays, like = checkpoints.by_name(folders.state(1)), folders.state(0)
+  kernel = arrays.pop('params.kernel')
+  for other in (None, kernel[:8], kernel.astype(np.float64)):
+    changed = arrays if other is None else arrays | {'params.kernel': other}
+    with pytest.raises(ValueError, match=r'params.kernel is .* not float32 of'):
+      checkpoints.fit(changed, like)

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 
 from experiments import datasets
-from experiments.paper import conditions
-from experiments.paper import protocol as grid
+from experiments.paper import conditions, protocol
+from experiments.training import data as device
 from experiments.training import loop as train
-from experiments.training import placement
-from experiments.training.program import Setup, program
+from experiments.training.step import Setup, program
 
 DATA = Path(
   os.environ.get(
@@ -36,21 +35,21 @@ def test_a_few_steps_lower_the_loss(name, tmp_path_factory):
     )
   cache = tmp_path_factory.getbasetemp() / 'decoded'
   data = datasets.load(name, data_dir=DATA, cache_dir=cache, train_size=204)
-  (run,) = grid.runs_of(
+  (run,) = protocol.runs_of(
     conditions.find('uSF+BN+BM'),
     rates=[1.0],
     dataset=data.spec.name,
     digest=data.digest,
-    protocol=grid.Protocol(epochs=1, train_size=204, holdout=0.0),
+    protocol=protocol.Protocol(epochs=1, train_size=204, holdout=0.0),
   )
-  placed = placement.place(placement.upload(data), run)
+  placed = device.place(device.upload(data), run)
   functions = program(Setup.of(run, placed))
   state = train.start(run, placed)
   index = placed.trained[:20]
   losses = []
   for _ in range(3):
     rate = np.float32(5e-4)
-    state, (loss, _) = functions.step(state, placed.parts, index, rate)
+    state, (loss, _) = functions.step(state, placed.arrays, index, rate)
     losses.append(float(loss) / len(index))
   assert abs(losses[0] - np.log(len(data.classes))) < 0.5
   assert losses[-1] < losses[0]

@@ -9,12 +9,10 @@ import pytest
 
 import symjax_bp
 from experiments import datasets
-from experiments.paper import conditions
-from experiments.paper import protocol as grid
+from experiments.paper import conditions, protocol
 from experiments.training import loop as train
-from experiments.training import placement
-from experiments.training.models import Network
-from experiments.training.program import Setup, program
+from experiments.training.models import NETWORKS, Network
+from experiments.training.step import Setup, program
 from tests.experiments import tiny
 
 
@@ -66,7 +64,7 @@ def _first_step(run, index=None, rate=None):
   index = placed.trained[:100] if index is None else index
   state, _ = functions.step(
     train.start(run, placed),
-    placed.parts,
+    placed.arrays,
     index,
     np.float32(run.protocol.base_rate if rate is None else rate),
   )
@@ -108,7 +106,7 @@ def test_feedback_is_redrawn_once_an_update():
     # At rate 0 nothing but the gradient is remembered.
     state, _ = program(Setup.of(run, placed)).step(
       state | {'feedback': other['feedback']},
-      placed.parts,
+      placed.arrays,
       placed.trained[:100],
       np.float32(0),
     )
@@ -128,8 +126,10 @@ def test_the_start_is_that_of_the_model(condition):
   run = tiny.run(condition, seed=3)
   state = train.start(run, tiny.placed(run))
   model = symjax_bp.with_feedback(
-    Network('timit', tiny.CLASSES, batch_norm='plain', initial_stds=(0.05,)),
-    symjax_bp.from_name(run.rule),
+    Network(
+      NETWORKS['timit'], tiny.CLASSES, batch_norm='plain', initial_stds=(0.05,)
+    ),
+    symjax_bp.from_name(run.condition.rule),
   )
   variables = model.init(jax.random.key(3), jnp.zeros((1, 1845)), True)
   for part in ('params', 'feedback'):
@@ -164,14 +164,13 @@ class _Plain(nn.Module):
 
 def test_a_symmetric_run_is_plain_flax_and_optax_step_by_step():
   data = datasets.load('digits', train_size=200)
-  (run,) = grid.runs_of(
+  (run,) = protocol.runs_of(
     conditions.find('SGD'),
     (1.0,),
-    dataset='digits',
-    digest=data.digest,
-    protocol=grid.Protocol(base_rate=1e-4, initial_std=0.05, momentum=0.8),
+    dataset=protocol.Data('digits', data.digest),
+    protocol=protocol.Protocol(base_rate=1e-4, initial_std=0.05, momentum=0.8),
   )
-  placed = placement.place(placement.upload(data), run)
+  placed = tiny.placed(run, data)
   functions = program(Setup.of(run, placed))
   state = train.start(run, placed)
   plain = _Plain()
@@ -196,7 +195,9 @@ def test_a_symmetric_run_is_plain_flax_and_optax_step_by_step():
     index = placed.trained[30 * step : 30 * step + 30]
     x = (data.x_train[index] - mean).astype(np.float32)
     params, memory, value = update(params, memory, x, data.y_train[index])
-    state, scores = functions.step(state, placed.parts, index, np.float32(1e-4))
+    state, scores = functions.step(
+      state, placed.arrays, index, np.float32(1e-4)
+    )
     assert float(scores[0]) / 30 == pytest.approx(float(value), rel=1e-4)
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),

@@ -1,19 +1,27 @@
 """A dataset and runs so small that a test trains in well under a second."""
 
+import atexit
+import dataclasses
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
 import jax
 import numpy as np
 
-from experiments.datasets import SPECS, Dataset
-from experiments.paper import conditions
-from experiments.paper import protocol as grid
-from experiments.training import loop as training
-from experiments.training import placement
+from experiments import datasets
+from experiments.datasets import Dataset, Loader
+from experiments.paper import conditions, protocol
+from experiments.training import data as device
+from experiments.training import loop
 
 CLASSES = 10
 
 
-def dataset(train: int = 240, test: int = 60, seed: int = 0) -> Dataset:
-  """Noisy prototypes for the fully connected network: it compiles quickly."""
+@functools.cache
+def folder(train: int = 240, test: int = 60, seed: int = 0) -> Path:
+  """A data folder with noisy prototypes for the fully connected network."""
   random = np.random.default_rng(seed)
   prototypes = random.normal(size=(CLASSES, 1845))
 
@@ -23,20 +31,29 @@ def dataset(train: int = 240, test: int = 60, seed: int = 0) -> Dataset:
     return x.astype(np.float32), y
 
   (x_train, y_train), (x_test, y_test) = part(train), part(test)
-  names = np.array([f'{i}' for i in range(max(train, test))])
-  return Dataset(
+  path = Path(tempfile.mkdtemp(prefix='tiny'))
+  atexit.register(shutil.rmtree, path, ignore_errors=True)
+  np.savez(
+    path / 'timit80.npz',
     x_train=x_train,
     y_train=y_train,
     x_test=x_test,
     y_test=y_test,
-    classes=tuple(map(str, range(CLASSES))),
-    spec=SPECS['TIMIT80'],
-    digest=f'tiny {train} {test} {seed}',
-    source='made by the tests',
-    note='not real',
-    files_train=names[:train],
-    files_test=names[:test],
+    classes=np.array([str(i) for i in range(CLASSES)]),
   )
+  return path
+
+
+def loader(train: int = 240, test: int = 60, seed: int = 0) -> Loader:
+  """Loads the dataset of a folder."""
+  return Loader(folder(train, test, seed))
+
+
+@functools.cache
+def dataset(train: int = 240, test: int = 60, seed: int = 0) -> Dataset:
+  """The dataset of a folder."""
+  path = folder(train, test, seed)
+  return datasets.load('timit80', data_dir=path, cache_dir=path)
 
 
 def run(
@@ -45,36 +62,35 @@ def run(
   *,
   rate: float = 1.0,
   seed: int = 0,
-  **protocol,
-) -> grid.Run:
+  **fields,
+) -> protocol.Run:
   """The first run of a condition; 240 images, 216 of them to train on."""
   data = data or dataset()
-  (first, *_) = grid.runs_of(
+  (first, *_) = protocol.runs_of(
     conditions.find(condition),
     (rate,),
     (seed,),
-    dataset=data.spec.name,
-    digest=data.digest,
-    source=data.source,
-    note=data.note,
-    protocol=grid.Protocol(
-      **{'epochs': 2, 'initial_std': 0.05, 'base_rate': 0.01, **protocol}
+    dataset=protocol.Data(data.spec.name, data.digest, data.source, data.note),
+    protocol=protocol.Protocol(
+      **{'epochs': 2, 'initial_std': 0.05, 'base_rate': 0.01, **fields}
     ),
   )
   return first
 
 
-def placed(run: grid.Run, data: Dataset | None = None) -> placement.Placed:
+def placed(
+  run: protocol.Run, data: Dataset | None = None, mesh=None
+) -> device.DeviceData:
   """The dataset on the device, split as the run asks."""
-  return placement.place(placement.upload(data or dataset()), run)
+  return device.split(device.put(data or dataset(), mesh), run, mesh)
 
 
 def train(run, on=None, scan=None):
-  """All states (copied: the next epoch uses them up) and lines of a run."""
+  """All states (copied: the next epoch consumes them) and lines of a run."""
   on = on or placed(run)
   states, lines = [], []
-  start = training.start(run, on)
-  for state, line in training.epochs(run, on, start, 1, scan):
+  start = loop.start(run, on)
+  for state, line in loop.epochs(run, on, start, 1, scan):
     states.append(jax.tree.map(np.array, state))
     lines.append(line)
   return states, lines
@@ -86,3 +102,9 @@ def equal(a, b) -> bool:
     np.array_equal(x, y)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   )
+
+
+def with_plan(run: protocol.Run, plan) -> protocol.Run:
+  """The run with other mini-batches."""
+  condition = dataclasses.replace(run.condition, batch_plan=plan)
+  return dataclasses.replace(run, condition=condition)

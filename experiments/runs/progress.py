@@ -1,0 +1,136 @@
+"""The progress of runs: live bars on a terminal, plain lines elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+  BarColumn,
+  MofNCompleteColumn,
+  Progress,
+  TaskID,
+  TextColumn,
+  TimeElapsedColumn,
+  TimeRemainingColumn,
+)
+
+from experiments.paper.conditions import names_of
+from experiments.paper.protocol import Run
+
+_LINE_EVERY = 10.0  # seconds between lines when the output is no terminal
+
+
+def describe(run: Run) -> str:
+  """A run in a few words, by the paper's name of its condition."""
+  text = f'{run.dataset.name} {names_of(run.condition)[0]}'
+  if run.network:
+    text += f', network {run.network}'
+  plan = run.condition.batch_plan
+  if len(plan) > 1:
+    text += ', batch ' + ' then '.join(
+      f'{size}' if epochs is None else f'{size} for {epochs} epochs'
+      for epochs, size in plan
+    )
+  return f'{text}, rate x{run.rate:g}, seed {run.seed}'
+
+
+class _Console(Console):
+  """A console that training survives: it falls silent when nobody reads."""
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+
+
+class Reporter:
+  """Shows what a launch does; a ``launch.LaunchListener``."""
+
+  def __init__(self, console: Console, progress: Progress | None, total: int):
+    """Shows messages on the console, and bars if there is a progress."""
+    self._console, self._progress = console, progress
+    self._done, self._total = 0, total
+    self._lowest: dict[str, float] = {}  # test errors of the runs in training
+    self._bars: dict[str, TaskID] = {}
+    self._last_line = time.monotonic()
+    if progress is not None:
+      self._all = progress.add_task('runs', total=total)
+
+  def run_started(self, run: Run, first_epoch: int) -> None:
+    """A run begins, or resumes."""
+    self._lowest[run.run_id] = float('inf')
+    if first_epoch > 1:
+      self.message(f'{describe(run)}: resumes with epoch {first_epoch}')
+    if self._progress is not None:
+      self._remove_bar(run)
+      self._bars[run.run_id] = self._progress.add_task(
+        describe(run), total=run.protocol.epochs, completed=first_epoch - 1
+      )
+
+  def epoch_finished(self, run: Run, line: dict[str, Any]) -> None:
+    """An epoch has been recorded."""
+    lowest = min(self._lowest[run.run_id], line['test_error'])
+    self._lowest[run.run_id] = lowest
+    text = f'{describe(run)}: lowest test error {lowest:.2f} %'
+    if self._progress is not None:
+      bar = self._bars[run.run_id]
+      self._progress.update(bar, completed=line['epoch'], description=text)
+    elif time.monotonic() - self._last_line > _LINE_EVERY:
+      self._last_line = time.monotonic()
+      self.message(
+        f'{text} after epoch {line["epoch"]} of {run.protocol.epochs}'
+      )
+
+  def run_finished(self, run: Run, result: dict[str, Any]) -> None:
+    """A run has its result."""
+    text = f'lowest test error {result["paper_error"]:.2f} %'
+    if result['honest_error'] is not None:
+      text += f', at the held-out choice {result["honest_error"]:.2f} %'
+    if result['diverged']:
+      text += f', diverged in epoch {result["epochs_run"]}'
+    self._ended(run, text)
+
+  def run_failed(self, run: Run, error: str, again: bool) -> None:
+    """A run has failed; it may be tried again."""
+    if again:
+      self._remove_bar(run)
+      self.message(f'{describe(run)}: {error}; it will be tried again')
+    else:
+      self._ended(run, f'FAILED: {error}')
+
+  def message(self, text: str) -> None:
+    """Something the user should know."""
+    try:
+      self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    except OSError:  # such as a full disk
+      self._console.quiet = True
+
+  def _ended(self, run: Run, text: str) -> None:
+    self._done += 1
+    self._remove_bar(run)
+    if self._progress is not None:
+      self._progress.update(self._all, completed=self._done)
+    self.message(f'[{self._done}/{self._total}] {describe(run)}: {text}')
+
+  def _remove_bar(self, run: Run) -> None:
+    bar = self._bars.pop(run.run_id, None)
+    if self._progress is not None and bar is not None:
+      self._progress.remove_task(bar)
+
+
+@contextlib.contextmanager
+def reporter(total: int) -> Iterator[Reporter]:
+  """A reporter for ``total`` runs on standard output."""
+  console = _Console()
+  if not console.is_terminal:
+    yield Reporter(console, None, total)
+    return
+  columns = (
+    TextColumn('{task.description}'),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+  )
+  with Progress(*columns, console=console) as progress:
+    yield Reporter(console, progress, total)

@@ -1,0 +1,99 @@
+"""Ray tasks: their share of a host, their settings, refused launches."""
+
+import os
+import shutil
+
+import pytest
+
+from experiments.runs import launch, ray_tasks, store
+from experiments.runs.files import StoreError
+from experiments.runs.train import Options
+from experiments.training import machine
+from tests.experiments import tiny
+from tests.experiments.listener import Listener
+
+# Ray forks to start its servers, as a driver does before it has loaded JAX.
+pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
+
+_RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
+
+
+def _launch(folder, **asked):
+  store.create(folder)
+  options = Options(folder, tiny.loader())
+  launcher = ray_tasks.on_ray(options, None, **asked)
+  return launch.launch(_RUNS, launcher, options, Listener())
+
+
+@pytest.mark.skipif(len(machine.cores()) < 2, reason='needs two cores')
+def test_a_task_keeps_to_its_cores_and_has_the_settings(tmp_path, monkeypatch):
+  flag = '--xla_cpu_enable_fast_math=false'
+  monkeypatch.setenv('XLA_FLAGS', flag)
+  assert _launch(tmp_path).done == 2
+  for record in store.load(tmp_path):
+    assert record.environment['cores'] == '1'
+    assert flag in record.environment['XLA_FLAGS']
+  assert not list(tmp_path.glob('.launch*'))
+
+
+def test_more_than_this_host_has_is_refused(tmp_path):
+  with pytest.raises(ValueError, match='gpus_per_run is 500, but this host'):
+    _launch(tmp_path, gpus=500.0)
+
+
+def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
+  def elsewhere(results):
+    """The folder of the launch is removed, as if it were on another host."""
+    token, lock = make(results)
+    shutil.rmtree(results)
+    return token, lock
+
+  make = ray_tasks._token
+  monkeypatch.setattr(ray_tasks, '_token', elsewhere)
+  with pytest.raises(StoreError, match='a Ray node cannot see the results fol'):
+    _launch(tmp_path / 'results')
+
+
+def test_a_launch_removes_what_a_dead_one_left(tmp_path):
+  left = tmp_path / '.launch-0123abc'
+  left.touch()
+  left.with_suffix('.lock').touch()
+  token, lock = ray_tasks._token(tmp_path)
+  assert not left.exists()
+  other, other_lock = ray_tasks._token(tmp_path)
+  assert token.exists()  # its driver is alive
+  assert other.exists()
+  lock.release()
+  other_lock.release()
+
+
+def test_parts_of_a_host_are_shared_only_when_all_are_taken(monkeypatch):
+  had = []
+  monkeypatch.setattr(ray_tasks, '_cores', lambda: (91, 92, 94, 95, 97))
+  monkeypatch.setattr(os, 'listdir', lambda _: ['7'])
+  monkeypatch.setattr(os, 'sched_setaffinity', lambda _, own: had.append(own))
+  own_cores = ray_tasks._own_cores
+  with own_cores(2.0):
+    with own_cores(2.0), own_cores(2.0):
+      pass
+    with own_cores(2.0):
+      pass
+  with own_cores(0.0):  # asks for none: has all
+    pass
+  assert had[:2] == [(91, 92), (94, 95)]
+  assert had[2] in had[:2]
+  assert had[3:] == [(94, 95)]
+  with own_cores(0.5), own_cores(0.5):
+    with own_cores(0.5):
+      pass
+  assert had[4:] == [(91,), (91,), (92,)]
+
+
+@pytest.mark.parametrize('address', [None, 'host:6379'])
+def test_tasks_have_the_settings_that_numbers_depend_on(monkeypatch, address):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_one=1')
+  monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+  variables = ray_tasks._runtime(address, 'cpu')['env_vars']
+  assert variables['XLA_FLAGS'] == '--xla_one=1'
+  assert variables['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] == '0'
+  assert ('PYTHONPATH' in variables) == (address is None)

@@ -1,0 +1,112 @@
+"""Several runs as one program: each is what it would have been alone."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.datasets import SPECS
+from experiments.training import data as device
+from experiments.training import loop, models, vmapped
+from experiments.training.models import Conv, Full
+from experiments.training.pooling import Pool
+from tests.experiments import tiny
+
+_LAYERS = (
+  Conv(5, 3, stride=2),
+  Pool('max', 2, 2),
+  Conv(3, 4, padding=1),
+  Pool('average', 3, 2, padding=1),
+  Full(lambda classes: 16),
+  Full(lambda classes: classes),
+)
+
+
+def _images(x):
+  x = np.clip(25 * x[:, :784] + 128, 0, 255).astype(np.uint8)
+  return x.reshape(-1, 28, 28, 1)
+
+
+def _group(condition, data, **fields):
+  return [
+    tiny.run(condition, data, rate=rate, seed=seed, **fields)
+    for seed in (0, 1)
+    for rate in (10.0, 0.1)
+  ]
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('network', ['dense', 'convolutional'])
+def test_each_run_is_what_it_is_alone(monkeypatch, network, scan):
+  data = tiny.dataset()
+  if network == 'convolutional':
+    monkeypatch.setitem(models.NETWORKS, 'mnist', _LAYERS)
+    x_train, x_test = map(_images, (data.x_train, data.x_test))
+    fields = {'x_train': x_train, 'x_test': x_test, 'spec': SPECS['MNIST']}
+    data = tiny.dataclasses.replace(data, **fields)
+  # A standard deviation that no other test compiles a network with.
+  runs = _group(
+    'brSF-50%', data, initial_std=0.0501, input_scale=0.1, layer_metrics=True
+  )
+  on_device = [tiny.placed(run, data) for run in runs]
+  states = [loop.start(*each) for each in zip(runs, on_device, strict=True)]
+  losses = set()
+  *_, last = vmapped.epochs(runs, on_device, states, scan=scan)
+  for i, run in enumerate(runs):
+    _, (*_, wanted) = tiny.train(run, on_device[i], scan)
+    _, line = last[i]
+    losses.add(line['test_loss'])
+    for name, value in (line | {'seconds': 0}).items():
+      tolerance = 100 / 24 if name.endswith('error') else 1e-3  # one image
+      jax.tree.map(
+        lambda a, b, tolerance=tolerance: np.testing.assert_allclose(
+          a, b, rtol=1e-3, atol=tolerance
+        ),
+        value,
+        (wanted | {'seconds': 0})[name],
+      )
+  assert len(losses) == len(runs)
+
+
+@pytest.mark.parametrize('together', [False, True])
+def test_rates_and_seeds_compile_the_step_once(together):
+  data = tiny.dataset()
+  runs = _group('uSF', data, epochs=1, momentum=0.5 + together / 100)
+  on_device = [tiny.placed(run) for run in runs]
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration_secs, **about: (
+      compiled.append(about['fun_name'])
+      if event == '/jax/core/compile/backend_compile_duration'
+      else None
+    )
+  )
+  try:
+    states = [loop.start(*each) for each in zip(runs, on_device, strict=True)]
+    if together:
+      list(vmapped.epochs(runs, on_device, states))
+    else:
+      for run, data, state in zip(runs, on_device, states, strict=True):
+        list(loop.epochs(run, data, state))
+  finally:
+    jax.monitoring.clear_event_listeners()
+  assert [name for name in compiled if 'step' in name] == ['jit(step)']
+
+
+def test_how_many_are_trained_together(monkeypatch):
+  assert vmapped.group_size(None, None) == 1  # on a CPU
+  assert vmapped.group_size(5, None) == 5
+  with pytest.raises(ValueError, match='together is 5, .* over 2 devices'):
+    vmapped.group_size(5, 2)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  assert vmapped.group_size(None, 1) == 32
+  assert vmapped.group_size(None, None) == 1  # there are eight devices
+  assert vmapped.group_size(None, 2) == vmapped.group_size(1, 2) == 1
+
+
+def test_one_that_diverges_ends_alone():
+  runs = [tiny.run('uSF', rate=rate, epochs=3) for rate in (1e30, 1.0)]
+  on_device = [tiny.placed(run) for run in runs]
+  states = [loop.start(*each) for each in zip(runs, on_device, strict=True)]
+  done = [sorted(each) for each in vmapped.epochs(runs, on_device, states)]
+  assert done == [[0, 1], [1], [1]]
+  assert device.mini_batches(runs[0], 1, on_device[0].trained).shape == (2, 100)
