@@ -23,7 +23,6 @@ from experiments.report import statistics
 from experiments.runs.store import Record
 
 _NAMED = 20  # warnings; more are counted
-_LONG = 60  # characters of a setting in the name of a protocol
 
 # Columns of the paper, how many batch plans each tries, and the first column of
 # the same condition.
@@ -383,8 +382,6 @@ def _protocol_name(fields: Mapping[str, Any]) -> str:
   for name, value in sorted(fields.items()):
     if name not in ('epochs', 'train_size') and value != DEFAULTS.get(name):
       text = '' if value is True else ' '.join(['', *words(value)])
-      if len(text) > _LONG:  # the source of a plugin
-        text = f' {hashlib.sha256(text.encode()).hexdigest()[:8]}'
       parts.append(name.replace('_', ' ') + text)
   return printable(', '.join(parts))
 

@@ -142,6 +142,8 @@ def test_a_protocol_keeps_its_name_when_others_are_added(changes, name):
     ({'weight_decay': 0.0}, '--weight-decay 0'),
     ({'layer_metrics': True}, '--layer-metrics'),
     ({'reduction': 'sum'}, '--reduction sum'),
+    ({'network': 'general'}, '--architecture general'),
+    ({'network': 'x', 'plugin': 'a = 1'}, '--plugin FILE --network x'),
   ],
 )
 def test_commands_name_what_is_not_as_by_default(changes, option):
