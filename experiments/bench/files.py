@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.report.figures import Picture
+from experiments.report.plots import Picture
 from experiments.runs import files
 from experiments.training import machine
 

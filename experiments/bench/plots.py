@@ -3,17 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.bench.results import Result
-from experiments.report.figures import (
-  COLOURS,
+from experiments.report.plots import (
+  COLORS,
   Picture,
-  looks,
+  look,
   panels,
   picture,
   style,
-  top_left,
 )
 
 
@@ -25,12 +25,9 @@ def steps(results: Sequence[Result]) -> Picture:
     by_architecture.setdefault(result.workload.architecture, []).append(result)
   names = list(dict.fromkeys(row.name for r in results for row in r.rows))
   norms = list(dict.fromkeys(r.workload.batch_norm for r in results))
-  size = 2.6, 0.2 * len(names) + 0.1
-  left = 0.3 + 0.075 * max(map(len, names))
+  size = 2.9 + 0.075 * max(map(len, names)), 0.2 * len(names) + 0.8
   with style('bench'):
-    figure, axes = panels(
-      len(by_architecture), size, across=3, left=left, top=0.85, between=0.95
-    )
+    figure, axes = panels(title, len(by_architecture), size)
     for panel, (architecture, members) in zip(
       axes, by_architecture.items(), strict=True
     ):
@@ -42,7 +39,7 @@ def steps(results: Sequence[Result]) -> Picture:
             1e3 * row.median,
             names.index(row.name) + 0.3 * (norm - (len(norms) - 1) / 2),
             xerr=[[1e3 * (row.median - low)], [1e3 * (high - row.median)]],
-            color=COLOURS[norm],
+            color=COLORS[norm],
             marker='os'[norm % 2],
             markersize=4,
             linewidth=1.2,
@@ -52,15 +49,18 @@ def steps(results: Sequence[Result]) -> Picture:
       panel.set_xlim(0, None)
       panel.set_xlabel('ms')
       panel.set_title(f'{architecture}, batch {members[0].workload.batch}')
-    figure.text(*top_left(figure, 0.1), title, va='top', fontsize=11)
-    for at, norm in enumerate(norms):
-      text = 'without batch norm' if norm == 'none' else 'with batch norm'
-      figure.text(
-        *top_left(figure, 0.32 + 0.17 * at),
-        f'{"●■"[at % 2]} {text}',
-        va='top',
-        color=COLOURS[at],
+    handles = [
+      Line2D(
+        [],
+        [],
+        color=COLORS[at],
+        marker='os'[at % 2],
+        linestyle='',
+        label='without batch norm' if norm == 'none' else 'with batch norm',
       )
+      for at, norm in enumerate(norms)
+    ]
+    figure.legend(handles=handles, loc='outside lower left', ncols=2)
     return picture(figure, 'bench', title, png=True)
 
 
@@ -72,12 +72,7 @@ def scaling(
   axes_names = list(dict.fromkeys(point['axis'] for point in points))
   with style('scaling'):
     figure, (*step_axes, grid_axes) = panels(
-      len(axes_names) + 1,
-      (3.2, 2.2),
-      across=2,
-      left=0.75,
-      top=0.65,
-      between=0.85,
+      title, len(axes_names) + 1, (4.0, 3.0), across=2
     )
     for panel, axis in zip(step_axes, axes_names, strict=True):
       members = [point for point in points if point['axis'] == axis]
@@ -86,7 +81,7 @@ def scaling(
           [member[axis] for member in members],
           [1e3 * member['seconds'][name] for member in members],
           label=name,
-          **looks(position),
+          **look(position),
         )
       panel.set_xscale('log', base=2)
       panel.set_yscale('log')
@@ -108,12 +103,11 @@ def scaling(
         runs,
         [point[name] for point in grid['points']],
         label=label,
-        **looks(position),
+        **look(position),
       )
     grid_axes.set_xlabel('runs')
     grid_axes.set_ylabel('seconds')
     grid_axes.set_xlim(0, None)
     grid_axes.set_ylim(0, None)
     grid_axes.legend(fontsize=8)
-    figure.text(*top_left(figure, 0.1), title, va='top', fontsize=11)
     return picture(figure, 'scaling', title, png=True)

@@ -8,7 +8,7 @@ from experiments.bench import files, plots
 from experiments.bench.contenders import check_steps
 from experiments.bench.family import AXES, step_times
 from experiments.bench.overhead import RUNS, grid_times
-from experiments.report.markdown import table
+from experiments.bench.tables import table
 from experiments.training import machine
 
 _RUN = 30.0  # seconds, of the run to which overhead is compared

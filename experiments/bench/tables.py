@@ -10,7 +10,6 @@ from experiments.bench.results import (
   Row,
   rival,
 )
-from experiments.report.markdown import table
 
 
 def details(result: Result) -> str:
@@ -99,6 +98,12 @@ def _ratios(results: Sequence[Result], cell: Callable[[Row], str]) -> list[str]:
     for result in results
   ]
   return table(('network', *rules), lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  """The lines of a Markdown table."""
+  lines = [header, ['---'] * len(header), *rows]
+  return ['| ' + ' | '.join(line) + ' |' for line in lines]
 
 
 def _ratio(row: Row, to: str) -> str:

@@ -10,7 +10,8 @@ def result(
   """Both results of a run from its lines of metrics.
 
   The paper's result is the lowest test error of all epochs. The held-out
-  result is the test error of the epoch with the lowest held-out error.
+  result is the test error of the epoch with the lowest held-out error. The
+  keys are those of `result.json`, which older folders have too.
 
   Args:
     lines: one per epoch, in order; at least one.

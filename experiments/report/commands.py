@@ -1,7 +1,8 @@
 """The commands that make runs again, from their configurations.
 
 On a CPU the bits of a run depend on how many cores it has, because sums are
-divided among them. So a command asks for as many as its runs had.
+divided among them. So a command asks for as many as its runs had. FILE stands
+for a plugin: runs record its content, not its path.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 
 import pandas as pd
 
+from experiments.datasets.specs import SPECS
 from experiments.paper.conditions import find
 from experiments.paper.protocol import RATES, Protocol
 from experiments.report.frame import COLUMNS, Results, first_name, words
@@ -34,7 +36,11 @@ def of_protocol(results: Results, protocol: str) -> list[str]:
   )
   keys = ['dataset', 'processes', 'condition', 'seed', 'rate']
   table = runs[keys].drop_duplicates()
-  for column in ('rate', 'seed', 'condition'):  # join what is alike otherwise
+  for column in (
+    'rate',
+    'seed',
+    'condition',
+  ):  # join rows that differ only in this
     keys.remove(column)
     others = [key for key in table.columns if key != column]
     kind = tuple if column == 'condition' else _ordered
@@ -84,6 +90,12 @@ def _command(
       parts.append(f'--{option}' if value else f'--no-{option}')
     elif value != field.default:
       parts += [f'--{option}', *words(value)]
+  if fields.get('plugin'):
+    parts += ['--plugin', 'FILE']
+  if network := fields.get('network'):
+    known = {spec.architecture for spec in SPECS.values()}
+    option = '--architecture' if network in known else '--network'
+    parts += [option, str(network)]
   if processes > 1:
     parts += ['--executor', 'processes', '--workers', str(processes)]
   return 'python -m experiments run ' + shlex.join(parts)

@@ -23,7 +23,6 @@ from experiments.report import statistics
 from experiments.runs.store import Record
 
 _NAMED = 20  # warnings; more are counted
-_LONG = 60  # characters of a setting in the name of a protocol
 
 # Columns of the paper, how many batch plans each tries, and the first column of
 # the same condition.
@@ -144,8 +143,8 @@ class Results:
 
   Attributes:
     runs: a row per run, finished or not.
-    protocols: their fields by name, most training first, then those with other
-      settings than the usual.
+    protocols: their fields by name; those with default settings come first,
+      most training before less.
     rows: by protocol and label; datasets in the paper's order, others last.
     cells: by protocol, label and condition, in the order of rows and tables.
     warnings: a line for each record that is left out.
@@ -159,7 +158,7 @@ class Results:
 
   @property
   def main(self) -> list[str]:
-    """Protocols with the usual settings, or all if there are none."""
+    """Protocols with default settings, or all if there are none."""
     usual = [
       p for p, fields in self.protocols.items() if not is_variant(fields)
     ]
@@ -228,7 +227,7 @@ def read(records: Iterable[Record]) -> Results:
 
 
 def is_variant(fields: Mapping[str, Any]) -> bool:
-  """Whether a protocol differs from the usual in more than its length."""
+  """Whether settings other than epochs and images are not the defaults."""
   return any(
     value != DEFAULTS.get(name)
     for name, value in fields.items()
@@ -373,9 +372,9 @@ def _result(result: Any) -> dict[str, Any]:
 
 
 def _protocol_name(fields: Mapping[str, Any]) -> str:
-  """Such as '13 epochs, 5000 images, weight decay 0': what is not as usual.
+  """Such as '13 epochs, 5000 images, weight decay 0': non-default settings.
 
-  It depends on the protocol alone, so names stay when others are added.
+  It depends on the protocol alone, so a name stays when others are added.
   """
   epochs, size = fields['epochs'], fields['train_size']
   parts = [f'{epochs} epoch' + 's' * (epochs != 1)]
@@ -383,8 +382,6 @@ def _protocol_name(fields: Mapping[str, Any]) -> str:
   for name, value in sorted(fields.items()):
     if name not in ('epochs', 'train_size') and value != DEFAULTS.get(name):
       text = '' if value is True else ' '.join(['', *words(value)])
-      if len(text) > _LONG:  # the source of a plugin
-        text = f' {hashlib.sha256(text.encode()).hexdigest()[:8]}'
       parts.append(name.replace('_', ' ') + text)
   return printable(', '.join(parts))
 

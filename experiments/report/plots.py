@@ -41,7 +41,7 @@ _P_RULES = {
 
 # Okabe and Ito's colors, distinct for color-blind readers; no yellow, which is
 # too pale for a line.
-_COLORS = (
+COLORS = (
   '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#333333',
 )  # fmt: skip
 _DASHES = ('-', (0, (5, 1.5)), (0, (1.2, 1.2)))
@@ -85,30 +85,41 @@ class Picture:
 
 
 @contextlib.contextmanager
-def _style(name: str) -> Iterator[None]:
+def style(name: str) -> Iterator[None]:
   """The look of every figure; its name makes an SVG's ids its own."""
   with mpl.rc_context(cast(Any, {**_STYLE, 'svg.hashsalt': name})):
     yield
 
 
-def _figure(
-  title: str, count: int, size: tuple[float, float]
+def panels(
+  title: str, count: int, size: tuple[float, float], across: int = 3
 ) -> tuple[Figure, list[Axes]]:
-  """Panels of that size in inches, at most three in a row."""
-  across = min(count, 3)
+  """Panels of that size in inches, so many in a row at most."""
+  across = min(count, across)
   down = -(-count // across)
   figure = Figure(
     figsize=(max(across * size[0], 5.6), down * size[1] + 1),
     layout='constrained',
   )
   figure.suptitle(title, x=0.01, ha='left')
-  panels = [*figure.subplots(down, across, squeeze=False).flat]
-  for empty in panels[count:]:
+  axes = [*figure.subplots(down, across, squeeze=False).flat]
+  for empty in axes[count:]:
     empty.remove()
-  return figure, panels[:count]
+  return figure, axes[:count]
 
 
-def _picture(
+def look(position: int) -> dict[str, Any]:
+  """Color, dash and marker of the n-th line; 21 differ."""
+  return {
+    'color': COLORS[position % len(COLORS)],
+    'linestyle': _DASHES[position // len(COLORS) % len(_DASHES)],
+    'marker': _MARKERS[position % len(_MARKERS)],
+    'markersize': 3.5,
+    'linewidth': 1.5,
+  }
+
+
+def picture(
   figure: Figure, name: str, title: str, *, png: bool = False
 ) -> Picture:
   """The files of a figure. A PNG takes longer than all the rest."""
@@ -194,12 +205,12 @@ def story(results: Results) -> Picture | None:
   if not rows:
     return None
   title = 'How much weight symmetry does backpropagation need?'
-  with _style('story'):
+  with style('story'):
     size = 4.0, 0.26 * len(shown) + 1
-    figure, panels = _figure(
+    figure, all_axes = panels(
       f'{title}\nBest test error by condition', len(rows), size
     )
-    for axes, (row, bests) in zip(panels, rows.values(), strict=True):
+    for axes, (row, bests) in zip(all_axes, rows.values(), strict=True):
       theirs = {c: paper.by_condition().get((row.name, c)) for c in shown}
       ours = [bests[c].mean for c in shown if c in bests]
       at = _error_axis(axes, [*ours, *theirs.values(), row.chance], 'x')
@@ -223,13 +234,13 @@ def story(results: Results) -> Picture | None:
       ("paper's", {'marker': 'D', 'ls': '', **_PAPER}),
       ('chance', _CHANCE),
     ])  # fmt: skip
-    return _picture(figure, 'story', title, png=True)
+    return picture(figure, 'story', title, png=True)
 
 
 def _legend(
   figure: Figure, entries: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> None:
-  handles = [Line2D([], [], label=label, **look) for label, look in entries]
+  handles = [Line2D([], [], label=label, **of) for label, of in entries]
   figure.legend(handles=handles, loc='outside lower left',
                 ncols=min(len(figure.axes) + 1, 3),
                 handlelength=3)  # fmt: skip
@@ -243,9 +254,9 @@ def against_p(results: Results) -> Picture | None:
   if not ours:
     return None
   title = 'Error against the probability p of a wrong sign (with BN and BM)'
-  with _style('error-against-p'):
-    figure, panels = _figure(title, len(ours), (3.5, 3.2))
-    for axes, (row, of) in zip(panels, ours.items(), strict=True):
+  with style('error-against-p'):
+    figure, all_axes = panels(title, len(ours), (3.5, 3.2))
+    for axes, (row, of) in zip(all_axes, ours.items(), strict=True):
       sgd = _bests(results, row).get('SGD')
       _p_panel(axes, row, of, sgd.mean if sgd else None)
     looks = [
@@ -254,7 +265,7 @@ def against_p(results: Results) -> Picture | None:
       for whose, look in (('ours', _OURS), ("paper's", _PAPER))
     ]
     _legend(figure, [*looks, ('SGD, ours', _SGD), ('chance', _CHANCE)])
-    return _picture(figure, 'error-against-p', title)
+    return picture(figure, 'error-against-p', title)
 
 
 def _by_p(errors: Mapping[str, Any]) -> dict[str, dict[float, Any]]:
@@ -330,25 +341,26 @@ def _curves(
   curves = {}
   for condition in conditions:
     found = settings[settings.condition == condition]
-    # Of equals the highest rate.
+    # Ties: the highest rate.
     best = found[found.best == found.best.min()].sort_values('rate').iloc[-1]
     mine = runs[(runs.condition == condition) & (runs.rate == best.rate)
                 & (runs.plan == best.plan)]  # fmt: skip
     table = pd.DataFrame([dict(errors) for errors in mine.errors])
     curves[condition] = table.mean(skipna=False).dropna(), best.diverged
   title = 'Test error by epoch, best rate'
-  with _style(name):
+  with style(name):
     size = 7.5, max(2.6, 0.17 * len(curves))
-    figure, (axes,) = _figure(f'{title}\n{about}', 1, size)
+    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
     at = _error_axis(axes, [e for curve, _ in curves.values() for e in curve])
     for place, (condition, (curve, diverged)) in enumerate(curves.items()):
+      crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
       axes.plot(
-        curve.index, [at(error) for error in curve], linewidth=1.5,
-        color=_COLORS[place % len(_COLORS)], label=_short(condition),
-        linestyle=_DASHES[place // len(_COLORS) % len(_DASHES)],
-        marker='x' if diverged else _MARKERS[place % len(_MARKERS)],
-        markersize=7 if diverged else 3.5, markevery=[-1],
-      )  # fmt: skip
+        curve.index,
+        [at(error) for error in curve],
+        label=_short(condition),
+        markevery=[-1],
+        **look(place) | crossed,
+      )
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set_xlabel('epoch (×: diverged there)')
     axes.set_ylabel('test error (%)')
@@ -357,7 +369,7 @@ def _curves(
       axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1]
     )
     figure.legend(handles=ends, loc='outside right upper', handlelength=3)
-    return _picture(figure, name, f'{title}: {about}')
+    return picture(figure, name, f'{title}: {about}')
 
 
 def _rates(
@@ -377,9 +389,9 @@ def _rates(
   kind = colors.LogNorm if high > _LOGARITHMIC * low else colors.Normalize
   norm = kind(low * 0.95, max(high, low) * 1.2, clip=True)
   title = 'Best test error (%) by learning rate'
-  with _style(name):
+  with style(name):
     size = 0.75 * len(rates) + 1.6, 0.27 * len(conditions) + 0.5
-    figure, (axes,) = _figure(f'{title}\n{about}', 1, size)
+    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
     axes.grid(visible=False)
     axes.pcolormesh(np.ma.masked_invalid(np.maximum(errors, low)),
                     cmap='Blues', norm=norm, linewidth=0)  # fmt: skip
@@ -402,4 +414,4 @@ def _rates(
     axes.tick_params(length=0)
     axes.set_xlabel('learning rate, times the base rate\n'
                     'framed: the best mean; ×: a run diverged')  # fmt: skip
-    return _picture(figure, name, f'{title}: {about}')
+    return picture(figure, name, f'{title}: {about}')

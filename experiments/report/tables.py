@@ -107,7 +107,7 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """A filled table: our rows, then the paper's rows that we have no run of."""
+  """A filled table: our rows, then the paper's rows without a run of ours."""
 
   table: Table
   lines: Sequence[Line]
@@ -237,7 +237,7 @@ def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
 
 
 def settings(results: Results) -> dict[str, Frame]:
-  """By dataset: protocols with other settings beside the usual ones.
+  """By dataset: protocols with other settings beside the default ones.
 
   Best test errors of complete cells, of conditions that several protocols have;
   means over the seeds that all of these have.

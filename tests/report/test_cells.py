@@ -25,7 +25,7 @@ def cells(records):
     ([record(error=4.0, rate=1.0, held_out=4.5, holdout=7.0),
       record(error=5.0, rate=10.0, held_out=6.5, holdout=3.0)],
      {0: 4.0}, {0: 6.5}, '2/5 rates'),
-    # Of equals the highest rate.
+    # Ties: the highest rate.
     ([record(error=4.0, rate=rate, held_out=rate, holdout=3.0)
       for rate in (0.1, 10.0, 1.0)],
      {0: 4.0}, {0: 10.0}, '3/5 rates'),
@@ -36,7 +36,7 @@ def cells(records):
     # Incomplete seeds do not count beside complete ones.
     ([*cell('SGD', 5.0), *cell('SGD', 1.0, seed=1)[:2]],
      {0: 5.0}, {0: 5.0}, '7/10 runs'),
-    # Rates of one's own do not complete a cell.
+    # Rates other than the paper's do not complete a cell.
     ([*cell('SGD', 5.0)[:4], record(error=1.0, rate=3.0, holdout=99.0)],
      {0: 1.0}, {0: 5.0}, '4/5 rates'),
     # Unfinished runs are not results.
@@ -142,6 +142,8 @@ def test_a_protocol_keeps_its_name_when_others_are_added(changes, name):
     ({'weight_decay': 0.0}, '--weight-decay 0'),
     ({'layer_metrics': True}, '--layer-metrics'),
     ({'reduction': 'sum'}, '--reduction sum'),
+    ({'network': 'general'}, '--architecture general'),
+    ({'network': 'x', 'plugin': 'a = 1'}, '--plugin FILE --network x'),
   ],
 )
 def test_commands_name_what_is_not_as_by_default(changes, option):

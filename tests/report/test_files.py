@@ -210,7 +210,7 @@ def drawn(monkeypatch, records):
     figure.draw_without_rendering()
     found[name] = figure
 
-  monkeypatch.setattr(plots, '_picture', seen)
+  monkeypatch.setattr(plots, 'picture', seen)
   results = frame.read(records)
   plots.story(results)
   plots.against_p(results)
@@ -250,7 +250,7 @@ def test_the_story_shows_a_dataset_once_as_it_was_trained_most(monkeypatch):
 def test_curves_are_means_at_the_best_rate(monkeypatch):
   found = {}
   monkeypatch.setattr(
-    plots, '_picture', lambda figure, name, _: found.update({name: figure})
+    plots, 'picture', lambda figure, name, _: found.update({name: figure})
   )
   records = [r for s in (0, 1) for r in cell('SGD', 2.0 + s, seed=s)]
   results = frame.read(records)

@@ -79,7 +79,7 @@ def test_tables_appear_with_results_in_columns_of_their_own():
   found = grids(cell('SGD', 5.0) + cell('uSF+BN', 5.0))
   assert [grid.table.name for grid in found] == ['2']
   assert [grid.table.name for grid in grids(cell('RndF', 5.0))] == ['4-C1']
-  # A protocol stands only in the tables that it has such results for.
+  # A protocol appears only in the tables for which it has such results.
   records = [*cell('SGD', 5.0), *cell('RndF', 5.0, epochs=9)]
   names = {grid.name: [line.title for line in grid.lines if line.ours]
            for grid in grids(records)}  # fmt: skip
