@@ -61,7 +61,7 @@ def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
   if missing := [key for key in needed if key not in arrays]:
     raise DatasetError(
       f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): '
-      f'{_FORM}; a set of your own may do without S = test, with a test share'
+      f'{_FORM}. A dataset of your own needs no test arrays with a test share'
     )
   classes = _names(arrays, 'classes', path)
   if len(set(classes)) != len(classes):

@@ -126,7 +126,7 @@ def _one_picture(path):
 
 _REFUSED = {
   'no such set': (lambda path: None, {}, "'birds'.* is none of MNIST, .*npz"),
-  'no test part': (_flat, {}, 'birds: has no folder test; .* a test share do'),
+  'no test part': (_flat, {}, 'birds: has no folder test; .* a test share'),
   'a share beside a test part': (
     lambda path: archives.image_folder(path, archives.raw_arrays()),
     {'test_share': 0.5},
@@ -215,5 +215,5 @@ def test_the_commands_know_it(tmp_path):
   assert report.test_counts == {'class 0': 2, 'class 1': 3, 'class 2': 5}
   lines = list(datasets.show_split('birds', **places, **own))
   assert len([line for line in lines if line.startswith('test\t')]) == 10
-  with pytest.raises(DatasetError, match='of your own needs no preparation'):
+  with pytest.raises(DatasetError, match='own needs no preparation'):
     datasets.prepare('birds', tmp_path)
