@@ -108,10 +108,10 @@ def _names(arrays: _Arrays, key: str, path: Path) -> list[str]:
   try:
     if values.dtype.kind == 'S':
       return [name.decode('utf-8', 'backslashreplace') for name in values]
-    text = [str(name) for name in values.tolist()]
+    names = [str(name) for name in values.tolist()]
+    return [name.encode('utf-8', 'backslashreplace').decode() for name in names]
   except (ValueError, SystemError) as error:  # code points beyond Unicode
     raise DatasetError(f'{path}: {key} is no text: {error}') from error
-  return [name.encode('utf-8', 'backslashreplace').decode() for name in text]
 
 
 def _part(

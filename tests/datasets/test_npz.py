@@ -218,6 +218,10 @@ _RAW = {
     _with(classes=np.full(3, 0x7FFFFFFF, '<u4').view('<U1')),
     'classes is no text',
   ),
+  'beyond Unicode': (
+    _with(classes=np.array([97, 98, 0x110000], '<u4').view('<U1')),
+    'classes is no text',
+  ),
 }
 
 _JOINED = {
