@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments import datasets
-from experiments.datasets import Dataset
-from experiments.datasets import WEIGHT_LAYERS
+from experiments.datasets import WEIGHT_LAYERS, Dataset
 from experiments.options import Selection
 from experiments.paper import conditions
 from experiments.paper import protocol as grid
