@@ -7,7 +7,7 @@ import collections
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,7 @@ import tensorflow_datasets as tfds
 from experiments.datasets import archives, speech
 from experiments.datasets.folders import ignored_text, kind
 from experiments.datasets.samples import is_picture
-from experiments.datasets.specs import SPECS, DatasetError
-
-_Examples = Iterator[tuple[str, dict[str, Any]]]
+from experiments.datasets.specs import SPECS, DatasetError, require
 
 
 class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -31,8 +29,9 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   VERSION = tfds.core.Version('1.0.0')
 
-  # Which members of the archive are wanted; `file` names them, and `label`.
+  # Which members of the archive are wanted; group `file` names each once.
   FILE: re.Pattern[str]
+  PARTS = ('train',)
 
   def __init__(self, **kwargs: Any):
     super().__init__(**kwargs)
@@ -66,15 +65,35 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    return {'train': self._generate_examples(*self._originals(dl_manager))}
+    path, *lists = self._originals(dl_manager)
+    self._read_lists(path, *lists)
+    return {part: self._generate_examples(path, part) for part in self.PARTS}
 
-  def _generate_examples(self, path: Path) -> _Examples:
-    found = False
+  def _read_lists(self, path: Path, *lists: Path) -> None:
+    """Reads what tells parts and labels, if names of pictures do not."""
+
+  def _place(self, match: re.Match[str]) -> tuple[str, str, str] | None:
+    """Part, file name and label of a picture; None if it is not wanted."""
+    return 'train', match['file'], match['label']
+
+  def _missing(self, part: str, files: set[str], labels: set[str]) -> str:
+    """What a part lacks that has these files and labels, in words."""
+    return '' if files else 'no picture of that form'
+
+  def _generate_examples(
+    self, path: Path, part: str
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
+    files, labels = set(), set()
     for match, content in self._matching(path):
-      found = True
-      yield _example(match['file'], match['label'], content)
-    if not found:
-      raise self._layout_error(path, 'no picture of that form')
+      placed = self._place(match)
+      if placed is not None and placed[0] == part:
+        _, file, label = placed
+        files.add(file)
+        labels.add(label)
+        picture = io.BytesIO(content)
+        yield file, {'image': picture, 'label': label, 'file': file}
+    if missing := self._missing(part, files, labels):
+      raise self._layout_error(path, missing)
 
   def _matching(
     self, path: Path, pictures: bool = True
@@ -128,13 +147,6 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     )
 
 
-def _example(
-  file: str, label: str, content: bytes
-) -> tuple[str, dict[str, Any]]:
-  """An example: a picture as it is stored, its class and its file name."""
-  return file, {'image': io.BytesIO(content), 'label': label, 'file': file}
-
-
 class Caltech256(OriginalBuilder):
   """All 257 folders (256 categories and clutter), in one split (`train`)."""
 
@@ -165,25 +177,48 @@ class IcubWorld(OriginalBuilder):
     rf'/((?P<label>{"|".join(CATEGORIES)})/(?:[^/]+/)*[^/]+))',
     re.IGNORECASE,
   )
+  PARTS = ('train', 'test')
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    (path,) = self._originals(dl_manager)
-    return {
-      part: self._generate_examples(path, part) for part in ('train', 'test')
-    }
+  def _place(self, match: re.Match[str]) -> tuple[str, str, str]:
+    return 'train' if match[2] else 'test', match[3], match['label'].lower()
 
-  def _generate_examples(self, path: Path, part: str) -> _Examples:
-    seen = set()
-    for match, content in self._matching(path):
-      if part == ('train' if match[2] else 'test'):
-        label = match['label'].lower()
-        seen.add(label)
-        yield _example(match[3], label, content)
-    if missing := sorted(set(self.CATEGORIES) - seen):
-      raise self._layout_error(path, f'no {part} pictures of {missing[0]}')
+  def _missing(self, part: str, files: set[str], labels: set[str]) -> str:
+    missing = sorted(set(self.CATEGORIES) - labels)
+    return f'no {part} pictures of {missing[0]}' if missing else ''
 
 
-class OxfordFlowers17(OriginalBuilder):
+class _ListedBuilder(OriginalBuilder, skip_registration=True):
+  """Lists tell the part of each picture; all that are listed must be there."""
+
+  def _read_lists(self, path: Path, *lists: Path) -> None:
+    self._listed: dict[str, str] = {}
+    for part, files in self._parts(*lists).items():
+      for file in files:
+        if file in self._listed:
+          raise self._layout_error(lists[-1], f'{file} is listed twice')
+        self._listed[file] = part
+
+  def _parts(self, *lists: Path) -> dict[str, Iterable[str]]:
+    """The files of each part."""
+    raise NotImplementedError
+
+  def _label(self, match: re.Match[str]) -> str:
+    return match['label']
+
+  def _place(self, match: re.Match[str]) -> tuple[str, str, str] | None:
+    file = match['file']
+    if file not in self._listed:
+      return None
+    return self._listed[file], file, self._label(match)
+
+  def _missing(self, part: str, files: set[str], labels: set[str]) -> str:
+    missing = {file for file, of in self._listed.items() if of == part} - files
+    if not missing:
+      return ''
+    return f'{len(missing)} listed pictures are missing, such as {min(missing)}'
+
+
+class OxfordFlowers17(_ListedBuilder):
   """The first official split: 40 / 20 / 20 pictures per class."""
 
   # In the order of the pictures, 80 of each.
@@ -200,83 +235,45 @@ class OxfordFlowers17(OriginalBuilder):
     'test': ('tst1', 20),
   }
   FILE = re.compile(r'(?:.*/)?(?P<file>image_(\d{4})\.jpg)')
+  PARTS = tuple(LISTS)
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    pictures, splits = self._originals(dl_manager)
-    return {
-      part: self._generate_examples(pictures, numbers)
-      for part, numbers in self._numbers(splits).items()
-    }
+  def _label(self, match: re.Match[str]) -> str:
+    return self.CLASSES[(int(match[2]) - 1) // self.EACH]
 
-  def _generate_examples(self, path: Path, numbers: set[int]) -> _Examples:
-    missing = set(numbers)
-    for match, content in self._matching(path):
-      if (number := int(match[2])) in missing:
-        missing.remove(number)
-        label = self.CLASSES[(number - 1) // self.EACH]
-        yield _example(match['file'], label, content)
-    if missing:
-      raise self._layout_error(
-        path, f'image_{min(missing):04d}.jpg is not there ({len(missing)} such)'
-      )
-
-  def _numbers(self, path: Path) -> dict[str, set[int]]:
-    import scipy.io
-
-    try:
-      stored = scipy.io.loadmat(path)
-      lists = {
-        part: np.ravel(stored[key]).astype(int)
-        for part, (key, _) in self.LISTS.items()
-      }
-    # scipy reports damage in many ways.
-    except Exception as error:
-      raise self._layout_error(
-        path, f'not a list of splits with trn1, val1 and tst1 ({error!r})'
-      ) from error
+  def _parts(self, *lists: Path) -> dict[str, Iterable[str]]:
+    scipy_io = require('scipy.io', 'reading the lists of Flowers17')
+    parts: dict[str, Iterable[str]] = {}
     for part, (key, count) in self.LISTS.items():
-      labels = (lists[part] - 1) // self.EACH
-      expected = np.repeat(np.arange(len(self.CLASSES)), count)
-      if not np.array_equal(np.sort(labels), expected):
+      try:
+        numbers = np.ravel(scipy_io.loadmat(lists[0])[key]).astype(int)
+      except Exception as error:  # scipy reports damage in many ways
         raise self._layout_error(
-          path, f'{key} does not list {count} pictures of each class'
+          lists[0], f'not a list of splits with trn1, val1 and tst1 ({error!r})'
+        ) from error
+      expected = np.repeat(np.arange(len(self.CLASSES)), count)
+      if not np.array_equal(np.sort((numbers - 1) // self.EACH), expected):
+        raise self._layout_error(
+          lists[0], f'{key} does not list {count} pictures of each class'
         )
-    numbers = np.concatenate(list(lists.values()))
-    if len(np.unique(numbers)) != len(numbers):
-      raise self._layout_error(path, 'a picture is in two lists')
-    return {part: set(values.tolist()) for part, values in lists.items()}
+      parts[part] = [f'image_{number:04d}.jpg' for number in numbers.tolist()]
+    return parts
 
 
-class MitIndoor67(OriginalBuilder):
+class MitIndoor67(_ListedBuilder):
   """The pictures of TrainImages.txt and of TestImages.txt."""
 
   FILE = re.compile(r'(?:.*/)?(?P<file>(?P<label>[^/]+)/[^/]+)')
+  PARTS = ('train', 'test')
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    pictures, *lists = self._originals(dl_manager)
-    return {
-      part: self._generate_examples(pictures, path)
-      for part, path in zip(('train', 'test'), lists, strict=True)
-    }
-
-  def _generate_examples(self, pictures: Path, listed: Path) -> _Examples:
-    try:
-      lines = listed.read_text('utf-8-sig').splitlines()
-    except (OSError, UnicodeError) as error:
-      raise self._layout_error(
-        listed, f'not a list of pictures ({error})'
-      ) from error
-    wanted = {line.strip() for line in lines} - {''}
-    for match, content in self._matching(pictures):
-      if match['file'] in wanted:
-        wanted.remove(match['file'])
-        yield _example(match['file'], match['label'], content)
-    if wanted:
-      raise self._layout_error(
-        pictures,
-        f'{len(wanted)} pictures of {listed.name} are not there, such as '
-        f'{min(wanted)}',
-      )
+  def _parts(self, *lists: Path) -> dict[str, Iterable[str]]:
+    parts: dict[str, Iterable[str]] = {}
+    for part, path in zip(self.PARTS, lists, strict=True):
+      try:
+        lines = path.read_text('utf-8-sig').splitlines()
+      except (OSError, UnicodeError) as error:
+        raise self._layout_error(path, f'not a list ({error})') from error
+      parts[part] = {line.strip() for line in lines} - {''}
+    return parts
 
 
 class SufrW(OriginalBuilder):
@@ -292,20 +289,8 @@ class SufrW(OriginalBuilder):
     r'(?:.*/)?SUFR_in_the_wild/(?P<file>(\d+)\.jpe?g)', re.IGNORECASE
   )
 
-  def _generate_examples(self, path: Path) -> _Examples:
-    people = self._people(path)
-    found = False
-    for match, content in self._matching(path):
-      found, number = True, int(match[2])
-      if not 1 <= number <= len(people):
-        raise self._layout_error(
-          path, f'picture {match[0]} but {len(people)} lines in {self.LIST}'
-        )
-      yield _example(f'{number:05d}.jpg', people[number - 1], content)
-    if not found:
-      raise self._layout_error(path, 'no numbered pictures')
-
-  def _people(self, path: Path) -> list[str]:
+  def _read_lists(self, path: Path, *lists: Path) -> None:
+    self._people: list[str] = []
     for name, read in archives.members(path):
       if name.rpartition('/')[2] == self.LIST:
         self._used.add(name)
@@ -313,15 +298,21 @@ class SufrW(OriginalBuilder):
         break
     else:
       raise self._layout_error(path, f'no {self.LIST}')
-    people = []
     for number, line in enumerate(lines, 1):
       match = self.LINE.fullmatch(line)
       if match is None:
         raise self._layout_error(
           path, f'line {number} of {self.LIST} is {line!r}, not "ID # NAME"'
         )
-      people.append(f'{match[1]} {match[2]}')
-    return people
+      self._people.append(f'{match[1]} {match[2]}')
+
+  def _place(self, match: re.Match[str]) -> tuple[str, str, str]:
+    number, people = int(match[2]), self._people
+    if not 1 <= number <= len(people):
+      raise self._layout_error(
+        Path(match[0]), f'a picture, but {len(people)} lines in {self.LIST}'
+      )
+    return 'train', f'{number:05d}.jpg', people[number - 1]
 
 
 class TimitSubphones(OriginalBuilder):
@@ -357,7 +348,9 @@ class TimitSubphones(OriginalBuilder):
       }
     )
 
-  def _generate_examples(self, path: Path) -> _Examples:
+  def _generate_examples(
+    self, path: Path, part: str
+  ) -> Iterator[tuple[str, dict[str, Any]]]:
     halves: dict[str, dict[str, bytes]] = {}
     sentences = collections.Counter[str](dict.fromkeys(self.SPEAKERS, 0))
     for match, content in self._matching(path, pictures=False):

@@ -24,7 +24,7 @@ _SYSTEM = (
   '$recycle.bin', 'system volume information', '@eadir', '#recycle',
   'lost+found', '__pycache__',
 )  # fmt: skip
-# Folders of classes with such names are no classes themselves.
+# Names of parts, which are no classes in a folder without train and test.
 _OTHER_PARTS = {'val', 'valid', 'validation', 'dev', 'training', 'testing'}
 
 
@@ -34,9 +34,9 @@ def hidden(name: str) -> bool:
 
 
 def kind(name: str) -> str:
-  """What a file that is not used is counted as."""
+  """How a file that is not used is counted."""
   if hidden(PurePath(name).name):
-    return 'hidden or of the system'
+    return 'hidden or system'
   return readable(PurePath(name).suffix.lower()) or 'without extension'
 
 
@@ -135,7 +135,7 @@ def _count(entry: Path, ignored: Counter[str]) -> None:
 def _parts(
   path: Path, draw: Draw | None, ignored: Counter[str]
 ) -> dict[str, Path]:
-  """The folders of the training and test part; 'train' alone where it is drawn.
+  """The folders of the parts; 'train' alone if the test part is drawn.
 
   Without a folder train, the folder itself is the training part.
   """
@@ -153,7 +153,8 @@ def _parts(
     raise DatasetError(
       f'{path}: has no folder {min(lacking, default="train")}{found}; expected '
       f'{path.name}/train/CLASS/*.jpg and {path.name}/test/CLASS/*.jpg (or '
-      f'.png); of a set of your own {path.name}/CLASS/*.jpg and a test share do'
+      f'.png). For a dataset of your own, {path.name}/CLASS/*.jpg with a test '
+      'share works too'
     )
   for entry in path.iterdir() if parts else ():
     if entry not in parts.values():

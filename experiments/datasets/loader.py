@@ -321,8 +321,8 @@ def _own(
     where = '' if data_dir is None else f' and is not in {data_dir}'
     raise specs.UnknownDataset(
       f'unknown dataset {name!r}{specs.nearest(name)}; it is none of '
-      f'{", ".join(specs.SPECS)}{where}. A set of your own is NAME.npz or '
-      'NAME/train/CLASS/*.jpg with NAME/test in the data folder'
+      f'{", ".join(specs.SPECS)}{where}. A dataset of your own is NAME.npz or '
+      'NAME/{train,test}/CLASS/*.jpg in the data folder'
     )
   draw = None if share is None else Draw(train=None, test=share)
   source = (folders if path.is_dir() else npz).source(path, draw, seed)

@@ -61,7 +61,7 @@ def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
   if missing := [key for key in needed if key not in arrays]:
     raise DatasetError(
       f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): '
-      f'{_FORM}; a set of your own may do without S = test, with --test-share'
+      f'{_FORM}. A dataset of your own needs no test arrays with --test-share'
     )
   classes = _names(arrays, 'classes', path)
   if len(set(classes)) != len(classes):
@@ -108,10 +108,10 @@ def _names(arrays: _Arrays, key: str, path: Path) -> list[str]:
   try:
     if values.dtype.kind == 'S':
       return [name.decode('utf-8', 'backslashreplace') for name in values]
-    text = [str(name) for name in values.tolist()]
+    names = [str(name) for name in values.tolist()]
+    return [name.encode('utf-8', 'backslashreplace').decode() for name in names]
   except (ValueError, SystemError) as error:  # code points beyond Unicode
     raise DatasetError(f'{path}: {key} is no text: {error}') from error
-  return [name.encode('utf-8', 'backslashreplace').decode() for name in text]
 
 
 def _part(

@@ -74,8 +74,8 @@ def prepare(
   spec = specs.find_known(name)
   if spec is None:
     raise DatasetError(
-      f'{name!r} is none of the datasets that can be prepared; a set of your '
-      'own needs no preparation'
+      f'{name!r} is not a dataset of the paper; a dataset of your own needs no '
+      'preparation'
     )
   if data_dir is not None:
     try:

@@ -220,8 +220,8 @@ def decode(
 
   Returns:
     The samples, uint8 [N, *shape] (vectors: float32); the SHA-256 of the
-    stored bytes of each sample and whether it was turned, uint8 [N, 32]; what
-    is to be said of pictures, and of how many.
+    stored bytes of each sample and of whether it was turned, uint8 [N, 32];
+    remarks for the note, with the number of pictures.
   """
   dtype = np.uint8 if len(shape) == 3 else np.float32
   samples = np.empty((len(part), *shape), dtype)

@@ -29,7 +29,7 @@ from tests.datasets.archives import (
 
 settings.register_profile(
   'datasets',
-  max_examples=100,
+  max_examples=60,
   deadline=None,
   derandomize=True,
   database=None,

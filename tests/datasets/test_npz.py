@@ -100,22 +100,20 @@ def _both_forms(arrays):
 
 
 # What changes nothing, in either form.
+# fmt: off
 _SAME = {
-  **{
-    f'labels {kind}': _labels(lambda y, kind=kind: y.astype(kind))
-    for kind in ('u1', 'i1', '>i4', 'u8')
-  },
+  **{f'labels {kind}': _labels(lambda y,
+    kind=kind: y.astype(kind)) for kind in ('u1', 'i1', '>i4', 'u8')},
   'labels (N, 1)': _labels(lambda y: y[:, None]),
-  **{
-    f'one-hot {kind}': _labels(lambda y, kind=kind: np.eye(3, dtype=kind)[y])
-    for kind in ('f8', 'u1', '?')
-  },
+  **{f'one-hot {kind}': _labels(lambda y, kind=kind: np.eye(3,
+    dtype=kind)[y]) for kind in ('f8', 'u1', '?')},
   'byte names': lambda arrays: arrays.update(
     classes=np.char.encode(arrays['classes'])
   ),
   'both forms': _both_forms,
   'unknown keys': lambda arrays: arrays.update(size=np.array([32, 32, 3])),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize('case', _SAME)
@@ -156,89 +154,63 @@ def _with(**values):
   return lambda arrays: arrays.update(values)
 
 
+# fmt: off
 _RAW = {
   'no classes': (_without('classes'), 'has no classes'),
   'no labels': (_without('y_test'), 'has no y_test'),
   'no pictures': (_without('x_train'), 'has no jpeg_train, off_train'),
-  'objects': (
-    _with(classes=np.array(['a', None, 3], object)),
-    'classes is stored as Python objects',
-  ),
-  'label too large': (
-    _with(y_train=np.arange(12) % 4),
-    r'y_train: label 3 in row 3 is not in 0 to 2',
-  ),
+  'objects': (_with(classes=np.array(['a', None, 3], object)),
+    'classes is stored as Python objects'),
+  'label too large': (_with(y_train=np.arange(12) % 4),
+    r'y_train: label 3 in row 3 is not in 0 to 2'),
   'label below 0': (_with(y_test=np.arange(6) - 1), 'label -1 in row 0'),
-  'huge label': (
-    _with(y_test=np.array([0, 1, 2, 0, 1, 2**64 - 1], np.uint64)),
-    'label 18446744073709551615 in row 5',
-  ),
-  'empty class': (
-    _with(y_train=np.arange(12) % 2),
-    "y_train: no sample of class 'class 2'",
-  ),
+  'huge label': (_with(y_test=np.array([0, 1, 2, 0, 1, 2**64 - 1], np.uint64)),
+    'label 18446744073709551615 in row 5'),
+  'empty class': (_with(y_train=np.arange(12) % 2),
+    "y_train: no sample of class 'class 2'"),
   'float labels': (_with(y_train=np.zeros(12)), 'labels must be integers'),
-  'names as labels': (
-    _with(y_train=np.array(['class 0'] * 12)),
-    'labels must be integers',
-  ),
-  'two ones in a row': (
-    _with(y_train=np.ones((12, 3), int)),
-    'a row of one-hot labels must have a single 1',
-  ),
-  'too wide a row': (
-    _with(y_train=np.eye(4, dtype=int)[np.arange(12) % 3]),
-    'one-hot rows of 3, found int64 of shape',
-  ),
-  'too few labels': (
-    _with(y_train=np.arange(9) % 3),
-    'y_train has 9 entries for 12 train samples',
-  ),
-  'float pictures': (
-    _with(x_train=np.zeros((12, 32, 32, 3))),
-    'x_train must be uint8 .* found float64 of shape',
-  ),
-  'four channels': (
-    _with(x_test=np.zeros((6, 8, 8, 4), np.uint8)),
-    'with 1 or 3 channels',
-  ),
+  'names as labels': (_with(y_train=np.array(['class 0'] * 12)),
+    'labels must be integers'),
+  'two ones in a row': (_with(y_train=np.ones((12, 3), int)),
+    'a row of one-hot labels must have a single 1'),
+  'too wide a row': (_with(y_train=np.eye(4, dtype=int)[np.arange(12) % 3]),
+    'one-hot rows of 3, found int64 of shape'),
+  'too few labels': (_with(y_train=np.arange(9) % 3),
+    'y_train has 9 entries for 12 train samples'),
+  'float pictures': (_with(x_train=np.zeros((12, 32, 32, 3))),
+    'x_train must be uint8 .* found float64 of shape'),
+  'four channels': (_with(x_test=np.zeros((6, 8, 8, 4), np.uint8)),
+    'with 1 or 3 channels'),
   'no area': (_with(x_test=np.zeros((6, 0, 8, 3), np.uint8)), 'must be uint8'),
-  'vectors': (
-    _with(x_test=np.zeros((6, 9), np.float32)),
-    r'test row 0 .* expected a picture, found shape \(9,\)',
-  ),
+  'vectors': (_with(x_test=np.zeros((6, 9), np.float32)),
+    r'test row 0 .* expected a picture, found shape \(9,\)'),
   'scalar classes': (_with(classes=np.array('a')), 'classes must be a vector'),
   'no class': (_with(classes=np.array([], 'U1')), 'classes must be a vector'),
   'float names': (_with(classes=np.ones(3)), 'must be a vector of names'),
-  'two classes of a name': (
-    _with(classes=np.array(['a', 'b', 'a'])),
-    "two classes are named 'a'",
-  ),
-  'no text': (
-    _with(classes=np.full(3, 0x7FFFFFFF, '<u4').view('<U1')),
-    'classes is no text',
-  ),
+  'two classes of a name': (_with(classes=np.array(['a', 'b', 'a'])),
+    "two classes are named 'a'"),
+  'no text': (_with(classes=np.full(3, 0x7FFFFFFF, '<u4').view('<U1')),
+    'classes is no text'),
+  'beyond Unicode': (_with(classes=np.array([97, 98, 0x110000],
+    '<u4').view('<U1')), 'classes is no text'),
 }
+# fmt: on
 
+# fmt: off
 _JOINED = {
   'not rising': (_with(off_test=np.array([0, 9, 5])), 'must be rising'),
-  'unsigned, not rising': (
-    _with(off_test=np.array([0, 9, 5], np.uint32)),
-    'must be rising',
-  ),
-  'past the end': (
-    _with(off_train=np.arange(13) * 10**6),
-    'off_train must be rising integers from 0 to',
-  ),
+  'unsigned, not rising': (_with(off_test=np.array([0, 9, 5], np.uint32)),
+    'must be rising'),
+  'past the end': (_with(off_train=np.arange(13) * 10**6),
+    'off_train must be rising integers from 0 to'),
   'float limits': (_with(off_train=np.arange(13.0)), 'must be rising'),
   'no limits': (_with(off_train=np.arange(0)), 'must be rising'),
   'wide bytes': (_with(jpeg_test=np.zeros(9, np.int32)), 'a uint8 vector'),
   'too few names': (_with(file_test=np.array(['a'])), 'file_test has 1 entr'),
-  'names in a table': (
-    _with(file_test=np.full((6, 1), 'a')),
-    'file_test must be a vector of names',
-  ),
+  'names in a table': (_with(file_test=np.full((6, 1), 'a')),
+    'file_test must be a vector of names'),
 }
+# fmt: on
 
 
 @pytest.mark.parametrize('case', [*_RAW, *_JOINED])

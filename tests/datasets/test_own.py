@@ -124,41 +124,26 @@ def _one_picture(path):
   archives.folder(_flat(path), {'solo/0.png': archives.encoded(np.eye(3) > 0)})
 
 
+# fmt: off
 _REFUSED = {
   'no such set': (lambda path: None, {}, "'birds'.* is none of MNIST, .*npz"),
-  'no test part': (_flat, {}, 'birds: has no folder test; .* a test share do'),
-  'a share beside a test part': (
-    lambda path: archives.image_folder(path, archives.raw_arrays()),
-    {'test_share': 0.5},
-    'test_share is 0.5, but .*birds has a folder test',
-  ),
+  'no test part': (_flat, {}, 'birds: has no folder test; .* a test share'),
+  'a share beside a test part': (lambda path: archives.image_folder(path,
+    archives.raw_arrays()), {'test_share': 0.5},
+    'test_share is 0.5, but .*birds has a folder test'),
   'no share': (_flat, {'test_share': 0.0}, 'test_share is 0.0; it must'),
   'all': (_flat, {'test_share': 1.0}, 'test_share is 1.0; it must be between'),
-  'a part without classes': (
-    lambda path: [_flat(path / 'train'), _flat(path / 'test' / 'a')],
-    {'test_share': 0.5},
-    'has a folder test',
-  ),
-  'a part of another name': (
-    lambda path: _flat(path / 'Training'),
-    {'test_share': 0.5},
-    'has no folder train, but training',
-  ),
-  'too few pictures': (
-    _one_picture,
-    {'test_share': 0.5},
-    "4 classes with at least 2 samples are needed, 3 of 4 .*'solo' has 1",
-  ),
-  'unknown network': (
-    _flat,
-    {'architecture': 'resnet'},
-    "architecture is 'resnet'; it must be one of mnist, cifar, svhn, general",
-  ),
-  'pictures for a network of vectors': (
-    lambda path: archives.image_folder(path, archives.raw_arrays()),
-    {'architecture': 'timit'},
-    'expected a vector of 1845 features, found an encoded file',
-  ),
+  'a part without classes': (lambda path: [_flat(path / 'train'),
+    _flat(path / 'test' / 'a')], {'test_share': 0.5}, 'has a folder test'),
+  'a part of another name': (lambda path: _flat(path / 'Training'),
+    {'test_share': 0.5}, 'has no folder train, but training'),
+  'too few pictures': (_one_picture, {'test_share': 0.5},
+    "4 classes with at least 2 samples are needed, 3 of 4 .*'solo' has 1"),
+  'unknown network': (_flat, {'architecture': 'resnet'},
+    "architecture is 'resnet'; it must be one of mnist, cifar, svhn, general"),
+  'pictures for a network of vectors': (lambda path: archives.image_folder(path,
+    archives.raw_arrays()), {'architecture': 'timit'},
+    'expected a vector of 1845 features, found an encoded file'),
   'vectors of another length': (
     lambda path: archives.save(
       path.with_suffix('.npz'),
@@ -169,7 +154,8 @@ _REFUSED = {
     {},
     'has vectors of 9 features; the only network for vectors takes 1845',
   ),
-}  # fmt: skip
+}
+# fmt: on
 
 
 @pytest.mark.parametrize('case', _REFUSED)
@@ -215,5 +201,5 @@ def test_the_commands_know_it(tmp_path):
   assert report.test_counts == {'class 0': 2, 'class 1': 3, 'class 2': 5}
   lines = list(datasets.show_split('birds', **places, **own))
   assert len([line for line in lines if line.startswith('test\t')]) == 10
-  with pytest.raises(DatasetError, match='of your own needs no preparation'):
+  with pytest.raises(DatasetError, match='own needs no preparation'):
     datasets.prepare('birds', tmp_path)

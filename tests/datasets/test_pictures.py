@@ -1,5 +1,6 @@
 """Pictures of every kind have one meaning, and are resized once."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -128,6 +129,8 @@ def test_the_orientation_of_exif_is_applied(form, orientation):
   np.testing.assert_array_equal(x[0], expected)
   turned = orientation in range(2, 9)
   assert ('pictures turned by their EXIF orientation' in remarks) == turned
+  # Other pixels than those of an upright file are another digest.
+  assert (hashes.tobytes() == hashlib.sha256(file).digest()) == (not turned)
 
 
 def test_the_note_says_that_pictures_are_turned(tmp_path):
