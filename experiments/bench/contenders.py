@@ -1,29 +1,54 @@
-"""What is measured: programs that make training steps, taking turns."""
+"""Programs that make the same training step, and take turns at it.
+
+Those in JAX are here: a step as ``experiments run`` makes it, under a rule or
+with Flax's own layers; the operations of the layers alone, which no step can be
+faster than; and a matrix product, which shows what the machine can do.
+"""
 
 import dataclasses
+import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-# Pools of threads go on spinning for a while after their work and would take
-# the cores from the next program.
+from experiments.datasets import SHAPES
+from experiments.paper.conditions import Condition
+from experiments.paper.protocol import Protocol
+from experiments.training import models
+from experiments.training.data import Arrays, Images
+from experiments.training.pooling import Pool, pool
+from experiments.training.step import Setup, program
+from symjax_bp import primitives
+
+FLAX, PRODUCT, OPERATIONS = 'Flax', 'product', 'operations alone'
+_SIZE = 2048  # rows and columns of the product's matrices
+PRODUCT_FLOPS = 2 * _SIZE**3
+_BATCHES = 4
+# Thread pools keep spinning for a while after their work and would take the
+# cores from the next program.
 _REST = 0.02  # seconds
 _UNMEASURED = 2  # rounds; memory has to be mapped, caches have to fill
+
+Shape = tuple[int, ...]
+Operation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-  """A program of which a call is a whole step.
+  """A program that is measured.
 
   Attributes:
-    name: what the tables call it.
-    step: makes a step and waits for its end.
-    variant: tells contenders of one name apart, of which the fastest counts.
-    compile_seconds: what tracing and compiling took, where that is done.
-    bytes: memory that a step needs at its peak, where that is known.
-    draw_bytes: the part of it that stored random draws take.
+    name: in the tables.
+    step: makes one step and waits for its end.
+    variant: tells contenders of one name apart; the fastest of them counts.
+    compile_seconds: of tracing and compiling; None if nothing is compiled.
+    bytes: memory of a step at its peak; None if unknown.
+    draw_bytes: the part of ``bytes`` that stored random draws take.
   """
 
   name: str
@@ -34,37 +59,20 @@ class Contender:
   draw_bytes: int = 0
 
 
-def check_steps(steps: int) -> None:
-  """Raises unless there is something to measure.
-
-  Raises:
-    ValueError: if ``steps`` is no positive number.
-  """
-  if steps < 1:
-    raise ValueError(f'steps must be at least 1, not {steps}.')
-
-
 def take_turns(
-  contenders: Sequence[Contender], steps: int, seconds: float
+  contenders: Sequence[Contender], rounds: int, seconds: float = 0.0
 ) -> np.ndarray:
   """Seconds of every step, (rounds, contenders).
 
-  In each round every contender makes two steps, in an order of that round: what
-  else the machine does falls on all. The second step is measured, for training
-  makes steps in a row: the first finds another's arrays in the caches and the
-  threads asleep.
-
-  Args:
-    contenders: what is measured.
-    steps: the least number of rounds.
-    seconds: go on with rounds for so long.
+  In each round every contender makes two steps, in a random order, so that
+  other load on the machine meets all of them. Only the second step is measured,
+  because training makes steps in a row: the first one finds another program's
+  arrays in the caches and its own threads asleep. There are at least ``rounds``
+  of them, and more until ``seconds`` have passed.
   """
-  random = np.random.default_rng(0)
-  rounds: list[np.ndarray] = []
-  began = time.perf_counter()
-  while (
-    len(rounds) < steps + _UNMEASURED or time.perf_counter() - began < seconds
-  ):
+  random, measured = np.random.default_rng(0), []
+  end = time.perf_counter() + seconds
+  while len(measured) < rounds + _UNMEASURED or time.perf_counter() < end:
     times = np.zeros(len(contenders))
     for at in random.permutation(len(contenders)):
       time.sleep(_REST)
@@ -72,5 +80,159 @@ def take_turns(
       start = time.perf_counter()
       contenders[at].step()
       times[at] = time.perf_counter() - start
-    rounds.append(times)
-  return np.array(rounds[_UNMEASURED:])
+    measured.append(times)
+  return np.array(measured[_UNMEASURED:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+  """The network, images and update of every contender.
+
+  Attributes:
+    setup: of plain backpropagation.
+    batch: examples in a mini-batch.
+    rate: learning rate. With 0 a step takes as long, and no weights diverge.
+  """
+
+  setup: Setup
+  batch: int
+  rate: float = 0.0
+
+  @property
+  def layers(self) -> models.Layers:
+    """The layers of the network."""
+    return models.NETWORKS[self.setup.network]
+
+  @property
+  def flops(self) -> int:
+    """Floating point operations of a step."""
+    shape, classes = self.setup.shape, self.setup.classes
+    return self.batch * models.training_flops(self.layers, shape, classes)
+
+  def data(self) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
+    """Images (or features), labels, and rows of mini-batches without end."""
+    random, count = np.random.default_rng(0), _BATCHES * self.batch
+    shape = count, *self.setup.shape
+    if len(shape) == 2:
+      x = random.normal(size=shape).astype(np.float32)
+    else:
+      x = random.integers(0, 256, shape, np.uint8)
+    y = random.integers(0, self.setup.classes, count, np.int32)
+    rows = random.permutation(count).astype(np.int32)
+    return x, y, itertools.cycle(rows.reshape(_BATCHES, self.batch))
+
+  def weights(self) -> Iterator[tuple[Operation, Shape, Shape]]:
+    """The operation and the shapes of x and W of each layer of weights."""
+
+    def shape_of(function: Callable, *shapes: Shape) -> Shape:
+      arrays = [jax.ShapeDtypeStruct(shape, 'float32') for shape in shapes]
+      return jax.eval_shape(function, *arrays).shape
+
+    x = (self.batch, *self.setup.shape)
+    for layer in self.layers:
+      if isinstance(layer, Pool):
+        x = shape_of(lambda x, layer=layer: pool(x, layer), x)
+        continue
+      if isinstance(layer, models.Full):
+        x = (self.batch, math.prod(x[1:]))
+        W = (x[1], layer.features(self.setup.classes))
+        operation = primitives.dense
+      else:
+        W = (layer.size, layer.size, x[-1], layer.features)
+        operation = _convolution(layer)
+      yield operation, x, W
+      x = shape_of(operation, x, W, W)
+
+
+def _convolution(layer: models.Conv) -> Operation:
+  padding = ((layer.padding, layer.padding),) * 2
+  return lambda x, W, V: primitives.conv(
+    x, W, V, layer.stride, padding, row_convolution=True
+  )
+
+
+def of_paper(architecture: str, batch_norm: str, batch: int) -> Workload:
+  """A network of the paper's Table 1.
+
+  Raises:
+    ValueError: if the mini-batch is too small for batch normalization.
+  """
+  if batch < 2:
+    raise ValueError(f'batch must be at least 2, not {batch}.')
+  condition, shape = Condition(batch_norm=batch_norm), SHAPES[architecture]
+  classes = {'general': 102, 'timit': 80}.get(architecture, 10)
+  setup = Setup(condition, Protocol(), architecture, '', shape, classes)
+  return Workload(setup, batch)
+
+
+def in_jax(workload: Workload, rule: str | None) -> Contender:
+  """The step of a rule; with Flax's own layers if it is None."""
+  x, y, indices = workload.data()
+  images = Images(jnp.asarray(x), jnp.asarray(y))
+  arrays = Arrays(images, images, jnp.asarray(x.mean(0, dtype=np.float32)))
+  norm, rate = workload.setup.condition.batch_norm, np.float32(workload.rate)
+  condition = Condition(rule=rule or 'BP', batch_norm=norm)
+  setup = dataclasses.replace(workload.setup, condition=condition)
+  functions = program(setup, plain=rule is None)
+  state = functions.initialize(jax.random.key(0))
+  jitted: Any = functions.step
+  began = time.perf_counter()
+  compiled = jitted.lower(
+    state, arrays, np.zeros(workload.batch, np.int32), rate
+  ).compile()
+  compile_seconds = time.perf_counter() - began
+  memory = compiled.memory_analysis()
+
+  def step() -> Any:
+    nonlocal state
+    state, _ = jax.block_until_ready(
+      compiled(state, arrays, next(indices), rate)
+    )
+    return state
+
+  return Contender(
+    name=rule or FLAX,
+    step=step,
+    compile_seconds=compile_seconds,
+    bytes=memory.temp_size_in_bytes
+    + memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
+    draw_bytes=sum(x.nbytes for x in jax.tree.leaves(state['feedback'])),
+  )
+
+
+def product() -> Contender:
+  """A product of two matrices in float32."""
+  matrix = jax.random.normal(jax.random.key(0), (_SIZE, _SIZE))
+  multiply = jax.jit(jnp.matmul)
+  return Contender(
+    name=PRODUCT, step=lambda: multiply(matrix, matrix).block_until_ready()
+  )
+
+
+def operations(workload: Workload) -> Contender:
+  """Forward, dW and dx of every layer of weights; the first needs no dx.
+
+  Each is compiled alone, on random arrays; there is no pooling, no batch
+  normalization and no update.
+  """
+  steps: list[Callable[[], jax.Array]] = []
+  for operation, *shapes in workload.weights():
+    forward, dW, dx = _operations(operation, *shapes)
+    steps += [forward, dW, dx] if steps else [forward, dW]
+  return Contender(
+    name=OPERATIONS,
+    step=lambda: [jax.block_until_ready(step()) for step in steps],
+  )
+
+
+def _operations(operation: Operation, x_shape: Shape, W_shape: Shape):
+  """Forward, dW and dx of a layer; compiled at the first call."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, W, V = map(jax.random.normal, keys, (x_shape, W_shape, W_shape))
+  forward = jax.jit(operation)
+  g = forward(x, W, V)
+  dW = jax.jit(lambda W, g: jax.vjp(lambda W: operation(x, W, V), W)[1](g)[0])
+  dx = jax.jit(lambda x, g: jax.vjp(lambda x: operation(x, W, V), x)[1](g)[0])
+  return lambda: forward(x, W, V), lambda: dW(W, g), lambda: dx(x, g)

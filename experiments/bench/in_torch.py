@@ -1,8 +1,8 @@
-"""The same steps in PyTorch and with biotorch's layers, where installed.
+"""The same step in PyTorch and with biotorch's layers, where installed.
 
-Their packages are imported here and nowhere else. What PyTorch has several
-ways for is done in its fastest: both memory layouts are measured, rectifying
-is in place and after maxima, the update is one fused kernel.
+Their packages are imported here only. Where PyTorch has several ways, the
+fastest is taken: both memory layouts are measured, rectification is in place
+and after maxima, and the update is one fused kernel.
 """
 
 import importlib
@@ -10,18 +10,19 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from experiments.bench.contenders import Contender
-from experiments.bench.results import BIOTORCH, TORCH
-from experiments.bench.workload import PROTOCOL, RATE, Workload
-from experiments.datasets import SHAPES
-from experiments.training.models import ARCHITECTURES, Conv, Full
+from experiments.bench.contenders import Contender, Workload
+from experiments.training.models import Conv, Full
 from experiments.training.pooling import Pool
 
-_LAYOUTS = ('contiguous', 'channels_last')
+TORCH = 'torch'
+# The mode of biotorch that is a variant of each rule.
+BIOTORCH = {'BP': 'backpropagation', 'uSF': 'usf', 'brSF': 'brsf',
+            'frSF': 'frsf', 'RndF': 'fa'}  # fmt: skip
+LAYOUTS = ('contiguous', 'channels_last')
 
 
 def installed(name: str) -> Any:
-  """A module, or None where its package is not installed."""
+  """A module, or None if its package is not installed."""
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
@@ -30,99 +31,98 @@ def installed(name: str) -> Any:
     raise
 
 
+def missing() -> list[str]:
+  """A message for each of the two packages that is not installed."""
+  return [
+    f"{name} is not installed and takes no part: pip install -e '.[bench]'"
+    for name in (TORCH, 'biotorch')
+    if installed(name) is None
+  ]
+
+
 def contenders(workload: Workload) -> Iterator[Contender]:
   """Plain backpropagation and biotorch's modes, in each memory layout."""
-  torch = installed('torch')
-  if torch is None:
+  if (torch := installed(TORCH)) is None:
     return
-  image = len(SHAPES[workload.architecture]) == 3
-  layers = {TORCH: torch.nn}
-  for mode in BIOTORCH.values():
-    module = installed(f'biotorch.layers.{mode}')
+  layers = {TORCH: torch.nn} | {
+    f'biotorch {mode}': installed(f'biotorch.layers.{mode}')
+    for mode in BIOTORCH.values()
+  }
+  layouts = LAYOUTS if len(workload.setup.shape) == 3 else ('',)
+  for (name, module), layout in itertools.product(layers.items(), layouts):
     if module is not None:
-      layers[f'biotorch {mode}'] = module
-  for name, module in layers.items():
-    for layout in _LAYOUTS if image else _LAYOUTS[:1]:
-      yield Contender(
-        name=name,
-        variant=layout if image else '',
-        step=_step(torch, _network(torch, module, workload), workload, layout),
-      )
+      network = build(torch, module, workload)
+      step = step_of(torch, network, workload, layout)
+      yield Contender(name=name, variant=layout, step=step)
 
 
-def _network(torch: Any, layers: Any, workload: Workload) -> Any:
-  """The network, of ``Conv2d`` and ``Linear`` from a module."""
-  *spatial, features = SHAPES[workload.architecture]
-  sample = torch.zeros(2, features, *spatial)
+def build(torch: Any, layers: Any, workload: Workload) -> Any:
+  """The network, of ``Conv2d`` and ``Linear`` from the module ``layers``."""
+  shapes = (W for _, _, W in workload.weights())
+  protocol = workload.setup.protocol
+  has_norm = workload.setup.condition.batch_norm != 'none'
   modules = []
 
-  def add(module: Any) -> None:
-    nonlocal sample
-    modules.append(module)
-    with torch.no_grad():
-      sample = module(sample)
-
-  def add_weights(layer: Conv | Full, bias: bool) -> None:
+  def add_weights(layer: Conv | Full, bias: bool) -> int:
+    *_, inputs, outputs = next(shapes)
     if isinstance(layer, Conv):
-      size = (layer.features, layer.size, layer.stride, layer.padding)
-      made = layers.Conv2d(sample.shape[1], *size, bias=bias)
+      size = layer.size, layer.stride, layer.padding
+      made = layers.Conv2d(inputs, outputs, *size, bias=bias)
     else:
-      if sample.ndim > 2:
-        add(torch.nn.Flatten())
-      outputs = layer.features(workload.classes)
-      made = layers.Linear(sample.shape[1], outputs, bias=bias)
-    torch.nn.init.normal_(made.weight, std=PROTOCOL.initial_stds[0])
-    add(made)
+      modules.append(torch.nn.Flatten())
+      made = layers.Linear(inputs, outputs, bias=bias)
+    torch.nn.init.normal_(made.weight, std=protocol.initial_stds[0])
+    modules.append(made)
+    return outputs
 
-  *hidden, output = ARCHITECTURES[workload.architecture]
-  for layer, following in itertools.pairwise((*hidden, output)):
+  for layer, following in itertools.pairwise(workload.layers):
     if isinstance(layer, Pool):
-      kind = 'MaxPool2d' if layer.kind == 'max' else 'AvgPool2d'
+      rectified = layer.kind == 'max'
+      kind = torch.nn.MaxPool2d if rectified else torch.nn.AvgPool2d
       # A window over the edge counts the pixels that exist, as ours does.
       over = layer.padding > 0
-      add(getattr(torch.nn, kind)(layer.size, layer.stride, ceil_mode=over))
+      modules.append(kind(layer.size, layer.stride, ceil_mode=over))
     else:
-      add_weights(layer, bias=workload.batch_norm == 'none')
-      if workload.batch_norm != 'none':
-        kind = 'BatchNorm2d' if sample.ndim > 2 else 'BatchNorm1d'
-        norm = getattr(torch.nn, kind)(
-          sample.shape[1],
-          eps=PROTOCOL.batch_norm_epsilon,
+      rectified = not (isinstance(following, Pool) and following.kind == 'max')
+      outputs = add_weights(layer, bias=not has_norm)
+      if has_norm:
+        is_conv, nn = isinstance(layer, Conv), torch.nn
+        norm = (nn.BatchNorm2d if is_conv else nn.BatchNorm1d)(
+          outputs,
+          eps=protocol.batch_norm_epsilon,
           affine=False,
           track_running_stats=False,
         )
-        add(norm)
-      if isinstance(following, Pool) and following.kind == 'max':
-        continue
-    if not (isinstance(layer, Pool) and layer.kind == 'average'):
-      add(torch.nn.ReLU(inplace=True))
-  assert not isinstance(output, Pool)
+        modules.append(norm)
+    if rectified:
+      modules.append(torch.nn.ReLU(inplace=True))
+  output = workload.layers[-1]
+  assert isinstance(output, Full)
   add_weights(output, bias=True)
   return torch.nn.Sequential(*modules)
 
 
-def _step(
+def step_of(
   torch: Any, network: Any, workload: Workload, layout: str
 ) -> Callable[[], Any]:
-  """A whole step from images in memory, as ``program`` makes it."""
-  x, y = map(torch.from_numpy, workload.data())
-  y = y.long()
+  """A whole step from images in memory, as ``contenders.in_jax`` makes it."""
+  images, labels, indices = workload.data()
+  x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
   if layout == 'channels_last':
     network = network.to(memory_format=torch.channels_last)
   elif x.ndim == 4:
     x = x.permute(0, 3, 1, 2).contiguous()
-  mean = x.float().mean(0)
-  indices = map(torch.from_numpy, workload.indices())
+  mean, protocol = x.float().mean(0), workload.setup.protocol
   optimizer = torch.optim.SGD(
     [weight for weight in network.parameters() if weight.requires_grad],
-    lr=RATE,
-    momentum=PROTOCOL.momentum,
-    weight_decay=PROTOCOL.weight_decay,
+    lr=workload.rate,
+    momentum=protocol.momentum,
+    weight_decay=protocol.weight_decay,
     fused=True,
   )
 
   def step() -> tuple[float, int]:
-    index = next(indices)
+    index = torch.from_numpy(next(indices))
     images = x[index].float() - mean
     if layout == 'channels_last':
       images = images.permute(0, 3, 1, 2)

@@ -1,66 +1,220 @@
-"""How cost grows: with batch, width, depth, and the number of runs."""
+"""How cost grows: with the network, and with the number of runs and workers.
 
-from collections.abc import Mapping, Sequence
+Nothing here imports JAX before it is set up.
+"""
+
+import itertools
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from experiments import cli
-from experiments.bench import files, plots
-from experiments.bench.contenders import check_steps
-from experiments.bench.family import AXES, step_times
-from experiments.bench.overhead import RUNS, grid_times
-from experiments.bench.tables import table
+import numpy as np
+
+from experiments.datasets import SPECS
+from experiments.paper.conditions import COLUMNS, Condition
+from experiments.paper.protocol import Data, Protocol, Run, runs_of, unique
+from experiments.runs import launch, processes, store
+from experiments.runs.progress import reporter
+from experiments.runs.selection import Selection
+from experiments.runs.train import Options
 from experiments.training import machine
 
-_RUN = 30.0  # seconds, of the run to which overhead is compared
+AXES = {
+  'batch': (10, 25, 50, 100, 200),
+  'width': (4, 8, 16, 32, 64),
+  'depth': (1, 2, 4, 8, 16),
+}
+RUNS = (1, 2, 4, 8)
+_FAMILY = """
+import flax.linen as nn
+
+class Family(nn.Module):
+  @nn.compact
+  def __call__(self, x, train):
+    for _ in range({depth}):
+      x = nn.relu(nn.Conv({width}, (3, 3))(x))
+    return nn.Dense(10, name='output')(x.mean((1, 2)))
+
+NETWORKS = {{'family': lambda classes, batch_norm: Family()}}
+"""
 
 
-def carry_out(command: cli.Scaling) -> None:
-  """Measures, prints and writes both.
+def step_times(steps: int) -> Iterator[dict[str, Any]]:
+  """Median seconds of each program's steps, from network to network."""
+  from experiments.bench.contenders import Workload, in_jax, take_turns
+  from experiments.training.step import Setup
 
-  Raises:
-    ValueError: if an option is not among what is allowed.
+  for axis, values in AXES.items():
+    for value in values:
+      member = {'batch': 50, 'width': 32, 'depth': 4} | {axis: value}
+      plugin = _FAMILY.format(**member)
+      setup = Setup(Condition(), Protocol(), 'family', plugin, (16, 16, 3), 10)
+      workload = Workload(setup, member['batch'])
+      programs = [in_jax(workload, rule) for rule in (None, 'uSF', 'brSF')]
+      medians = np.median(take_turns(programs, steps), 0).tolist()
+      names = [program.name for program in programs]
+      seconds = dict(zip(names, medians, strict=True))
+      yield {'axis': axis, **member, 'seconds': seconds}
+
+
+def grid_times() -> dict[str, Any]:
+  """Times grids of short runs on embedded digits, each a process of its own.
+
+  An epoch takes the median over all epochs of all runs. The rest of the time is
+  the program's: start, data, compilation or its cache, results. A line through
+  the rest gives the fixed cost of the program and of a run.
   """
-  check_steps(command.steps)
-  out = files.folder(command.out)
-  machine.warn_if_busy()
-  points = []
-  for point in step_times(AXES, command.steps):
-    points.append(point)
-    times = (
-      f'{name} {1e3 * seconds:.2f} ms'
-      for name, seconds in point['seconds'].items()
+  _grid(1)  # fills the compilation cache
+  grids = [_grid(count) for count in RUNS]
+  epoch = float(np.median([s for _, seconds in grids for s in seconds]))
+  rest = [whole - epoch * len(seconds) for whole, seconds in grids]
+  run, start = np.polyfit(RUNS, rest, 1).tolist()
+  return {
+    'points': [
+      {'runs': count, 'seconds': whole, 'besides_training': besides}
+      for count, (whole, _), besides in zip(RUNS, grids, rest, strict=True)
+    ],
+    'seconds_per_epoch': epoch,
+    'seconds_per_start': start,
+    'seconds_per_run': run,
+  }
+
+
+def _grid(count: int) -> tuple[float, list[float]]:
+  """Seconds of a grid of ``count`` seeds, and of every epoch."""
+  with tempfile.TemporaryDirectory() as folder:
+    options = (
+      f'--condition uSF+BN --rate 1 --seed {" ".join(map(str, range(count)))} '
+      f'--epochs 3 --train-size 300 --results {folder}'
     )
-    print(f'{point["axis"]} {point[point["axis"]]}:', *times, flush=True)
-  grid = grid_times(RUNS)
-  print(overhead(grid))
-  written = files.write(
-    out,
-    {'steps': points, 'grid': grid},
-    plots.scaling(points, grid),
-    markdown(points, grid),
+    command = [sys.executable, '-m', 'experiments', 'run', *options.split()]
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    whole = time.perf_counter() - began
+    lines = [line for record in store.load(folder) for line in record.metrics]
+  return whole, [line['seconds'] for line in lines]
+
+
+def grid(repeats: int = 3, epochs: int = 20) -> None:
+  """The speed-up of 16 runs by two worker processes, each on half the cores.
+
+  One and two workers are timed in turn, so that other load on the machine meets
+  both. The processors' seconds show what two workers cost more than one,
+  whatever that load is.
+
+  Args:
+    repeats: of each of both.
+    epochs: of each run, on the embedded digits.
+  """
+  if repeats < 1:
+    raise ValueError(f'repeats must be at least 1, not {repeats}.')
+  machine.start_jax()
+  selection = Selection(
+    condition=('SGD', 'uSF+BN'), rate=(1.0, 10.0), seed=(0, 1, 2, 3)
   )
-  print('written:', *written, sep='\n  ')
+  runs = selection.runs(Protocol(epochs=epochs))
+  places = processes.places(2)
+
+  def seconds(workers: int) -> tuple[float, float]:
+    """Of the clock, and of the processors in the workers."""
+    with tempfile.TemporaryDirectory() as folder, reporter(16) as listener:
+      options = Options(Path(folder))
+      launcher = processes.in_processes(options, places[:workers])
+      used, began = _processor_seconds(), time.perf_counter()
+      launch.launch(runs, launcher, options, listener)
+      return time.perf_counter() - began, _processor_seconds() - used
+
+  seconds(1)  # fills the compilation cache
+  ratios = []
+  for _ in range(repeats):
+    (one, used_by_one), (two, used_by_two) = seconds(1), seconds(2)
+    ratios.append(one / two)
+    print(
+      f'1 worker {one:.1f} s (processor {used_by_one:.1f} s), 2 workers '
+      f'{two:.1f} s (processors {used_by_two:.1f} s): {ratios[-1]:.2f}',
+      flush=True,
+    )
+  print(f'{len(runs)} runs, median speed-up {statistics.median(ratios):.2f}')
 
 
-def overhead(grid: Mapping[str, Any]) -> str:
-  """The fixed cost of a run, in words."""
-  run = grid['seconds_per_run']
-  return (
-    f'A grid takes {grid["seconds_per_start"]:.1f} s to start and, besides '
-    f'training, {run:.2f} s a run: {100 * run / _RUN:.1f} % of a run of '
-    f'{_RUN:.0f} s.'
-  )
+def _processor_seconds() -> float:
+  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+  return usage.ru_utime + usage.ru_stime
 
 
-def markdown(points: Sequence[Mapping[str, Any]], grid: Mapping[str, Any]):
-  """Step times as a table, and the fixed cost of a run."""
-  names = list(points[0]['seconds'])
-  rows = [
-    [
-      f'{point["axis"]} {point[point["axis"]]}',
-      *(f'{1e3 * seconds:.2f}' for seconds in point['seconds'].values()),
-    ]
-    for point in points
-  ]
-  lines = table(('milliseconds a step', *names), rows)
-  return '\n'.join([*lines, '', overhead(grid)])
+def read_and_report(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
+  """Time to read and report a results folder of made-up runs of 65 epochs.
+
+  Prints seconds: of reading the folder; until `experiments report` has printed
+  its tables, with its start but without reading; and from there until its files
+  are written.
+
+  Args:
+    sizes: numbers of runs.
+  """
+  machine.start_jax()
+  print('  runs     load   tables   report')
+  with tempfile.TemporaryDirectory() as folder:
+    made_up, made = _made_up_runs(), 0
+    for size in sorted(sizes):
+      for run in itertools.islice(made_up, size - made):
+        _write(store.RunFolder(folder, run))
+      made = size
+      began = time.perf_counter()
+      store.load(folder)
+      loaded = time.perf_counter()
+      with subprocess.Popen(
+        [sys.executable, '-m', 'experiments', 'report', folder],
+        stdout=subprocess.PIPE,
+        env=os.environ | {'PYTHONUNBUFFERED': '1'},
+      ) as report:
+        assert report.stdout is not None
+        report.stdout.readline()
+        printed = time.perf_counter()
+        report.stdout.read()
+      if report.returncode:
+        raise ValueError('`experiments report` has failed; see above.')
+      loading, whole = loaded - began, time.perf_counter() - printed
+      times = loading, printed - loaded - loading, whole
+      print(f'{size:>6}', *(f'{x:>6.2f} s' for x in times), flush=True)
+
+
+def _made_up_runs() -> Iterator[Run]:
+  """All runs of all datasets, seed by seed."""
+  for seed in itertools.count():
+    yield from unique(
+      run
+      for name, column in itertools.product(SPECS, COLUMNS.values())
+      for run in runs_of(
+        column,
+        seeds=(seed,),
+        dataset=Data(name, f'digest of {name}'),
+        protocol=Protocol(),
+      )
+    )
+
+
+def _write(folder: store.RunFolder) -> None:
+  from experiments.paper.results import result
+
+  chance = random.Random(folder.run.run_id)
+  best = chance.uniform(1, 80)
+  parts = itertools.product(('train', 'test', 'holdout'), ('loss', 'error'))
+  names = ['_'.join(part) for part in parts]
+  folder.path.mkdir()
+  folder.begin()
+  for epoch in range(1, folder.run.protocol.epochs + 1):
+    scale = best + 20 * chance.random() / epoch
+    scores = {name: scale * chance.random() for name in names}
+    folder.append({'epoch': epoch, 'finite': True, 'seconds': 1.5} | scores)
+  spec, lines = SPECS[folder.run.dataset.name], folder.metrics()
+  found = result(lines, classes=spec.classes, train_images=spec.train)
+  folder.finish(found, {})

@@ -1,196 +1,176 @@
-"""The benchmark: who takes part, what is compared, what is written."""
+"""The measurements: who takes part, what is compared, what is written."""
 
-import functools
 import json
 import math
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import cli, commands
-from experiments.bench import (
-  family,
-  in_jax,
-  in_torch,
-  operations,
-  overhead,
-  scaling,
-  store,
-)
-from experiments.bench.contenders import Contender, take_turns
-from experiments.bench.results import summarized
-from experiments.bench.workload import Workload
+from experiments.bench import __main__ as bench
+from experiments.bench import contenders, in_torch, output, scaling
+from experiments.bench.contenders import Contender, Workload, of_paper
 from experiments.datasets import SHAPES
-from experiments.training import backend, models
-from experiments.training.models import Network
-from symjax_bp import symmetric, with_feedback
+from experiments.runs.train import Outcome
+from experiments.training import machine, models
+from experiments.training.step import program
+from symjax_bp import linen
 
-TIMIT = Workload(architecture='timit', batch_norm='none', batch=4)
 
-
-@pytest.fixture(name='carry_out')
-def _carry_out(monkeypatch):
-  """Carries out a command, without torch; JAX's settings are given back."""
-  monkeypatch.setattr(backend, 'configure', lambda *_: [])
-  monkeypatch.setitem(sys.modules, 'torch', None)
+@pytest.fixture(name='main')
+def _main(monkeypatch, capsys):
+  """Calls the program without torch: (exit status, output, errors)."""
+  monkeypatch.setattr(machine, 'start_jax', lambda: None)
+  monkeypatch.setattr(in_torch, 'installed', lambda _: None)
   monkeypatch.setattr(time, 'sleep', lambda _: None)
   cache = jax.config.jax_enable_compilation_cache
-  yield commands.carry_out
+
+  def main(arguments):
+    monkeypatch.setattr(sys, 'argv', ['bench', *arguments.split()])
+    try:
+      bench.main()
+    except SystemExit as end:
+      return end.code, *capsys.readouterr()
+    return 0, *capsys.readouterr()
+
+  yield main
   jax.config.update('jax_enable_compilation_cache', cache)
 
 
-def test_bench_without_torch(carry_out, tmp_path, capsys):
-  command = cli.Bench(
-    architecture=('timit',),
-    batch_norm=('plain',),
-    rule=('frSF',),
-    batch=4,
-    steps=2,
-    seconds=0,
-    out=tmp_path,
-  )
-  assert carry_out(command) == 0
-  assert 'timit + BN, batch 4' in capsys.readouterr().out
-  document = json.loads((tmp_path / 'bench.json').read_text())
-  assert {'jax', 'processor', 'cores', 'command'} <= document['machine'].keys()
-  (result,) = document['results']
-  plain, rule, alone = result['rows']
-  names = ('Flax', 'frSF', 'operations alone')
-  assert (plain['name'], rule['name'], alone['name']) == names
-  assert plain['to'] == {'Flax': 1.0}
-  ratios = np.divide(rule['seconds'], plain['seconds'])
-  assert rule['to'] == {'Flax': pytest.approx(np.median(ratios))}
-  # A draw for every weight is all that frSF keeps.
-  weights = 4 * (1845 * 512 + 512 * 256 + 256 * 80)
-  assert rule['bytes'] - plain['bytes'] == pytest.approx(weights, rel=0.01)
-  assert rule['memory_to_flax'] == pytest.approx(1, abs=0.01)
-  markdown = (tmp_path / 'bench.md').read_text()
-  assert f'| timit + BN | {rule["to"]["Flax"]:.2f}, ' in markdown
-  assert (tmp_path / 'bench.svg').read_bytes().startswith(b'<?xml')
+def _trained(architecture, norm):
+  """A workload that moves; plain Flax's weights before and after two steps."""
+  workload = Workload(of_paper(architecture, norm, 4).setup, 4, rate=1e-3)
+  program.cache_clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(linen, 'with_feedback', None)  # plain Flax needs none
+    flax = contenders.in_jax(workload, None)
+  functions = program(workload.setup, plain=True)
+  before = functions.initialize(jax.random.key(0))['params']
+  flax.step()
+  return workload, before, jax.device_get(flax.step()['params'])
 
 
-def test_reading_and_reporting_are_timed(capsys):
-  store.measure((3, 12))
-  _, *rows = capsys.readouterr().out.splitlines()
-  assert [row.split()[0] for row in rows] == ['3', '12']
+def _assert_same_update(*trees):
+  for w, x, y in zip(*map(jax.tree.leaves, trees), strict=True):
+    assert np.abs(x - w).max() > 0
+    tolerance = 1e-3 * np.abs(x - w).max()
+    np.testing.assert_allclose(y - w, x - w, atol=tolerance)
 
 
+@pytest.mark.parametrize('network', [('timit', 'none'), ('mnist', 'plain')])
+def test_flax_and_the_rule_make_the_same_update(network):
+  workload, before, after = _trained(*network)
+  rule = contenders.in_jax(workload, 'BP')
+  rule.step()
+  _assert_same_update(before, after, jax.device_get(rule.step()['params']))
+
+
+@pytest.mark.parametrize('norm', ['none', 'plain'])
+def test_torch_makes_the_same_update(norm):
+  torch = pytest.importorskip('torch')
+  workload, before, after = _trained('mnist', norm)
+
+  def ordered(params):
+    """The arrays in torch's order of layers and axes."""
+    for name, layer in sorted(params.items()):
+      if 'kernel' in layer:
+        W = np.array(layer['kernel'])
+        if name == 'Dense_0':  # torch flattens the channels first
+          W = W.reshape(4, 4, 50, -1).transpose(2, 0, 1, 3).reshape(W.shape)
+        yield W.transpose(3, 2, 0, 1) if W.ndim == 4 else W.T
+        if 'bias' in layer:
+          yield np.array(layer['bias'])
+
+  for layout in in_torch.LAYOUTS:
+    network = in_torch.build(torch, torch.nn, workload)
+    with torch.no_grad():
+      for w, array in zip(network.parameters(), ordered(before), strict=True):
+        w.copy_(torch.from_numpy(array.copy()))
+    step = in_torch.step_of(torch, network, workload, layout)
+    step()
+    step()
+    theirs = [w.detach().numpy() for w in network.parameters()]
+    _assert_same_update([*ordered(before)], [*ordered(after)], theirs)
+
+
+class _Layers(list):
+  """Stands for ``torch.nn``: a list of (kind, sizes, bias) of what is made."""
+
+  def __getattr__(self, kind):
+    def make(*sizes, bias=None, **_):
+      self.append((kind, sizes[:2], bias))
+      return SimpleNamespace(weight=None)
+
+    make.normal_ = lambda *_, **__: None
+    return make
+
+
+@pytest.mark.parametrize('norm', ['none', 'plain'])
 @pytest.mark.parametrize('architecture', SHAPES)
-def test_the_operations_are_those_of_the_network(architecture):
-  workload = Workload(architecture=architecture, batch_norm='none', batch=2)
-  counts = []
-  for operation, x, W in operations._layers(workload):
-    shapes = [jax.ShapeDtypeStruct(each, 'float32') for each in (x, W, W)]
-    y = jax.eval_shape(operation, *shapes)
-    counts.append(math.prod(y.shape) * math.prod(W[:-1]))
-  wanted = models.multiply_adds(architecture, workload.classes)
-  assert counts == [2 * count for count in wanted]
-
-
-@pytest.mark.parametrize(
-  ('options', 'said'),
-  [
-    ({'architecture': ('lenet',)}, "'general'"),
-    ({'batch_norm': ('affine',)}, "'plain'"),
-    ({'rule': ('sgn',)}, 'brSF'),
-    ({'batch_norm': ()}, "batch_norm must name one or more of 'none' and"),
-    ({'batch': 1}, 'batch must be at least 2, not 1'),
-    ({'steps': 0}, 'steps must be at least 1, not 0'),
-    ({'out': 'file'}, 'out must be a folder'),
-  ],
-)
-def test_what_bench_refuses(carry_out, tmp_path, capsys, options, said):
-  (tmp_path / 'file').write_text('')
-  options = {'out': 'folder', **options}
-  options['out'] = tmp_path / options['out']
-  assert carry_out(cli.Bench(**options)) == 2
-  assert said in capsys.readouterr().err
-
-
-def test_plain_flax_has_nothing_of_the_library_and_the_same_numbers():
-  x = jax.random.normal(jax.random.key(0), (4, 1845))
-  gradients = {}
-  for name, rule in (('Flax', None), ('BP', symmetric())):
-    model = Network('timit', 80)
-    if rule is not None:
-      model = with_feedback(model, rule)
-    params = model.init(jax.random.key(1), x, True)['params']
-
-    def loss(params, model=model):
-      return (model.apply({'params': params}, x, True) ** 2).sum()
-
-    program = str(jax.make_jaxpr(loss)(params))
-    assert ('custom_vjp' in program) == (rule is not None)
-    gradients[name] = jax.jit(jax.grad(loss))(params)
-  assert jax.tree.all(
-    jax.tree.map(np.array_equal, gradients['Flax'], gradients['BP'])
+def test_torch_and_the_operations_have_the_layers_of_flax(architecture, norm):
+  workload, layers = of_paper(architecture, norm, 2), _Layers()
+  in_torch.build(SimpleNamespace(nn=layers), layers, workload)
+  initialize = program(workload.setup, plain=True).initialize
+  params = jax.eval_shape(initialize, jax.random.key(0))['params']
+  wanted = [
+    (layer['kernel'].shape, 'bias' in layer)
+    for _, layer in sorted(params.items())
+    if 'kernel' in layer
+  ]
+  weights = [made for made in layers if made[0] in ('Conv2d', 'Linear')]
+  assert [made[1:] for made in weights] == [(W[-2:], b) for W, b in wanted]
+  kinds = [kind for kind, *_ in layers]
+  assert kinds.count('ReLU') == len(wanted) - 1
+  norms = kinds.count('BatchNorm2d') + kinds.count('BatchNorm1d')
+  assert norms == (len(wanted) - 1) * (norm == 'plain')
+  counts, shapes = [], []
+  for operation, x, W in workload.weights():
+    arrays = [jax.ShapeDtypeStruct(each, 'float32') for each in (x, W, W)]
+    y = jax.eval_shape(operation, *arrays)
+    counts.append(math.prod(y.shape) * math.prod(W[:-1]) // 2)
+    shapes.append(W)
+  assert shapes == [W for W, _ in wanted]
+  setup = workload.setup
+  assert counts == models.multiply_adds(
+    workload.layers, setup.shape, setup.classes
   )
-
-
-def test_memory_is_that_of_weights_momentum_and_images():
-  made = in_jax.contender(TIMIT, None)
-  weights = 1845 * 512 + 512 + 512 * 256 + 256 + 256 * 80 + 80
-  assert made.bytes
-  assert made.bytes > 4 * (2 * weights + 4 * 4 * 1845)
-  assert made.bytes < 4 * (3 * weights + 20 * 4 * 1845)
-  assert made.draw_bytes == 0
-
-
-def test_each_step_goes_on_from_the_last():
-  seen = []
-
-  def step(state):
-    seen.append(state)
-    return state + 1
-
-  call = in_jax.repeated(step, 0)
-  call()
-  call()
-  assert seen == [0, 1]
 
 
 def test_ratios_are_of_steps_in_the_same_round():
-  contenders = [
-    Contender(name=name, variant=variant, step=lambda: None)
-    for name, variant in (
-      ('product', ''),
-      ('Flax', ''),
-      ('uSF', ''),
-      ('torch', 'contiguous'),
-      ('torch', 'channels_last'),
-      ('biotorch usf', ''),
-    )
+  names = 'product', 'Flax', 'uSF', 'torch', 'torch', 'biotorch usf'
+  programs = [
+    Contender(name=name, variant=str(at), step=list)
+    for at, name in enumerate(names)
   ]
-  times = np.array(
-    [
-      [1.0, 1.0, 2.0, 9.0, 4.0, 8.0],
-      [1.0, 4.0, 4.0, 9.0, 4.0, 2.0],  # the machine was busy
-      [2.0, 2.0, 3.0, 1.0, 5.0, 3.0],
-    ]
-  )
-  result = summarized(TIMIT, contenders, times, flops=6, product_flops=12)
-  rows = {row.name: row for row in result.rows}
+  times = [
+    [1.0, 1.0, 2.0, 9.0, 4.0, 8.0],
+    [1.0, 4.0, 4.0, 9.0, 4.0, 2.0],  # the machine was busy
+    [2.0, 2.0, 3.0, 1.0, 5.0, 3.0],
+  ]
+  workload = of_paper('timit', 'none', 4)
+  result = output.summarize(workload, programs, np.array(times))
+  rows = {row['name']: row for row in result['rows']}
   assert list(rows) == ['Flax', 'uSF', 'torch', 'biotorch usf']
-  assert result.product_rate == 12.0
-  assert rows['torch'].variant == 'channels_last'
+  assert result['product_rate'] == contenders.PRODUCT_FLOPS
+  assert rows['torch']['variant'] == '4'  # the faster one
   uSF = rows['uSF']
-  assert uSF.median == 3.0
-  assert uSF.quartiles == (2.5, 3.5)
-  assert uSF.to == {'Flax': 1.5, 'torch': 0.6, 'biotorch usf': 1.0}
-  assert uSF.peak_share == 0.25  # 1/4, 1/8, 1/3
+  assert (uSF['median'], uSF['quartiles']) == (3.0, [2.5, 3.5])
+  assert uSF['to'] == {'Flax': 1.5, 'torch': 0.6, 'biotorch usf': 1.0}
+  share = 0.5 * workload.flops / contenders.PRODUCT_FLOPS  # of 1/2, 1/4, 2/3
+  assert uSF['peak_share'] == pytest.approx(share)
 
 
 def test_every_contender_makes_two_steps_in_each_round(monkeypatch):
   monkeypatch.setattr(time, 'sleep', lambda _: None)
   calls = []
-  contenders = [
+  programs = [
     Contender(name=name, step=lambda name=name: calls.append(name))
     for name in 'abc'
   ]
-  times = take_turns(contenders, steps=5, seconds=0)
+  times = contenders.take_turns(programs, 5)
   assert times.shape == (5, 3)
   assert (times > 0).all()
   assert calls[::2] == calls[1::2]
@@ -199,38 +179,94 @@ def test_every_contender_makes_two_steps_in_each_round(monkeypatch):
   assert all(sorted(each) == ['a', 'b', 'c'] for each in rounds)
   assert len(set(rounds)) > 1
   began = time.perf_counter()
-  take_turns(contenders, steps=1, seconds=0.05)
+  contenders.take_turns(programs, 1, seconds=0.05)
   assert time.perf_counter() - began >= 0.05
 
 
-def test_what_is_not_installed_is_told_from_what_is_broken(monkeypatch):
-  assert in_torch.installed('no_such_package.layers') is None
+def test_steps_without_torch(main, tmp_path):
+  arguments = (
+    'steps --architecture timit --batch-norm plain --rule frSF --batch 4 '
+    f'--steps 2 --seconds 0 --out {tmp_path}'
+  )
+  status, out, _ = main(arguments)
+  assert (status, 'torch is not installed' in out) == (0, True)
+  document = json.loads((tmp_path / 'bench.json').read_text())
+  about, (result,) = document['machine'], document['results']
+  assert about['command'] == f'python -m experiments.bench {arguments}'
+  assert {'jax', 'processor', 'cores'} <= about.keys()
+  plain, rule, alone = result['rows']
+  names = ['Flax', 'frSF', 'operations alone']
+  assert [row['name'] for row in (plain, rule, alone)] == names
+  # frSF keeps a draw for every weight, and nothing else.
+  weights = 4 * (1845 * 512 + 512 * 256 + 256 * 80)
+  assert rule['bytes'] - plain['bytes'] == pytest.approx(weights, rel=0.01)
+  assert rule['memory_to_flax'] == pytest.approx(1, abs=0.01)
+  markdown = (tmp_path / 'bench.md').read_text()
+  for text in (about['command'], 'timit + BN', f'| {rule["to"]["Flax"]:.2f} '):
+    assert text in markdown
+  assert (tmp_path / 'bench.svg').read_bytes().startswith(b'<?xml')
+  assert (tmp_path / 'bench.png').exists()
 
-  def broken(name):
-    raise ModuleNotFoundError(name='its_dependency')
 
-  monkeypatch.setattr(in_torch.importlib, 'import_module', broken)
-  with pytest.raises(ModuleNotFoundError):
-    in_torch.installed('torch')
+@pytest.mark.parametrize(
+  ('arguments', 'said'),
+  [
+    ('steps --architecture lenet', 'general'),
+    ('steps --batch-norm affine', 'plain'),
+    ('steps --batch-norm', 'batch_norm must name one or more'),
+    ('steps --rule sgn', 'brSF'),
+    ('steps --batch 1', 'batch must be at least 2, not 1'),
+    ('steps --steps 0', 'steps must be at least 1, not 0'),
+    ('scaling --steps 0', 'steps must be at least 1, not 0'),
+    ('steps --out FILE', 'out must be a folder'),
+    ('grid --repeats 0', 'repeats must be at least 1, not 0'),
+  ],
+)
+def test_what_is_refused(main, tmp_path, arguments, said):
+  (tmp_path / 'file').write_text('')
+  status, _, errors = main(arguments.replace('FILE', str(tmp_path / 'file')))
+  assert (status, said in errors) == (2, True)
 
 
-def test_scaling(carry_out, monkeypatch, tmp_path, capsys):
+def test_scaling(main, monkeypatch, tmp_path):
   monkeypatch.setattr(scaling, 'AXES', {'depth': (1,)})
-  tiny = functools.partial(family.Member, batch=2, width=2)
-  monkeypatch.setattr(family, 'Member', tiny)
   # 2 s to start, 0.3 s a run and 3 epochs of 1 s.
   monkeypatch.setattr(
-    overhead,
-    '_grid',
-    lambda runs: {'seconds': 2 + 3.3 * runs, 'epochs': [1.0] * 3 * runs},
+    scaling, '_grid', lambda runs: (2 + 3.3 * runs, [1.0] * 3 * runs)
   )
-  assert carry_out(cli.Scaling(steps=1, out=tmp_path)) == 0
-  assert '0.30 s a run: 1.0 % of a run of 30 s' in capsys.readouterr().out
+  status, out, _ = main(f'scaling --steps 1 --out {tmp_path}')
+  assert (status, '0.30 s a run: 1.0 % of a run of 30 s' in out) == (0, True)
   document = json.loads((tmp_path / 'scaling.json').read_text())
   (point,) = document['steps']
-  assert point['depth'] == 1
   assert point['seconds'].keys() == {'Flax', 'uSF', 'brSF'}
   assert document['grid']['seconds_per_start'] == pytest.approx(2)
-  assert len(document['grid']['points']) == len(overhead.RUNS)
-  assert 'depth 1' in (tmp_path / 'scaling.md').read_text()
+  assert '| depth 1 ' in (tmp_path / 'scaling.md').read_text()
   assert (tmp_path / 'scaling.png').exists()
+
+
+def test_one_and_two_workers_take_turns(main, monkeypatch):
+  used = []
+
+  def in_processes(options, places):
+    used.append(len(places))
+    return lambda runs, *_: ((run, Outcome('done')) for run in runs)
+
+  monkeypatch.setattr(scaling.processes, 'in_processes', in_processes)
+  status, out, _ = main('grid --repeats 2')
+  assert (status, used) == (0, [1, 1, 2, 1, 2])
+  assert '16 runs, median speed-up' in out
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_reading_and_reporting_are_timed(main, monkeypatch, tmp_path, fails):
+  report = tmp_path / 'python'  # stands for ``python -m experiments report``
+  report.write_text(f'#!/bin/sh\nls "$4" | wc -l >> $0.out\nexit {fails:d}')
+  report.chmod(0o755)
+  monkeypatch.setattr(sys, 'executable', str(report))
+  status, out, errors = main('store --sizes 3 12')
+  assert (status, 'has failed' in errors) == (
+    (2, True) if fails else (0, False)
+  )
+  rows = [row.split()[0] for row in out.splitlines()[1:]]
+  counts = (tmp_path / 'python.out').read_text().split()
+  assert (rows, counts) == (([], ['3']) if fails else (['3', '12'],) * 2)

@@ -1,0 +1,144 @@
+"""Measures speed and memory: ``python -m experiments.bench COMMAND``.
+
+Nothing imports JAX before a command has set it up, as in ``experiments.cli``.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from experiments.bench import scaling
+from experiments.runs.launch import Interrupted
+from experiments.training import machine
+
+Architecture = Literal['mnist', 'cifar', 'svhn', 'general', 'timit']
+BatchNorm = Literal['none', 'plain']
+_OUT = Path('results/bench')
+
+app = tyro.extras.SubcommandApp()
+app.command(name='grid')(scaling.grid)
+app.command(name='store')(scaling.read_and_report)
+
+
+@app.command(name='steps')
+def compare_steps(
+  architecture: tuple[Architecture, ...] = (),
+  batch_norm: tuple[BatchNorm, ...] = ('none', 'plain'),
+  rule: tuple[str, ...] = (
+    'BP', 'uSF', 'NuSF', 'brSF', 'brSF-50%', 'frSF', 'RndF',
+  ),
+  batch: int = 100,
+  steps: int = 15,
+  seconds: float = 20.0,
+  out: Path = _OUT,
+) -> None:  # fmt: skip
+  """Training steps of every rule beside plain Flax, torch and biotorch.
+
+  All programs make steps in turn. torch and biotorch take part where they are
+  installed: pip install -e '.[bench]'.
+
+  Args:
+    architecture: columns of Table 1, such as cifar; default: all five.
+    batch_norm: none, plain (without learnable parameters) or both.
+    rule: feedback rules by name, such as brSF-50%.
+    batch: examples in a mini-batch.
+    steps: the least number of measured steps of each program.
+    seconds: continue with steps for this long on each network.
+    out: folder for the measurements, their tables and their plot.
+  """
+  machine.start_jax()
+  import jax
+
+  from experiments.bench import contenders, in_torch, output
+  from experiments.datasets import SHAPES
+  from symjax_bp import from_name
+
+  if not batch_norm:
+    raise ValueError("batch_norm must name one or more of 'none' and 'plain'.")
+  workloads = [
+    contenders.of_paper(name, norm, batch)
+    for name, norm in itertools.product(architecture or SHAPES, batch_norm)
+  ]
+  for name in rule:
+    from_name(name)
+  _prepare(steps, out)
+  for message in in_torch.missing():
+    print(message)
+  # Compilation is measured, too.
+  jax.config.update('jax_enable_compilation_cache', False)
+  results, written = [], ''
+  for workload in workloads:
+    programs = [
+      contenders.product(),
+      *(contenders.in_jax(workload, name) for name in (None, *rule)),
+      contenders.operations(workload),
+      *in_torch.contenders(workload),
+    ]
+    times = contenders.take_turns(programs, steps, seconds)
+    results.append(output.summarize(workload, programs, times))
+    print(output.details(results[-1]), end='\n\n', flush=True)
+    figure = output.steps_figure(results)
+    markdown = '\n\n'.join([output.LEGEND, *map(output.details, results)])
+    written = output.write(out, 'bench', {'results': results}, markdown, figure)
+  print(f'written:\n{written}')
+
+
+@app.command(name='scaling')
+def measure_scaling(steps: int = 10, out: Path = _OUT) -> None:
+  """How cost grows with batch, width, depth and number of runs.
+
+  Args:
+    steps: measured steps of each program.
+    out: folder for the measurements and their plot.
+  """
+  machine.start_jax()
+  from experiments.bench import output
+
+  _prepare(steps, out)
+  points = []
+  for point in scaling.step_times(steps):
+    points.append(point)
+    times = (f'{k} {1e3 * x:.2f} ms' for k, x in point['seconds'].items())
+    print(f'{point["axis"]} {point[point["axis"]]}:', *times, flush=True)
+  grid = scaling.grid_times()
+  markdown = output.scaling_markdown(points, grid)
+  print(markdown.rpartition('\n')[2])
+  figure = output.scaling_figure(points, grid)
+  measured = {'steps': points, 'grid': grid}
+  print(f'written:\n{output.write(out, "scaling", measured, markdown, figure)}')
+
+
+def _prepare(steps: int, out: Path) -> None:
+  """Checks, before anything is measured, that something can be, and written."""
+  if steps < 1:
+    raise ValueError(f'steps must be at least 1, not {steps}.')
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(
+      f'out must be a folder, or a path where one can be made, not {out}: '
+      f'{error.strerror}.'
+    ) from error
+  machine.warn_if_busy()
+
+
+def main() -> None:
+  """Parses the command line and runs the command."""
+  try:
+    app.cli(
+      prog='python -m experiments.bench',
+      description='Measures the speed and memory of training steps and runs.',
+    )
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  except (KeyboardInterrupt, Interrupted):
+    print('stopped.', file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,210 @@
+"""What measurements say: ratios within rounds, tables, plots and files."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+from experiments.bench import contenders as programs
+from experiments.bench.in_torch import BIOTORCH, TORCH
+from experiments.runs.files import write_whole
+from experiments.training import machine
+
+Result = Mapping[str, Any]
+
+LEGEND = """\
+ms: of a step, median [quartiles], in the faster memory layout. Ratios are
+medians over steps of one round: to plain Flax, to torch's plain
+backpropagation, and to biotorch's mode of the rule. Peak: share of the rate of
+a matrix product. Memory / Flax leaves stored draws out."""
+_STYLE: Any = {'axes.grid': True, 'font.size': 9, 'grid.color': '#e4e4e4',
+               'svg.fonttype': 'none', 'svg.hashsalt': 'bench'}  # fmt: skip
+
+
+def summarize(
+  workload: programs.Workload,
+  contenders: Sequence[programs.Contender],
+  times: np.ndarray,
+) -> dict[str, Any]:
+  """What ``bench.json`` has of a network; of each name the fastest variant.
+
+  ``to`` has the medians of ratios to other programs in the same round,
+  ``peak_share`` those to the product's rate; ``memory_to_flax`` leaves stored
+  draws out.
+
+  Args:
+    workload: what was trained.
+    contenders: the programs, a product and plain Flax among them.
+    times: seconds, (rounds, contenders).
+  """
+  medians, fastest = np.median(times, 0), {}
+  for at, contender in enumerate(contenders):
+    before = fastest.get(contender.name, at)
+    fastest[contender.name] = min(before, at, key=medians.__getitem__)
+  seconds = {name: times[:, at] for name, at in fastest.items()}
+  product = programs.PRODUCT_FLOPS / seconds.pop(programs.PRODUCT)
+  plain_bytes = contenders[fastest[programs.FLAX]].bytes
+  rows = []
+  for name, own in seconds.items():
+    contender, memory = contenders[fastest[name]], None
+    if contender.bytes is not None and plain_bytes:
+      memory = (contender.bytes - contender.draw_bytes) / plain_bytes
+    rows.append({
+      'name': name,
+      'variant': contender.variant,
+      'seconds': own.tolist(),
+      'median': float(np.median(own)),
+      'quartiles': np.percentile(own, (25, 75)).tolist(),
+      'to': {
+        other: float(np.median(own / seconds[other]))
+        for other in (programs.FLAX, TORCH, _rival(name))
+        if other in seconds
+      },
+      'peak_share': float(np.median(workload.flops / own / product)),
+      'compile_seconds': contender.compile_seconds,
+      'bytes': contender.bytes,
+      'memory_to_flax': memory,
+    })  # fmt: skip
+  setup = workload.setup
+  return {
+    'architecture': setup.network,
+    'batch_norm': setup.condition.batch_norm,
+    'batch': workload.batch,
+    'flops': workload.flops,
+    'product_rate': float(np.median(product)),
+    'rows': rows,
+  }
+
+
+def _rival(rule: str) -> str:
+  """The name of biotorch's program for a rule."""
+  return f'biotorch {BIOTORCH.get(rule, "")}'
+
+
+def details(result: Result) -> str:
+  """A line about a network, and a table of every program on it."""
+
+  def number(value: float | None, digits: int = 2) -> str:
+    return '' if value is None else f'{value:.{digits}f}'
+
+  rows = []
+  for row in result['rows']:
+    low, high = (f'{1e3 * end:.1f}' for end in row['quartiles'])
+    ms = f'{1e3 * row["median"]:.1f} [{low}, {high}] {row["variant"]}'
+    rows.append({
+      'program': row['name'],
+      'ms': ms.rstrip(),
+      '/ Flax': number(row['to'].get(programs.FLAX)),
+      '/ torch': number(row['to'].get(TORCH)),
+      '/ biotorch': number(row['to'].get(_rival(row['name']))),
+      'peak': number(row['peak_share']),
+      'compile s': number(row['compile_seconds'], 1),
+      'MB': number(row['bytes'] and row['bytes'] / 1e6, 1),
+      'memory / Flax': number(row['memory_to_flax']),
+    })  # fmt: skip
+  norm = ' + BN' * (result['batch_norm'] != 'none')
+  return (
+    f'{result["architecture"]}{norm}, batch {result["batch"]}: '
+    f'{result["flops"] / 1e9:.2f} GFLOP a step, matrix product '
+    f'{result["product_rate"] / 1e9:.0f} GFLOP/s, '
+    f'{len(result["rows"][0]["seconds"])} rounds\n\n{table(rows)}'
+  )
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+  """A Markdown table, aligned so that it reads as text, too."""
+  lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+  widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+  lines.insert(1, ['-' * width for width in widths])
+  return '\n'.join(
+    f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines
+  )
+
+
+def scaling_markdown(points: Sequence[Result], grid: Result) -> str:
+  """Step times as a table, and the fixed cost of a run."""
+  rows = [
+    {'milliseconds a step': f'{point["axis"]} {point[point["axis"]]}'}
+    | {name: f'{1e3 * time:.2f}' for name, time in point['seconds'].items()}
+    for point in points
+  ]
+  run, typical = grid['seconds_per_run'], 30
+  return (
+    f'{table(rows)}\n\nA grid takes {grid["seconds_per_start"]:.1f} s to start '
+    f'and, besides training, {run:.2f} s a run: {100 * run / typical:.1f} % of '
+    f'a run of {typical} s.'
+  )
+
+
+@mpl.rc_context(_STYLE)
+def steps_figure(results: Sequence[Result]) -> Figure:
+  """Time of a step: a panel for each architecture, a line per program."""
+  frame = pd.DataFrame([result | row for result in results
+                        for row in result['rows']])  # fmt: skip
+  panels = frame.groupby('architecture', sort=False)
+  lines = max(map(len, panels.groups.values()))
+  size = 2.4 * len(panels) + 1.8, 0.18 * lines + 1
+  figure = Figure(size, layout='constrained')
+  figure.suptitle('Time of a training step: median and quartiles')
+  axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+  for panel, (architecture, rows) in zip(axes, panels, strict=True):
+    for norm, group in rows.groupby('batch_norm', sort=False):
+      ms = 1e3 * group['median']
+      low, high = 1e3 * np.array([*group['quartiles']]).T
+      names = group['name'] + ' + BN' * (norm != 'none')
+      panel.errorbar(ms, names, xerr=[ms - low, high - ms], fmt='o')
+    title = f'{architecture}, batch {rows["batch"].iloc[0]}'
+    panel.set(title=title, xlabel='ms', xlim=(0, None))
+  axes[0].invert_yaxis()
+  return figure
+
+
+@mpl.rc_context(_STYLE)
+def scaling_figure(points: Sequence[Result], grid: Result) -> Figure:
+  """Step time by batch, width and depth; time of a grid by number of runs."""
+  panels = pd.DataFrame(points).groupby('axis', sort=False)
+  figure = Figure((4 * len(panels) + 4, 3.3), layout='constrained')
+  figure.suptitle('How cost grows')
+  *axes, last = figure.subplots(1, len(panels) + 1)
+  for panel, (axis, rows) in zip(axes, panels, strict=True):
+    times = 1e3 * pd.DataFrame([*rows['seconds']])
+    panel.loglog(rows[axis], times, 'o-', label=times.columns)
+    panel.set_xticks(rows[axis], rows[axis].astype(str))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+    panel.minorticks_off()
+    panel.set(xlabel=axis, ylabel='ms a step')
+    panel.legend()
+  times = pd.DataFrame(grid['points']).set_index('runs')
+  last.plot(times, 'o-', label=['whole grid', 'besides training'])
+  last.set(xlabel='runs', ylabel='seconds', xlim=(0, None), ylim=(0, None))
+  last.legend()
+  return figure
+
+
+@mpl.rc_context(_STYLE)
+def write(
+  out: Path, name: str, measured: Result, markdown: str, figure: Figure
+) -> str:
+  """Writes NAME.json, .md, .svg and .png; returns their paths, one a line.
+
+  The first two also have the command and the machine.
+  """
+  command = ['python', '-m', 'experiments.bench', *sys.argv[1:]]
+  about = machine.described() | {'command': shlex.join(command)}
+  lines = '\n'.join(f'{key}: {value}' for key, value in about.items())
+  paths = [out / f'{name}.{kind}' for kind in ('json', 'md', 'svg', 'png')]
+  document = json.dumps({'machine': about, **measured}, indent=1)
+  write_whole(paths[0], document.encode())
+  write_whole(paths[1], f'```\n{lines}\n```\n\n{markdown}\n'.encode())
+  figure.savefig(paths[2], metadata={'Date': None})
+  figure.savefig(paths[3])
+  return '\n'.join(map(str, paths))
