@@ -1,6 +1,7 @@
 """A strict session: nothing is promoted, broadcast or warned about silently."""
 
 import os
+from pathlib import Path
 
 # Eight host devices, so that pmap, shard_map and sharded jit really run.
 os.environ['JAX_PLATFORMS'] = os.environ.get('JAX_PLATFORMS', 'cpu')
@@ -9,6 +10,14 @@ if 'xla_force_host_platform_device_count' not in _FLAGS:
   os.environ['XLA_FLAGS'] = (
     f'{_FLAGS} --xla_force_host_platform_device_count=8'.strip()
   )
+
+# XLA's compilation is most of the time: all tests, workers and sessions share
+# what one of them has compiled.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR',
+  str(Path(__file__).parents[1] / '.pytest_cache' / 'jax'),
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax  # noqa: E402
 

@@ -55,8 +55,6 @@ def _assert_same_lines(lines, expected):
   [
     ('SGD', 8, False),
     ('uSF+BN', 4, True),
-    ('NuSF+BN+BM3', 2, False),
-    ('RndF+BN', 8, False),
     ('brSF-50%+BN+BM', 4, False),
     ('frSF-50%+BN', 2, False),
   ],

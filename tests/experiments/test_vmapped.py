@@ -34,8 +34,9 @@ def _group(condition, data, **fields):
   ]
 
 
-@pytest.mark.parametrize('scan', [False, True])
-@pytest.mark.parametrize('network', ['dense', 'convolutional'])
+@pytest.mark.parametrize(
+  ('network', 'scan'), [('dense', False), ('convolutional', True)]
+)
 def test_each_run_is_what_it_is_alone(monkeypatch, network, scan):
   data = tiny.dataset()
   if network == 'convolutional':
