@@ -11,6 +11,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from experiments.bench import contenders as programs
 from experiments.bench.in_torch import BIOTORCH, TORCH
@@ -149,18 +150,20 @@ def steps_figure(results: Sequence[Result]) -> Figure:
   frame = pd.DataFrame([result | row for result in results
                         for row in result['rows']])  # fmt: skip
   panels = frame.groupby('architecture', sort=False)
-  size = 3.6 * len(panels), 0.18 * max(map(len, panels.groups.values())) + 1
+  lines = max(map(len, panels.groups.values()))
+  size = 2.4 * len(panels) + 1.8, 0.18 * lines + 1
   figure = Figure(size, layout='constrained')
   figure.suptitle('Time of a training step: median and quartiles')
-  axes = figure.subplots(1, len(panels), squeeze=False)[0]
+  axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
   for panel, (architecture, rows) in zip(axes, panels, strict=True):
     for norm, group in rows.groupby('batch_norm', sort=False):
       ms = 1e3 * group['median']
       low, high = 1e3 * np.array([*group['quartiles']]).T
       names = group['name'] + ' + BN' * (norm != 'none')
       panel.errorbar(ms, names, xerr=[ms - low, high - ms], fmt='o')
-    panel.invert_yaxis()
-    panel.set(title=architecture, xlabel='ms', xlim=(0, None))
+    title = f'{architecture}, batch {rows["batch"].iloc[0]}'
+    panel.set(title=title, xlabel='ms', xlim=(0, None))
+  axes[0].invert_yaxis()
   return figure
 
 
@@ -175,6 +178,8 @@ def scaling_figure(points: Sequence[Result], grid: Result) -> Figure:
     times = 1e3 * pd.DataFrame([*rows['seconds']])
     panel.loglog(rows[axis], times, 'o-', label=times.columns)
     panel.set_xticks(rows[axis], rows[axis].astype(str))
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
     panel.minorticks_off()
     panel.set(xlabel=axis, ylabel='ms a step')
     panel.legend()

@@ -48,11 +48,7 @@ NETWORKS = {{'family': lambda classes, batch_norm: Family()}}
 
 
 def step_times(steps: int) -> Iterator[dict[str, Any]]:
-  """Median seconds of each program's step, from network to network.
-
-  Args:
-    steps: measured steps of each program.
-  """
+  """Median seconds of each program's steps, from network to network."""
   from experiments.bench.contenders import Workload, in_jax, take_turns
   from experiments.training.step import Setup
 

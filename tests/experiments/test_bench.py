@@ -17,6 +17,7 @@ from experiments.datasets import SHAPES
 from experiments.runs.train import Outcome
 from experiments.training import machine, models
 from experiments.training.step import program
+from symjax_bp import linen
 
 
 @pytest.fixture(name='main')
@@ -42,7 +43,10 @@ def _main(monkeypatch, capsys):
 def _trained(architecture, norm):
   """A workload that moves; plain Flax's weights before and after two steps."""
   workload = Workload(of_paper(architecture, norm, 4).setup, 4, rate=1e-3)
-  flax = contenders.in_jax(workload, None)
+  program.cache_clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(linen, 'with_feedback', None)  # plain Flax needs none
+    flax = contenders.in_jax(workload, None)
   functions = program(workload.setup, plain=True)
   before = functions.initialize(jax.random.key(0))['params']
   flax.step()
