@@ -105,7 +105,7 @@ def demo(results: Path = Path('results/demo')) -> int:
   Args:
     results: results folder.
   """
-  status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, None, Execution())
+  status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
   if status == 0:
     status = report(results)
     print(
@@ -137,10 +137,10 @@ def run(
   if not runs:
     print(f'shard {execution.shard} has no runs: nothing to do.')
     return 0
-  status = _train(runs, results, selection.data_dir, execution)
+  status = _train(runs, results, selection, execution)
   if status in (0, 1):
     from experiments import report as reports
-    from experiments.runs.store import load
+    from experiments.studies import load
 
     ids = {each.run_id for each in runs}
     records = [record for record in load(results) if record.run_id in ids]
@@ -172,8 +172,9 @@ def plan(
   runs = selection.runs(protocol)
   missing = _missing(runs, results)
   machine.start_jax()
-  from experiments.training import cost, data
+  from experiments.training import cost
 
+  load = selection.loader()
   print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
   cells: dict[tuple[str, str], list[Run]] = {}
   for each in missing:
@@ -181,7 +182,7 @@ def plan(
     cells.setdefault(key, []).append(each)
   total_flops = total_hours = 0.0
   for (name, condition), members in cells.items():
-    dataset = data.load(name, protocol.train_size, selection.data_dir)
+    dataset = load(name, protocol.train_size)
     flops = sum(cost.run_flops(each, dataset) for each in members)
     total_flops += flops
     line = (
@@ -311,7 +312,7 @@ def report(
     markdown_only: write RESULTS.md and its plots, nothing else.
   """
   from experiments import report as reports
-  from experiments.runs.store import load
+  from experiments.studies import load
 
   records = load(results)
   print(reports.text_tables(records))
@@ -335,7 +336,7 @@ def claims(
     results: results folder, a study's JSONL file, or a folder of them.
   """
   from experiments import report as reports
-  from experiments.runs.store import load
+  from experiments.studies import load
 
   print(reports.claims_text(load(results)))
   return 0
@@ -367,7 +368,7 @@ def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
 def _train(
   runs: Sequence[Run],
   results: Path,
-  data_dir: Path | None,
+  selection: Selection,
   execution: Execution,
 ) -> int:
   """Trains runs with progress; returns the exit status."""
@@ -383,17 +384,20 @@ def _train(
     print(f'all {len(runs)} runs are finished in {results}: nothing to do.')
     return 0
   store.create(results)
-  print(f'{len(missing)} of {len(runs)} runs to do; results in {results}')
-  machine.start_jax(execution.devices)
   options = Options(
     results,
-    data_dir,
+    selection.loader(),
     execution.devices,
     execution.scan,
     execution.checkpoint_share,
   )
-  launcher = _launcher(execution, options)
   with reporter(len(missing)) as listener:
+    listener.message(
+      f'{len(missing)} of {len(runs)} runs to do; results in {results}'
+    )
+    for line in machine.configure(execution.devices):
+      listener.message(f'set {line}')
+    launcher = _launcher(execution, options)
     try:
       summary = launch.launch(
         missing, launcher, options, listener, execution.retries
@@ -445,9 +449,11 @@ def _launcher(execution: Execution, options):
 
 def main() -> None:
   """Parses the command line and runs the command."""
-  for stream in (sys.stdout, sys.stderr):
-    with contextlib.suppress(AttributeError):  # a stream may be replaced
-      stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+  for name in ('stdout', 'stderr'):
+    if getattr(sys, name) is None:  # closed by who started the program
+      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
+    with contextlib.suppress(AttributeError):  # a test may replace it
+      getattr(sys, name).reconfigure(errors='backslashreplace')
   try:
     status = app.cli(
       prog='python -m experiments',
@@ -459,7 +465,9 @@ def main() -> None:
   except ValueError as error:  # DatasetError and StoreError are of that kind
     print(f'error: {error}', file=sys.stderr)
     status = 2
-  except BrokenPipeError:  # the reader of the output, such as `head`, has gone
+  except OSError as error:
+    if not isinstance(error, BrokenPipeError):  # the reader, such as `head`
+      print(f'error: {error}', file=sys.stderr)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     status = 1
   except KeyboardInterrupt:

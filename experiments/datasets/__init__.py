@@ -1,23 +1,29 @@
-"""The 15 datasets of the paper, and an embedded one.
+"""The 15 datasets of the paper, an embedded one, and one's own.
 
 `SPECS` is the table, `load` gives a dataset as arrays, `status`, `prepare`,
 `check` and `show_split` are what `python -m experiments data` shows.
 """
 
 from experiments.datasets.checks import Report, check, show_split
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.loader import Dataset, load
-from experiments.datasets.names import find
+from experiments.datasets.loader import Dataset, Loader, find, load
 from experiments.datasets.prepare import Status, prepare, status
-from experiments.datasets.spec import SHAPES, Draw, Spec
-from experiments.datasets.specs import SPECS
+from experiments.datasets.specs import (
+  SHAPES,
+  SPECS,
+  WEIGHT_LAYERS,
+  DatasetError,
+  Draw,
+  Spec,
+)
 
 __all__ = [
   'SHAPES',
   'SPECS',
+  'WEIGHT_LAYERS',
   'Dataset',
   'DatasetError',
   'Draw',
+  'Loader',
   'Report',
   'Spec',
   'Status',

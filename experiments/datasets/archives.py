@@ -1,35 +1,27 @@
 """The original archives of the sets that have builders of their own.
 
 Nothing is unpacked to disk: members are read from the archive, or from a
-folder in which a person unpacked it.
+folder in which a person unpacked it. Archives within archives are read too.
+Hidden files and those that a system adds, as in a zip file made on macOS, are
+left out.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import lzma
+import re
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO
 
-from experiments.datasets.errors import DatasetError
-
-
-@dataclasses.dataclass(frozen=True)
-class Archive:
-  """One file that a builder needs.
-
-  Attributes:
-    name: its file name; '' for any file or folder that a person puts there.
-    url: where it can be downloaded; None where a person must get it.
-    md5: known checksum; None where none is known for certain.
-  """
-
-  name: str
-  url: str | None = None
-  md5: str | None = None
+from experiments.datasets.folders import check_inside, hidden
+from experiments.datasets.samples import readable
+from experiments.datasets.specs import DatasetError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,121 +29,121 @@ class Original:
   """What the builder of a dataset starts from.
 
   Attributes:
-    archives: the files.
+    files: the address of each file; '' for any file or folder, and None for an
+      address, where a person must get it.
     layout: what is expected inside, for errors.
     steps: what a person does to get it.
+    md5: known checksum of the first file.
   """
 
-  archives: tuple[Archive, ...]
+  files: Mapping[str, str | None]
   layout: str
   steps: str
+  md5: str = ''
 
 
-# Checksums: 256_ObjectCategories.tar as in torchvision.datasets.Caltech256.
+_BY_HAND = {'': None}
+_FLOWERS17 = 'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/'
+_INDOOR = 'https://web.mit.edu/torralba/www/'
+
+# The checksum is the one of torchvision.datasets.Caltech256.
 ORIGINALS: Mapping[str, Original] = {
   'oxford_flowers17': Original(
-    archives=(
-      Archive(
-        '17flowers.tgz',
-        'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/17flowers.tgz',
-      ),
-      Archive(
-        'datasplits.mat',
-        'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/datasplits.mat',
-      ),
-    ),
+    {
+      name: f'{_FLOWERS17}{name}'
+      for name in ('17flowers.tgz', 'datasplits.mat')
+    },
     layout='jpg/image_0001.jpg to jpg/image_1360.jpg, 80 of each class in turn',
-    steps=(
-      'get 17flowers.tgz and datasplits.mat from '
-      'https://www.robots.ox.ac.uk/~vgg/data/flowers/17/'
-    ),
+    steps=f'get 17flowers.tgz and datasplits.mat from {_FLOWERS17}',
   ),
   'caltech256': Original(
-    archives=(
-      Archive(
-        '256_ObjectCategories.tar',
-        'https://data.caltech.edu/records/nyy15-4j048/files/'
-        '256_ObjectCategories.tar?download=1',
-        '67b4f42ca05d46448c6bb8ecd2220f6d',
-      ),
-    ),
+    {
+      '256_ObjectCategories.tar': 'https://data.caltech.edu/records/'
+      'nyy15-4j048/files/256_ObjectCategories.tar?download=1'
+    },
     layout='256_ObjectCategories/001.ak47/001_0001.jpg and so on',
-    steps=(
-      'get 256_ObjectCategories.tar from '
-      'https://data.caltech.edu/records/nyy15-4j048'
-    ),
+    steps='get 256_ObjectCategories.tar from '
+    'https://data.caltech.edu/records/nyy15-4j048',
+    md5='67b4f42ca05d46448c6bb8ecd2220f6d',
   ),
   'icub_world': Original(
-    archives=(Archive(''),),
-    layout=(
-      'train/CATEGORY/OBJECT/* and test/categorization/CATEGORY/* for the ten '
-      'categories bananas to yogurt'
-    ),
-    steps=(
-      'get iCubWorld.zip ("iCubWorld 1.0", cropped images) from '
-      'https://robotology.github.io/iCubWorld/'
-    ),
+    _BY_HAND,
+    layout='train/CATEGORY/OBJECT/* and test/categorization/CATEGORY/* for the '
+    'ten categories bananas to yogurt',
+    steps='get iCubWorld.zip ("iCubWorld 1.0", cropped images) from '
+    'https://robotology.github.io/iCubWorld/',
   ),
   'pubfig83': Original(
-    archives=(Archive(''),),
+    _BY_HAND,
     layout='pubfig83/PERSON/*.jpg',
-    steps=(
-      'accept the terms at http://vision.seas.harvard.edu/pubfig83/, get '
-      'pubfig83.v1.tgz'
-    ),
+    steps='accept the terms at http://vision.seas.harvard.edu/pubfig83/, get '
+    'pubfig83.v1.tgz',
   ),
   'sufr_w': Original(
-    archives=(Archive(''),),
+    _BY_HAND,
     layout='SUFR_in_the_wild/*.jpg and SUFR_in_the_wild_info.txt',
-    steps=(
-      'accept the terms at https://cbmm.mit.edu/knowledge-transfer/sufr, get '
-      'the image and info archives of SUFR-W'
-    ),
+    steps='accept the terms at https://cbmm.mit.edu/knowledge-transfer/sufr, '
+    'get the image and info archives of SUFR-W',
   ),
   'mit_indoor67': Original(
-    archives=(
-      Archive(
-        'indoorCVPR_09.tar',
-        'http://groups.csail.mit.edu/vision/LabelMe/NewImages/'
-        'indoorCVPR_09.tar',
-      ),
-      Archive(
-        'TrainImages.txt', 'https://web.mit.edu/torralba/www/TrainImages.txt'
-      ),
-      Archive(
-        'TestImages.txt', 'https://web.mit.edu/torralba/www/TestImages.txt'
-      ),
-    ),
+    {
+      'indoorCVPR_09.tar': 'http://groups.csail.mit.edu/vision/LabelMe/'
+      'NewImages/indoorCVPR_09.tar',
+      'TrainImages.txt': f'{_INDOOR}TrainImages.txt',
+      'TestImages.txt': f'{_INDOOR}TestImages.txt',
+    },
     layout='Images/CATEGORY/*.jpg',
-    steps=(
-      'get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from '
-      'https://web.mit.edu/torralba/www/indoor.html'
-    ),
+    steps='get indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from '
+    f'{_INDOOR}indoor.html',
   ),
   'timit_subphones': Original(
-    archives=(Archive(''),),
+    _BY_HAND,
     layout='TEST/DR1/SPEAKER/*.WAV with a .PHN file beside each',
-    steps=(
-      'license TIMIT (LDC93S1) at https://catalog.ldc.upenn.edu/LDC93S1 and '
-      'get its archive'
-    ),
+    steps='license TIMIT (LDC93S1) at https://catalog.ldc.upenn.edu/LDC93S1 '
+    'and get its archive',
   ),
 }
 
-# What reading a damaged archive raises.
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error)
+# What reading a damaged, encrypted or unsupported archive raises.
+_DAMAGED = (
+  tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError,
+  EOFError, KeyError, RuntimeError, UnicodeError, OverflowError, ValueError,
+)  # fmt: skip
+_PACKED = re.compile(r'\.(zip|tar|tgz|tbz2?|txz|tar\.\w+)$', re.IGNORECASE)
+_AGAIN = 'delete it, with the .INFO file beside a download, and get it again'
+_DEEPEST = 3  # archives in archives
 
 
-def place(builder: str, archive: Archive, manual_dir: Path) -> Path:
-  """Where a person puts an archive."""
-  return manual_dir / (archive.name or builder)
+def is_archive(name: str) -> bool:
+  """Whether a file name has the suffix of an archive."""
+  return _PACKED.search(name) is not None
+
+
+def place(builder: str, name: str, manual_dir: Path) -> Path:
+  """Where a person puts a file, or has put it in another form.
+
+  A folder, or another kind of archive, of the same name does as well.
+  """
+  path = manual_dir / (name or builder)
+  if path.exists() or not manual_dir.is_dir():
+    return path
+  stem = _PACKED.sub('', path.name)
+  found = (e for e in manual_dir.iterdir() if _PACKED.sub('', e.name) == stem)
+  return min(found, default=path)
+
+
+def in_place(builder: str, manual_dir: Path) -> bool:
+  """Whether a person has put all original files of a builder there."""
+  return builder in ORIGINALS and all(
+    place(builder, name, manual_dir).exists()
+    for name in ORIGINALS[builder].files
+  )
 
 
 def instructions(builder: str, manual_dir: str | Path) -> str:
   """What a person does to get the original files of a builder."""
   original = ORIGINALS[builder]
-  files = ' and '.join(archive.name for archive in original.archives)
-  if files:
+  if files := ' and '.join(original.files):
     return f'{original.steps}; put {files} into {manual_dir}'
   return (
     f'{original.steps}; put it, or the folder unpacked from it, into '
@@ -159,75 +151,109 @@ def instructions(builder: str, manual_dir: str | Path) -> str:
   )
 
 
-def verify(path: Path, archive: Archive) -> None:
-  """Compares a file with its known checksum, if there is one.
-
-  Raises:
-    DatasetError: they differ.
-  """
-  if archive.md5 is None:
-    return
+def verify(path: Path, md5: str) -> None:
+  """Compares a file with its checksum."""
   with open(path, 'rb') as file:
     found = hashlib.file_digest(file, 'md5').hexdigest()
-  if found != archive.md5:
+  if found != md5:
     raise DatasetError(
-      f'{path}: MD5 is {found}, expected {archive.md5}: truncated or another '
-      'file; delete it and get it again'
+      f'{path}: MD5 is {found}, expected {md5}: truncated or another file; '
+      f'{_AGAIN}'
     )
 
 
-def members(path: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+Members = Iterator[tuple[str, Callable[[], bytes]]]
+
+
+def members(path: Path) -> Members:
   """All files in an archive or folder, as (name, function that reads it).
 
-  A folder may hold archives: their members are given too. The functions must
-  be called before the next member is asked for.
-
-  Args:
-    path: a .tar, .tar.gz, .tgz or .zip file, or a folder.
-
-  Raises:
-    DatasetError: missing, or a damaged archive.
+  The functions must be called before the next member is asked for.
   """
   if path.is_dir():
+    inside = path.resolve()
     for file in sorted(entry for entry in path.rglob('*') if entry.is_file()):
-      if file.suffix.lower() in ('.tar', '.tgz', '.gz', '.zip'):
+      if any(map(hidden, file.relative_to(path).parts)):
+        continue
+      check_inside(file, inside)
+      if is_archive(file.name):
         yield from members(file)
       else:
-        yield file.relative_to(path.parent).as_posix(), file.read_bytes
-    return
-  if not path.is_file():
+        name = readable(file.relative_to(path.parent).as_posix())
+        yield (
+          name,
+          functools.partial(_read, str(file), lambda f=file: f.open('rb')),
+        )
+  elif path.is_file():
+    with _reading(str(path)), open(path, 'rb') as file:
+      yield from _unpacked(file, str(path), 1)
+  else:
     raise DatasetError(f'{path}: no such file or folder')
-  with _reading(path):
-    if path.suffix.lower() == '.zip':
-      with zipfile.ZipFile(path) as packed:
+
+
+def _unpacked(file: IO[bytes], at: str, depth: int) -> Members:
+  with _reading(at):
+    if depth > _DEEPEST:
+      raise ValueError(f'archives are nested more than {_DEEPEST} deep')
+    zip_file = file.read(2) == b'PK'
+    file.seek(0)
+    if zip_file:
+      with zipfile.ZipFile(file) as packed:
         for info in packed.infolist():
           if not info.is_dir():
-            yield (
-              info.filename,
-              lambda info=info: _read(path, packed.open(info)),
-            )
-    else:
-      with tarfile.open(path) as packed:
-        for member in packed:
-          file = packed.extractfile(member) if member.isreg() else None
-          if file is not None:
-            yield member.name, lambda file=file: _read(path, file)
-        # tarfile takes a cut before or inside of a header for the end, which is
-        # two empty blocks, of which it has read one.
-        if packed.fileobj and packed.fileobj.read(512) != bytes(512):
-          raise tarfile.ReadError('it has no end')
+            opened = functools.partial(packed.open, info)
+            yield from _member(_zip_name(info), opened, at, depth)
+      return
+    with tarfile.open(fileobj=file) as packed:
+      for member in packed:
+        if member.isreg() or member.islnk():
+          opened = functools.partial(packed.extractfile, member)
+          yield from _member(member.name, opened, at, depth)
+      # tarfile takes a cut before or inside of a header for the end, which is
+      # two empty blocks, of which it has read one.
+      if packed.fileobj and packed.fileobj.read(512) != bytes(512):
+        raise tarfile.ReadError('it has no end')
 
 
-def _read(path: Path, file: IO[bytes]) -> bytes:
-  with _reading(path), file:
-    return file.read()
+def _zip_name(info: zipfile.ZipInfo) -> str:
+  """The name of a member; macOS writes UTF-8 without the flag that says so."""
+  name = info.filename.replace('\\', '/')
+  if not info.flag_bits & 0x800:
+    with contextlib.suppress(UnicodeError):
+      return name.encode('cp437').decode()
+  return name
+
+
+def _member(
+  name: str, opened: Callable[[], IO[bytes] | None], at: str, depth: int
+) -> Members:
+  parts = PurePosixPath(name).parts
+  if any(hidden(part) for part in parts if part != '..'):
+    return
+  if is_archive(name):
+    if (file := opened()) is not None:
+      with file:
+        yield from _unpacked(file, f'{at}/{readable(name)}', depth + 1)
+  else:
+    yield readable(name), functools.partial(_read, at, opened)
+
+
+def _read(at: str, opened: Callable[[], IO[bytes] | None]) -> bytes:
+  with _reading(at):
+    if (file := opened()) is None:
+      raise tarfile.ReadError('a member is no file')
+    with file:
+      return file.read()
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(at: str) -> Iterator[None]:
   try:
     yield
+  except DatasetError:
+    raise
   except _DAMAGED as error:
     raise DatasetError(
-      f'{path}: damaged or truncated archive: {error}; get it again'
+      f'{at}: damaged or truncated archive, or of an unknown kind: {error}; '
+      f'{_AGAIN}'
     ) from error

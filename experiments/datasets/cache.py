@@ -1,12 +1,14 @@
 """Decoded arrays on disk: written whole or not at all, rebuilt if damaged."""
 
+import functools
 import hashlib
 import json
 import os
+import re
 import sys
+import tempfile
 import uuid
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -16,15 +18,24 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def default_dir() -> Path:
-  """The user's cache folder for this program, by the platform's convention."""
-  home = Path.home()
-  if sys.platform == 'win32':
-    base = os.environ.get('LOCALAPPDATA') or home / 'AppData' / 'Local'
-  elif sys.platform == 'darwin':
-    base = home / 'Library' / 'Caches'
-  else:
-    base = os.environ.get('XDG_CACHE_HOME') or home / '.cache'
-  return Path(base) / 'symjax_bp'
+  """The user's cache folder for this program, by the platform's convention.
+
+  Without a home folder: a temporary one of this process.
+  """
+  variable = 'LOCALAPPDATA' if sys.platform == 'win32' else 'XDG_CACHE_HOME'
+  if sys.platform != 'darwin' and os.path.isabs(os.environ.get(variable, '')):
+    return Path(os.environ[variable]) / 'symjax_bp'
+  try:
+    home = Path.home()
+  except RuntimeError:
+    return Path(_temporary().name)
+  parts = {'win32': ('AppData', 'Local'), 'darwin': ('Library', 'Caches')}
+  return home.joinpath(*parts.get(sys.platform, ('.cache',)), 'symjax_bp')
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+  return tempfile.TemporaryDirectory(prefix='symjax_bp-')
 
 
 def fetch(
@@ -41,24 +52,25 @@ def fetch(
   Args:
     folder: where the file is kept; made if needed.
     name: beginning of the file name.
-    config: what decides the content, serialisable as JSON.
+    config: what decides the content, serializable as JSON.
     build: makes the arrays.
   """
   text = json.dumps(config, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-  path = folder / f'{name}-{digest}.npz'
+  path = folder / f'{re.sub(r"[^A-Za-z0-9-]", "_", name)[:40]}-{digest}.npz'
   try:
     # numpy leaves a damaged file open if it opened it itself.
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
       return {key: stored[key] for key in stored.files}
-  except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+  except Exception:  # absent, or damaged in a way that zip and numpy tell
     arrays = build()
   try:
     write(path, arrays)
   except OSError as error:
     warnings.warn(
       f'cannot keep decoded data in {path} ({error}), it will be decoded again '
-      'next time: name a writable folder with --cache-dir',
+      'next time: set XDG_CACHE_HOME (on Windows LOCALAPPDATA) to a writable '
+      'folder',
       stacklevel=2,
     )
   return arrays

@@ -2,20 +2,20 @@
 
 import dataclasses
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from experiments.datasets.loader import Dataset, load
-from experiments.datasets.lookup import locate
-from experiments.datasets.raw import Part
+from experiments.datasets.loader import Dataset, load, locate
+from experiments.datasets.samples import stored_shape
 
 _COLUMNS = 10
 _MARGIN = 12
+_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Report:
   """What `check` found.
 
   Attributes:
-    name: the paper's name of the dataset.
+    name: name of the dataset.
     source: where it came from.
     note: how it differs from the paper's set.
     digest: identity of the data.
@@ -40,37 +40,40 @@ class Report:
   digest: str
   train_counts: dict[str, int]
   test_counts: dict[str, int]
-  sizes: dict[tuple[int, int], int]
+  sizes: dict[tuple[int, ...], int]
   duplicates: tuple[tuple[str, str], ...]
   grid: Path | None
 
 
 def check(
   name: str,
-  data_dir: str | os.PathLike[str] | None = None,
+  data_dir: _Folder = None,
   *,
-  cache_dir: str | os.PathLike[str] | None = None,
+  cache_dir: _Folder = None,
   seed: int = 0,
   grid: str | os.PathLike[str] | None = None,
+  **own: Any,
 ) -> Report:
   """Reads a dataset and says what is in it.
 
   Args:
-    name: the paper's name or an alias.
-    data_dir: folder with data.
-    cache_dir: folder for decoded arrays, as in `load`.
+    name: as in `load`.
+    data_dir: as in `load`.
+    cache_dir: as in `load`.
     seed: of the drawn split.
     grid: PNG file to write, training samples of ten classes with their labels.
+    **own: architecture and test_share, as in `load`.
 
   Raises:
     DatasetError: as `load`.
   """
-  data = load(name, data_dir=data_dir, cache_dir=cache_dir, seed=seed)
-  raw = locate(name, data_dir, seed).read()
-  sizes: Counter[tuple[int, int]] = Counter()
+  data = load(name, data_dir=data_dir, cache_dir=cache_dir, seed=seed, **own)
+  sizes: Counter[tuple[int, ...]] = Counter()
   if len(data.spec.shape) == 3:
-    sizes.update(_stored_sizes(raw.train))
-    sizes.update(_stored_sizes(raw.test))
+    raw = locate(name, data_dir, seed, **own)[1].read()
+    for part in (raw.train, raw.test):
+      for row in range(len(part)):
+        sizes[stored_shape(part.sample(row))[:2]] += 1
   path = None
   if grid is not None:
     path = Path(grid)
@@ -90,27 +93,17 @@ def check(
 
 
 def show_split(
-  name: str,
-  data_dir: str | os.PathLike[str] | None = None,
-  *,
-  cache_dir: str | os.PathLike[str] | None = None,
-  seed: int = 0,
-  train_size: int | None = None,
+  name: str, data_dir: _Folder = None, *, seed: int = 0, **options: Any
 ) -> Iterator[str]:
   """The split of a dataset, line by line: 'PART<tab>CLASS<tab>SAMPLE'.
 
-  The first lines, beginning with '#', tell protocol, seed and digest.
+  The first lines, beginning with '#', give the protocol, the seed and the
+  digest. All arguments are those of `load`.
 
   Raises:
     DatasetError: as `load`.
   """
-  data = load(
-    name,
-    data_dir=data_dir,
-    cache_dir=cache_dir,
-    seed=seed,
-    train_size=train_size,
-  )
+  data = load(name, data_dir=data_dir, seed=seed, **options)
   yield f'# {data.spec.name}: {data.spec.protocol}'
   yield f'# {data.source}, seed {seed}'
   yield f'# digest {data.digest}'
@@ -119,7 +112,13 @@ def show_split(
     ('test', data.files_test, data.y_test),
   ):
     for row in np.argsort(labels, kind='stable'):
-      yield f'{part}\t{data.classes[labels[row]]}\t{files[row]}'
+      label = _on_a_line(data.classes[labels[row]])
+      yield f'{part}\t{label}\t{_on_a_line(str(files[row]))}'
+
+
+def _on_a_line(text: str) -> str:
+  """The text with tabs, newlines and the like escaped."""
+  return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def duplicates(data: Dataset) -> tuple[tuple[str, str], ...]:
@@ -177,15 +176,3 @@ def _pixels(sample: np.ndarray) -> np.ndarray:
 def _counts(data: Dataset, labels: np.ndarray) -> dict[str, int]:
   counts = np.bincount(labels, minlength=len(data.classes))
   return dict(zip(data.classes, counts.tolist(), strict=True))
-
-
-def _stored_sizes(part: Part) -> Iterator[tuple[int, int]]:
-  from PIL import Image
-
-  for row in range(len(part)):
-    sample = part.sample(row)
-    if isinstance(sample, np.ndarray):
-      yield sample.shape[0], sample.shape[1]
-    else:
-      with Image.open(io.BytesIO(sample)) as picture:
-        yield picture.height, picture.width

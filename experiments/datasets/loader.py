@@ -1,6 +1,8 @@
 """`load`: a dataset by its name, as arrays ready for its architecture."""
 
+import collections
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -10,10 +12,20 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.datasets import cache, images, names, splits
-from experiments.datasets.lookup import locate
-from experiments.datasets.raw import Source
-from experiments.datasets.spec import Spec
+from experiments.datasets import (
+  archives,
+  cache,
+  folders,
+  npz,
+  prepared,
+  samples,
+  specs,
+)
+from experiments.datasets.samples import Part, Raw, Source
+from experiments.datasets.specs import SHAPES, DatasetError, Draw, Spec
+from experiments.datasets.splits import balanced_rows
+
+_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,7 +43,8 @@ class Dataset:
       labels, the class names and the input shape: the same digest, the same
       data.
     source: where it came from, in words.
-    note: how it differs from the paper's set; empty if it does not.
+    note: how it differs from the paper's set, and what was ignored or changed
+      as it was read; empty if nothing.
     files_train: N names of samples, file names where there are any.
     files_test: M names.
   """
@@ -52,10 +65,12 @@ class Dataset:
 def load(
   name: str,
   *,
-  data_dir: str | os.PathLike[str] | None = None,
-  cache_dir: str | os.PathLike[str] | None = None,
+  data_dir: _Folder = None,
+  cache_dir: _Folder = None,
   seed: int = 0,
   train_size: int | None = None,
+  architecture: str | None = None,
+  test_share: float | None = None,
 ) -> Dataset:
   """Loads a dataset.
 
@@ -63,38 +78,49 @@ def load(
   the image folder `data_dir/NAME/train/CLASS/*.jpg|png` with `test` beside
   `train`; a folder prepared by tensorflow-datasets in `data_dir`, then one in
   its own default folder. NAME is the name given, then each of the aliases of
-  the spec, in any case. `digits` is embedded and needs no file.
+  the spec, in any case. `digits` is embedded and needs no file. Any other name
+  is the user's own file or image folder.
 
   Args:
-    name: the paper's name or an alias, in any case.
+    name: the paper's name or an alias, in any case, or one of the user's own.
     data_dir: folder with data.
     cache_dir: folder for decoded arrays; default: the user's cache folder.
     seed: of the drawn split and of the subset.
     train_size: train on a class-balanced subset of so many samples.
+    architecture: network for a dataset of the user's own, a key of `SHAPES`;
+      default: the first of mnist (gray), cifar and general whose input is at
+      least as large as the first training picture of each class.
+    test_share: share of each class to test on, for a dataset of the user's own
+      without a test part.
 
   Raises:
-    DatasetError: unknown name, data that is missing or broken, or a
-      `train_size` that cannot be.
+    DatasetError: unknown name, data that is missing or broken, or an argument
+      that cannot be.
   """
-  spec = names.find(name)
-  source = locate(name, data_dir, seed)
+  spec, source = locate(name, data_dir, seed, architecture, test_share)
+  config = {
+    'form': 2,
+    'source': source.key,
+    'shape': spec.shape,
+    'resize': 'bilinear',
+    'pillow': importlib.metadata.version('pillow'),
+  }
   arrays = cache.fetch(
     Path(cache_dir) if cache_dir is not None else cache.default_dir(),
     spec.name,
-    {
-      'form': 1,
-      'source': source.key,
-      'shape': spec.shape,
-      'resize': 'bilinear',
-      'pillow': importlib.metadata.version('pillow'),
-    },
+    config,
     lambda: _arrays(source, spec),
   )
-  classes = tuple(json.loads(arrays['classes'].tobytes()))
+  facts = json.loads(arrays['facts'].tobytes())
+  classes = tuple(facts['classes'])
   train = {key: arrays[f'{key}_train'] for key in ('x', 'y', 'hash', 'file')}
   test = {key: arrays[f'{key}_test'] for key in ('x', 'y', 'hash', 'file')}
+  if spec.source == 'own':
+    spec = _counted(spec, len(classes), len(train['y']), len(test['y']))
+  notes = _notes(spec, source, facts, len(train['y']), len(test['y']))
   if train_size is not None and train_size != len(train['y']):
-    rows = splits.balanced_rows(train['y'], train_size, seed)
+    rows = balanced_rows(train['y'], train_size, seed)
+    notes.append(f'trained on {train_size} of {len(train["y"])} samples')
     train = {key: values[rows] for key, values in train.items()}
   return Dataset(
     x_train=train['x'],
@@ -105,59 +131,317 @@ def load(
     spec=spec,
     digest=_digest(spec.shape, classes, train, test),
     source=source.text,
-    note=_note(spec, classes, arrays, len(train['y'])),
+    note='; '.join(notes),
     files_train=np.char.decode(train['file'], 'utf-8'),
     files_test=np.char.decode(test['file'], 'utf-8'),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+  """`load` with the options of a command; two equal ones load equal data.
+
+  Attributes:
+    data_dir: as for `load`, and so are the others.
+    architecture: for datasets of the user's own.
+    test_share: for datasets of the user's own.
+  """
+
+  data_dir: Path | None = None
+  architecture: str | None = None
+  test_share: float | None = None
+
+  def absolute(self) -> 'Loader':
+    """The same, wherever it is called."""
+    data_dir = self.data_dir and self.data_dir.absolute()
+    return dataclasses.replace(self, data_dir=data_dir)
+
+  def __call__(self, name: str, train_size: int | None = None) -> Dataset:
+    """Loads a dataset and keeps the last one; errors are those of `load`."""
+    return _loaded(self, name, train_size)
+
+  def forget(self) -> None:
+    """Frees the memory of the last dataset."""
+    _loaded.cache_clear()
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(loader: Loader, name: str, train_size: int | None) -> Dataset:
+  own = specs.find_known(name) is None
+  return load(
+    name,
+    data_dir=loader.data_dir,
+    train_size=train_size,
+    architecture=loader.architecture if own else None,
+    test_share=loader.test_share if own else None,
+  )
+
+
+def find(
+  name: str,
+  data_dir: _Folder = None,
+  *,
+  seed: int = 0,
+  architecture: str | None = None,
+  test_share: float | None = None,
+) -> Spec:
+  """The spec of a dataset, which is read if it is the user's own.
+
+  Arguments and errors are those of `load`.
+  """
+  if known := _known(name, architecture, test_share):
+    return known
+  spec, source = locate(name, data_dir, seed, architecture, test_share)
+  raw = source.read()
+  return _counted(spec, len(raw.classes), len(raw.train), len(raw.test))
+
+
+def locate(
+  name: str,
+  data_dir: _Folder,
+  seed: int = 0,
+  architecture: str | None = None,
+  test_share: float | None = None,
+) -> tuple[Spec, Source]:
+  """The spec and the source of a dataset, looked up as `load` documents."""
+  spec = _known(name, architecture, test_share)
+  if spec is None:
+    return _own(name, data_dir, seed, architecture, test_share)
+  source = find_source(spec, name, data_dir, seed)
+  if source is None:
+    raise DatasetError(missing(spec, data_dir))
+  return spec, source
+
+
+def find_source(
+  spec: Spec, name: str, data_dir: _Folder, seed: int = 0
+) -> Source | None:
+  """The source of a dataset of the table, None where there is nothing."""
+  if spec.source == 'embedded':
+    return _embedded(spec, seed)
+  if data_dir is not None:
+    path = _entry(data_dir, name, *spec.aliases)
+    if path is not None:
+      return (folders if path.is_dir() else npz).source(path)
+  for root in prepared.roots(data_dir):
+    if (path := prepared.version_folder(root, spec)) is not None:
+      return prepared.source(path, spec, seed)
+  return None
+
+
+def missing(spec: Spec, data_dir: _Folder) -> str:
+  """What was looked for in vain, and how to get it."""
+  alias = spec.aliases[0]
+  where = f'in {data_dir}' if data_dir is not None else '(no data_dir is given)'
+  text = (
+    f'{spec.name} was not found {where}: neither {alias}.npz nor {alias}/train '
+    'nor a prepared folder. '
+  )
+  for root in prepared.roots(data_dir):
+    for path in prepared.unfinished(root, spec):
+      text += f'The unfinished preparation in {path} is not used. '
+  return text + how_to_get(spec, data_dir)
+
+
+def how_to_get(spec: Spec, data_dir: _Folder) -> str:
+  """What a person does to get a dataset of the paper."""
+  run = f'run `python -m experiments data prepare {spec.name}`'
+  if spec.source == 'download':
+    return run
+  manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
+  if archives.in_place(spec.builder, manual_dir):
+    return f'original files in {manual_dir}; {run}'
+  return f'First {archives.instructions(spec.builder, manual_dir)}, then {run}'
+
+
+def _known(
+  name: str, architecture: str | None, test_share: float | None
+) -> Spec | None:
+  """The spec of the table, None for the user's own; checks the options."""
+  if architecture is not None and architecture not in SHAPES:
+    raise DatasetError(
+      f'architecture is {architecture!r}; it must be one of {", ".join(SHAPES)}'
+    )
+  if test_share is not None and not 0 < test_share < 1:
+    raise DatasetError(
+      f'test_share is {test_share}; it must be between 0 and 1'
+    )
+  spec = specs.find_known(name)
+  if spec is None:
+    return None
+  if architecture not in (None, spec.architecture) or test_share is not None:
+    raise DatasetError(
+      f'{spec.name} has a network ({spec.architecture}) and a split of its '
+      'own; leave architecture and test_share out'
+    )
+  return spec
+
+
+def _entry(data_dir: str | os.PathLike[str], *wanted: str) -> Path | None:
+  """The npz file or image folder of the first name that fits."""
+  root = Path(data_dir)
+  if not root.is_dir():
+    raise DatasetError(
+      f'data_dir {str(root)!r} is not a folder; name the folder that holds '
+      f'{wanted[-1]}.npz or {wanted[-1]}/train'
+    )
+  try:
+    found = [p for p in sorted(root.iterdir()) if not folders.hidden(p.name)]
+    found = [
+      p
+      for p in found
+      if (not prepared.is_tfds(p) if p.is_dir() else p.suffix.lower() == '.npz')
+    ]
+  except OSError as error:
+    raise DatasetError(f'{root}: cannot be read: {error}') from error
+  for name in wanted:
+    for suffix in ('.npz', ''):
+      key = specs.plain(name) + suffix
+      fits = [path for path in found if specs.plain(path.name) == key]
+      exact = [path for path in fits if path.name == name + suffix]
+      if len(fits) > 1 and not exact:
+        raise DatasetError(
+          f'{fits[0]} and {fits[1]} are both {name!r}; rename one'
+        )
+      if fits:
+        return (exact or fits)[0]
+  return None
+
+
+def _own(
+  name: str,
+  data_dir: _Folder,
+  seed: int,
+  architecture: str | None,
+  share: float | None,
+) -> tuple[Spec, Source]:
+  """A dataset of the user's own; its counts are not known yet."""
+  path = None if data_dir is None else _entry(data_dir, name)
+  if path is None:
+    where = '' if data_dir is None else f' and is not in {data_dir}'
+    raise specs.UnknownDataset(
+      f'unknown dataset {name!r}{specs.nearest(name)}; it is none of '
+      f'{", ".join(specs.SPECS)}{where}. A dataset of your own is NAME.npz or '
+      'NAME/{train,test}/CLASS/*.jpg in the data folder'
+    )
+  draw = None if share is None else Draw(train=None, test=share)
+  source = (folders if path.is_dir() else npz).source(path, draw, seed)
+  return Spec(
+    name=samples.readable(path.name if path.is_dir() else path.stem),
+    classes=0,
+    architecture=architecture or _fitting(source),
+    train=0,
+    test=0,
+    protocol=(
+      'training and test set as stored'
+      if draw is None
+      else f'{share:g} of each class drawn to test on, the rest trains'
+    ),
+    source='own',
+    draw=draw,
+    license="the user's own",
+    aliases=(name,),
+    in_paper=False,
+  ), source
+
+
+def _counted(spec: Spec, classes: int, train: int, test: int) -> Spec:
+  return dataclasses.replace(spec, classes=classes, train=train, test=test)
+
+
+def _fitting(source: Source) -> str:
+  """The network whose input fits the pictures; see `load`."""
+  train = source.read().train
+  sizes = []
+  for row in np.unique(train.labels, return_index=True)[1].tolist():
+    try:
+      sizes.append(samples.stored_shape(train.sample(row)))
+    except Exception as error:  # of Pillow, on damaged files
+      raise DatasetError(
+        f'{source.text}: sample {train.names[row]} cannot be decoded: {error}; '
+        'replace the file'
+      ) from error
+  if all(len(size) == 3 for size in sizes):
+    largest = np.max(sizes, axis=0)
+    for name in ('mnist', 'cifar'):
+      if (largest <= SHAPES[name]).all():
+        return name
+    return 'general'
+  if sizes[0] == SHAPES['timit']:
+    return 'timit'
+  raise DatasetError(
+    f'{source.text}: has vectors of {sizes[0][0]} features; the only network '
+    f'for vectors takes {SHAPES["timit"][0]}'
+  )
+
+
+def _embedded(spec: Spec, seed: int) -> Source:
+  """scikit-learn's 1,797 digits of 8x8 pixels."""
+
+  def read() -> Raw:
+    digits = specs.require('sklearn.datasets', spec.name).load_digits()
+    # Pixels count from 0 to 16.
+    pixels = np.round(digits['images'] * (255 / 16)).astype(np.uint8)
+    pixels = pixels[..., np.newaxis]
+    classes = [str(name) for name in digits['target_names']]
+    names = [f'row {i:04d}' for i in range(len(pixels))]
+    whole = Part(pixels.__getitem__, digits['target'], names)
+    return samples.drawn(whole, classes, spec.draw, seed, spec.name)
+
+  return Source(
+    text='scikit-learn, sklearn.datasets.load_digits()',
+    key=f'load_digits, seed {seed}',
+    read=read,
   )
 
 
 def _arrays(source: Source, spec: Spec) -> cache.Arrays:
   """What is cached: numbers and byte strings only."""
   raw = source.read()
-  arrays = {
-    'classes': np.frombuffer(json.dumps(raw.classes).encode(), np.uint8),
-    'jpeg': np.array(raw.jpeg),
-  }
+  arrays, remarks = {}, collections.Counter()
   for name, part in (('train', raw.train), ('test', raw.test)):
-    x, hashes = images.decode(part, spec.shape, source.text)
+    x, hashes, said = samples.decode(part, spec.shape, source.text)
     arrays[f'x_{name}'] = x
     arrays[f'y_{name}'] = part.labels
     arrays[f'hash_{name}'] = hashes
     arrays[f'file_{name}'] = np.char.encode(list(part.names), 'utf-8')
+    remarks += said
+  facts = {'classes': raw.classes, 'jpeg': raw.jpeg, 'remarks': remarks}
+  arrays['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   return arrays
 
 
-def _digest(
-  shape: tuple[int, ...],
-  classes: tuple[str, ...],
-  train: Mapping[str, np.ndarray],
-  test: Mapping[str, np.ndarray],
-) -> str:
-  total = hashlib.sha256()
-  sizes = (len(train['y']), len(test['y']))
-  total.update(json.dumps([shape, classes, sizes]).encode())
-  for part in (train, test):
+def _digest(shape: tuple[int, ...], classes: tuple[str, ...], *parts) -> str:
+  sizes = [len(part['y']) for part in parts]
+  total = hashlib.sha256(json.dumps([shape, classes, sizes]).encode())
+  for part in parts:
     total.update(part['y'].astype('<i4').tobytes())
     total.update(part['hash'].tobytes())
   return total.hexdigest()
 
 
-def _note(
-  spec: Spec, classes: tuple[str, ...], arrays: cache.Arrays, train_used: int
-) -> str:
-  notes = []
+def _notes(
+  spec: Spec, source: Source, facts: Mapping, train: int, test: int
+) -> list[str]:
+  """How the data differ from the paper's, and what was ignored or changed."""
+  notes, classes = [], len(facts['classes'])
   if not spec.in_paper:
     notes.append("not one of the paper's datasets")
-  if len(classes) != spec.classes:
-    notes.append(f"{len(classes)} of the paper's {spec.classes} classes")
-  train, test = len(arrays['y_train']), len(arrays['y_test'])
+  if spec.source == 'own':
+    shape = 'x'.join(map(str, spec.shape))
+    notes.append(f'network {spec.architecture} ({shape})')
+    if spec.draw is not None:
+      notes.append(spec.protocol)
+  if classes != spec.classes:
+    notes.append(f"{classes} of the paper's {spec.classes} classes")
   if (train, test) != (spec.train, spec.test):
     notes.append(
       f"{train} / {test} train / test samples, the paper's are {spec.train} / "
       f'{spec.test}'
     )
-  if spec.lossless and arrays['jpeg']:
+  if spec.lossless and facts['jpeg']:
     notes.append('lossy: kept as JPEG, the original pictures are not')
-  if train_used != train:
-    notes.append(f'trained on {train_used} of {train} samples')
-  return '; '.join(notes)
+  notes += [f'{count} {text}' for text, count in facts['remarks'].items()]
+  if source.note:
+    notes.append(source.note)
+  return notes

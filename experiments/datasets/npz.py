@@ -3,65 +3,75 @@
 Keys: `classes`, `y_train`, `y_test`, and for each part S either `x_S` (uint8
 [N, H, W] or [N, H, W, C]; float32 [N, features]) or `jpeg_S` (uint8, all files
 joined) with `off_S` (int64 [N + 1], their limits) and, optionally, `file_S`
-(names).
+(names). Where both are there, `x_S` is used. Names may be text, bytes or
+integers; labels are integers [N] or [N, 1], or one-hot rows.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.raw import Part, Raw, Sample, Source, labels_of
-from experiments.datasets.spec import Spec
+from experiments.datasets import samples
+from experiments.datasets.samples import Part, Raw, Sample, Source
+from experiments.datasets.specs import DatasetError, Draw
 
 _FORM = (
   'a dataset file holds classes, y_train, y_test and, for S = train and test, '
   'x_S or jpeg_S with off_S'
 )
+_Arrays = Mapping[str, np.ndarray]
 
 
-def source(path: Path, spec: Spec) -> Source:
+def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
   """The dataset in an npz file.
 
-  Raises:
-    DatasetError: the file cannot be read.
+  Args:
+    path: the file.
+    draw: how to split a file without a test part.
+    seed: of the draw.
   """
   try:
     with open(path, 'rb') as file:
       key = hashlib.file_digest(file, 'sha256').hexdigest()
   except OSError as error:
     raise DatasetError(f'{path}: cannot be read: {error}') from error
-  return Source(text=f'file {path}', key=key, read=lambda: _read(path, spec))
+  return Source(
+    text=f'file {samples.readable(str(path))}',
+    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    read=functools.cache(lambda: _read(path, draw, seed)),
+  )
 
 
-def _read(path: Path, spec: Spec) -> Raw:
+def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
   arrays = _load(path)
-  missing = [
-    key for key in ('classes', 'y_train', 'y_test') if key not in arrays
-  ]
-  for part in ('train', 'test'):
+  tested = [key for key in arrays if key in ('x_test', 'y_test', 'jpeg_test')]
+  if draw is not None and tested:
+    raise DatasetError(
+      f'test_share is {draw.test}, but {path} has {tested[0]}; leave the share '
+      'out'
+    )
+  parts = ('train', 'test') if draw is None else ('train',)
+  needed = ['classes', *(f'y_{part}' for part in parts)]
+  for part in parts:
     if f'x_{part}' not in arrays:
-      keys = (f'jpeg_{part}', f'off_{part}')
-      missing += [key for key in keys if key not in arrays]
-  if missing:
+      needed += [f'jpeg_{part}', f'off_{part}']
+  if missing := [key for key in needed if key not in arrays]:
     raise DatasetError(
       f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): '
-      f'{_FORM}'
+      f'{_FORM}. A dataset of your own needs no test arrays with --test-share'
     )
-  names = arrays['classes']
-  if names.ndim != 1 or not len(names):
-    raise DatasetError(
-      f'{path}: classes must be a vector of names, found shape {names.shape}'
-    )
-  classes = tuple(str(name) for name in names)
-  return Raw(
-    train=_part(path, arrays, 'train', classes, spec),
-    test=_part(path, arrays, 'test', classes, spec),
-    classes=classes,
-    jpeg='jpeg_train' in arrays or 'jpeg_test' in arrays,
-  )
+  classes = _names(arrays, 'classes', path)
+  if len(set(classes)) != len(classes):
+    twice = next(name for name in classes if classes.count(name) > 1)
+    raise DatasetError(f'{path}: two classes are named {twice!r}; rename one')
+  jpeg = any(f'x_{part}' not in arrays for part in parts)
+  train, *test = (_part(path, arrays, part, classes) for part in parts)
+  if draw is not None:
+    return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
+  return Raw(train, test[0], tuple(classes), jpeg)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -71,7 +81,8 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     # numpy leaves a damaged file open if it opened it itself.
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
       for key in stored.files:
-        arrays[key] = stored[key]
+        if isinstance(stored[key], np.ndarray):  # not a stray file
+          arrays[key] = stored[key]
   # Damage surfaces as anything from BadZipFile to zlib.error to MemoryError.
   except Exception as error:
     if key and 'pickle' in str(error):
@@ -86,40 +97,48 @@ def _load(path: Path) -> dict[str, np.ndarray]:
   return arrays
 
 
+def _names(arrays: _Arrays, key: str, path: Path) -> list[str]:
+  """Names stored as text, bytes or integers."""
+  values = arrays[key]
+  if values.dtype.kind not in 'SUiu' or values.ndim != 1 or not len(values):
+    raise DatasetError(
+      f'{path}: {key} must be a vector of names, found {values.dtype} of shape '
+      f'{values.shape}; save them as text'
+    )
+  try:
+    if values.dtype.kind == 'S':
+      return [name.decode('utf-8', 'backslashreplace') for name in values]
+    names = [str(name) for name in values.tolist()]
+    return [name.encode('utf-8', 'backslashreplace').decode() for name in names]
+  except (ValueError, SystemError) as error:  # code points beyond Unicode
+    raise DatasetError(f'{path}: {key} is no text: {error}') from error
+
+
 def _part(
-  path: Path,
-  arrays: Mapping[str, np.ndarray],
-  part: str,
-  classes: tuple[str, ...],
-  spec: Spec,
+  path: Path, arrays: _Arrays, part: str, classes: Sequence[str]
 ) -> Part:
-  labels = labels_of(arrays[f'y_{part}'], classes, f'{path}: y_{part}')
+  labels = samples.labels_of(arrays[f'y_{part}'], classes, f'{path}: y_{part}')
   if f'x_{part}' in arrays:
-    count, sample = _arrays(path, arrays[f'x_{part}'], f'x_{part}', spec)
+    count, sample = _stored(path, arrays[f'x_{part}'], f'x_{part}')
   else:
     count, sample = _joined(path, arrays, part)
-  names = arrays.get(f'file_{part}', np.empty(0))
-  if f'file_{part}' not in arrays:
-    names = np.array([f'{part} row {i}' for i in range(count)])
-  for key, found in ((f'y_{part}', len(labels)), (f'file_{part}', len(names))):
-    if found != count:
+  names = [f'{part} row {i}' for i in range(count)]
+  if f'file_{part}' in arrays:
+    names = _names(arrays, f'file_{part}', path)
+  for key, found in ((f'y_{part}', labels), (f'file_{part}', names)):
+    if len(found) != count:
       raise DatasetError(
-        f'{path}: {key} has {found} entries for {count} {part} samples; there '
-        'must be as many'
+        f'{path}: {key} has {len(found)} entries for {count} {part} samples; '
+        'there must be as many'
       )
-  return Part(sample=sample, labels=labels, names=[str(n) for n in names])
+  return Part(sample=sample, labels=labels, names=names)
 
 
 _Samples = tuple[int, Callable[[int], Sample]]
 
 
-def _arrays(path: Path, x: np.ndarray, key: str, spec: Spec) -> _Samples:
-  if len(spec.shape) == 1:
-    if x.dtype != np.float32 or x.shape[1:] != spec.shape:
-      raise DatasetError(
-        f'{path}: {key} must be float32 [N, {spec.shape[0]}], found {x.dtype} '
-        f'of shape {x.shape}'
-      )
+def _stored(path: Path, x: np.ndarray, key: str) -> _Samples:
+  if x.dtype == np.float32 and x.ndim == 2:
     return len(x), x.__getitem__
   pictures = x[..., np.newaxis] if x.ndim == 3 else x
   if (
@@ -130,14 +149,13 @@ def _arrays(path: Path, x: np.ndarray, key: str, spec: Spec) -> _Samples:
   ):
     raise DatasetError(
       f'{path}: {key} must be uint8 [N, H, W] or [N, H, W, C] with 1 or 3 '
-      f'channels, found {x.dtype} of shape {x.shape}; save pictures as 0 to 255'
+      f'channels, or vectors, float32 [N, features], found {x.dtype} of shape '
+      f'{x.shape}; save pictures as 0 to 255'
     )
   return len(pictures), pictures.__getitem__
 
 
-def _joined(
-  path: Path, arrays: Mapping[str, np.ndarray], part: str
-) -> _Samples:
+def _joined(path: Path, arrays: _Arrays, part: str) -> _Samples:
   joined, limits = arrays[f'jpeg_{part}'], arrays[f'off_{part}']
   if joined.dtype != np.uint8 or joined.ndim != 1:
     raise DatasetError(
@@ -147,14 +165,14 @@ def _joined(
   if (
     limits.ndim != 1
     or len(limits) < 2
-    or not np.issubdtype(limits.dtype, np.integer)
-    or limits[0] < 0
-    or limits[-1] > len(joined)
-    or (np.diff(limits) < 0).any()
+    or limits.dtype.kind not in 'iu'
+    or limits.min() < 0
+    or limits.max() > len(joined)
+    or (limits[1:] < limits[:-1]).any()
   ):
     raise DatasetError(
       f'{path}: off_{part} must be rising integers from 0 to {len(joined)}, '
       f'the length of jpeg_{part}; copy or download the file again'
     )
-  encoded = memoryview(joined.data)
+  encoded = memoryview(np.ascontiguousarray(joined).data)
   return len(limits) - 1, lambda i: encoded[limits[i] : limits[i + 1]]

@@ -4,63 +4,55 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from experiments.datasets import archives, lookup, names, prepared
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.loader import load
-from experiments.datasets.spec import Spec
+from experiments.datasets import archives, loader, prepared, specs
+from experiments.datasets.specs import DatasetError, Spec
 
-State = Literal['ready', 'downloadable', 'needs a manual step']
+_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-  """Whether a dataset can be loaded.
+  """Whether a dataset can be loaded, and where it is or how to get it."""
 
-  Attributes:
-    state: what is to be done, in a word.
-    text: where it is, or how to get it.
-  """
-
-  state: State
+  state: Literal['ready', 'downloadable', 'needs a manual step']
   text: str
 
 
-def status(name: str, data_dir: str | os.PathLike[str] | None = None) -> Status:
+def status(name: str, data_dir: _Folder = None, **own: Any) -> Status:
   """Whether a dataset is ready, can be downloaded, or needs a person.
 
-  Files are looked for, not read: `check` reads them.
+  Files of the paper's datasets are looked for, not read: `check` reads them.
 
   Args:
-    name: the paper's name or an alias.
-    data_dir: folder with data.
+    name: as in `load`.
+    data_dir: as in `load`.
+    **own: architecture and test_share, as in `load`.
 
   Raises:
     DatasetError: unknown dataset.
   """
-  spec = names.find(name)
+  spec = specs.find_known(name)
   try:
-    source = lookup.find_source(name, data_dir, seed=0)
+    if spec is None:
+      return Status('ready', loader.locate(name, data_dir, **own)[1].text)
+    if source := loader.find_source(spec, name, data_dir):
+      return Status('ready', source.text)
+  except specs.UnknownDataset:
+    raise
   except DatasetError as error:
     return Status('needs a manual step', str(error))
-  if source is not None:
-    return Status('ready', source.text)
-  run = f'`python -m experiments data prepare {spec.name}`'
-  if spec.source == 'download':
-    return Status('downloadable', f'run {run}')
-  manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
-  if _originals_in_place(spec, manual_dir):
-    return Status('downloadable', f'original files in {manual_dir}; run {run}')
-  steps = archives.instructions(spec.builder, manual_dir)
-  return Status('needs a manual step', f'{steps}, then run {run}')
+  how = loader.how_to_get(spec, data_dir)
+  manual = how.startswith('First')
+  return Status('needs a manual step' if manual else 'downloadable', how)
 
 
 def prepare(
   name: str,
-  data_dir: str | os.PathLike[str] | None = None,
+  data_dir: _Folder = None,
   *,
-  cache_dir: str | os.PathLike[str] | None = None,
+  cache_dir: _Folder = None,
   progress: Callable[[str], None] = print,
 ) -> Status:
   """Downloads a dataset, writes it in the format of TFDS, and decodes it.
@@ -77,9 +69,14 @@ def prepare(
 
   Raises:
     DatasetError: original files are missing, damaged or of unexpected layout,
-      the download failed, or TensorFlow is needed and not installed.
+      the download failed, or a library is needed and not installed.
   """
-  spec = names.find(name)
+  spec = specs.find_known(name)
+  if spec is None:
+    raise DatasetError(
+      f'{name!r} is not a dataset of the paper; a dataset of your own needs no '
+      'preparation'
+    )
   if data_dir is not None:
     try:
       Path(data_dir).mkdir(parents=True, exist_ok=True)
@@ -88,35 +85,36 @@ def prepare(
         f'data_dir {str(data_dir)!r} cannot be made: {error}; name a folder '
         'that can be written'
       ) from error
-  if lookup.find_source(name, data_dir, seed=0) is None:
-    root = prepared.roots(data_dir)[0]
+  if loader.find_source(spec, name, data_dir) is None:
+    root = prepared.roots(data_dir)[0].absolute()
     progress(f'{spec.name}: preparing {spec.builder} in {root}')
-    _build(spec, root)
+    _build(spec, root, progress)
   progress(f'{spec.name}: decoding')
-  data = load(name, data_dir=data_dir, cache_dir=cache_dir)
+  data = loader.load(name, data_dir=data_dir, cache_dir=cache_dir)
+  if data.note:
+    progress(f'{spec.name}: {data.note}')
   progress(f'{spec.name}: ready, {data.source}')
   return Status('ready', data.source)
 
 
-def _originals_in_place(spec: Spec, manual_dir: Path) -> bool:
-  builder = spec.builder
-  return builder in archives.ORIGINALS and all(
-    archives.place(builder, archive, manual_dir).exists()
-    for archive in archives.ORIGINALS[builder].archives
-  )
-
-
-def _build(spec: Spec, root: Path) -> None:
-  import tensorflow_datasets as tfds
-
+def _build(spec: Spec, root: Path, progress: Callable[[str], None]) -> None:
+  prepared.check_path(root)
+  ours = spec.builder in archives.ORIGINALS
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
-  if not _originals_in_place(spec, prepared.manual_dir(root)):
+  needed = ['tensorflow_datasets', 'importlib_resources', 'scipy']
+  if not archives.in_place(spec.builder, prepared.manual_dir(root)):
     if spec.source == 'manual':
-      raise DatasetError(lookup.missing(spec, root))
-    _require_tensorflow(spec)
-  if spec.builder in archives.ORIGINALS:
+      raise DatasetError(loader.missing(spec, root))
+    needed.append('tensorflow')
+  if spec.architecture == 'timit':
+    needed.append('soundfile')
+  for module in needed:
+    specs.require(module, f'{spec.name}: preparing it', 'prepare')
+  if ours:
     import experiments.datasets.builders  # noqa: F401  (registers)
+  import tensorflow_datasets as tfds
+
   try:
     builder = tfds.builder(
       spec.builder, data_dir=root, file_format='array_record'
@@ -128,22 +126,12 @@ def _build(spec: Spec, root: Path) -> None:
   # formats each in its own way.
   except Exception as error:
     steps = ''
-    if spec.builder in archives.ORIGINALS:
-      steps = ', or ' + archives.instructions(
-        spec.builder, prepared.manual_dir(root)
-      )
+    if ours:
+      manual_dir = prepared.manual_dir(root)
+      steps = f', or {archives.instructions(spec.builder, manual_dir)}'
     raise DatasetError(
       f'{spec.name}: {spec.builder} could not be prepared in {root}: {error}; '
       f'see to that and run it again{steps}'
     ) from error
-
-
-def _require_tensorflow(spec: Spec) -> None:
-  try:
-    import importlib_resources  # noqa: F401
-    import tensorflow  # noqa: F401
-  except ImportError as error:
-    raise DatasetError(
-      f'{spec.name}: preparing it needs {error.name}; install it with '
-      '`pip install "symjax-bp[prepare]"` (reading prepared data does not)'
-    ) from error
+  if note := getattr(builder, 'ignored', ''):
+    progress(f'{spec.name}: {note}')

@@ -11,29 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from experiments.datasets import speech
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.folder import fingerprint
-from experiments.datasets.raw import Part, Raw, Source, labels_of
-from experiments.datasets.spec import Spec
-from experiments.datasets.splits import Split, draw_split
+from experiments.datasets import samples, speech
+from experiments.datasets.folders import fingerprint
+from experiments.datasets.samples import Part, Raw, Source
+from experiments.datasets.specs import DatasetError, Spec, require
 
 _INFO = 'dataset_info.json'
-# Splits that are not for us: unlabelled pictures of STL10, extra ones of SVHN.
+# Not among them: unlabeled pictures of STL10, extra ones of SVHN.
 _SPLITS = ('train', 'validation', 'test')
 _FEATURES = 'tensorflow_datasets.core.features.'
-_CLASSES = (
-  'pythonClassName',
-  'python_class_name',
-  'type',
-)  # keys, old ones too
+# Keys of class names, old ones too.
+_CLASSES = ('pythonClassName', 'python_class_name', 'type')
 _NAMES = ('file', 'file_name', 'image/file_name')
 
 
 def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
-  from tensorflow_datasets.core import constants
-
+  constants = require('tensorflow_datasets.core.constants', 'finding data')
   own = Path(constants.DATA_DIR)
   return [own] if data_dir is None else [Path(data_dir), own]
 
@@ -79,16 +73,24 @@ def _number(version: Path) -> list[int]:
   return [int(n) for n in version.name.split('.')]
 
 
-def source(path: Path, spec: Spec, seed: int) -> Source:
-  """The dataset in a folder prepared by tensorflow-datasets.
+def check_path(path: Path) -> None:
+  """Refuses a folder that tensorflow-datasets cannot write or read."""
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise DatasetError(
+      f'{path}: tensorflow-datasets takes only names in UTF-8; name another '
+      'data_dir or rename the folder'
+    ) from error
 
-  Raises:
-    DatasetError: files are missing, or it is in another format.
-  """
+
+def source(path: Path, spec: Spec, seed: int) -> Source:
+  """The dataset in a folder prepared by tensorflow-datasets."""
+  check_path(path)
   files = _files(path, spec)
   draw = f', {spec.draw}, seed {seed}' if spec.draw else ''
   return Source(
-    text=f'prepared folder {path}',
+    text=f'prepared folder {samples.readable(str(path))}',
     key=fingerprint(path, files) + draw,
     read=lambda: _read(path, spec, seed),
   )
@@ -165,8 +167,9 @@ def _read(path: Path, spec: Spec, seed: int) -> Raw:
 def _split(path: Path, spec: Spec, seed: int) -> Raw:
   import tensorflow_datasets as tfds
 
-  # TFDS types the features of any builder as any feature.
-  builder: Any = tfds.builder_from_directory(path)
+  # TFDS takes a leading "~" for the home folder, and types
+  # the features of any builder as any feature.
+  builder: Any = tfds.builder_from_directory(path.absolute())
   skip = {'image': tfds.decode.SkipDecoding()}
   records = {
     split: builder.as_data_source(
@@ -180,7 +183,7 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
     return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
     whole, classes = _pictures(list(records.values()), builder.info.features)
-    return _parts(whole, _drawn(whole, classes, spec, seed, str(path)))
+    return samples.drawn(whole, classes, spec.draw, seed, str(path))
   if 'train' not in records or 'test' not in records:
     raise DatasetError(
       f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
@@ -190,7 +193,7 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
   train, classes = _pictures(learning, builder.info.features)
   test, _ = _pictures([records['test']], builder.info.features, classes)
   for part in (train, test):
-    labels_of(part.labels, classes, str(path))
+    samples.labels_of(part.labels, classes, str(path))
   jpeg = bytes(train.sample(0)[:2]) == b'\xff\xd8'
   return Raw(train=train, test=test, classes=classes, jpeg=jpeg)
 
@@ -232,25 +235,6 @@ def _pictures(
   return Part(sample=sample, labels=indices, names=names), classes
 
 
-def _drawn(
-  whole: Part, classes: tuple[str, ...], spec: Spec, seed: int, at: str
-) -> Split:
-  assert spec.draw is not None
-  try:
-    return draw_split(whole.names, whole.labels, classes, spec.draw, seed)
-  except DatasetError as error:
-    raise DatasetError(f'{at}: {error}') from error
-
-
-def _parts(whole: Part, split: Split) -> Raw:
-  return Raw(
-    train=whole.take(split.train, split.train_labels),
-    test=whole.take(split.test, split.test_labels),
-    classes=split.classes,
-    jpeg=False,
-  )
-
-
 def _utterances(
   records: Sequence[Mapping[str, Any]], spec: Spec, seed: int, at: str
 ) -> Raw:
@@ -258,7 +242,7 @@ def _utterances(
 
   Mean and variance are those of the drawn training frames.
   """
-  values = [record['features'] for record in records]
+  scaled = [record['features'] for record in records]
   where, labels, names = [], [], []
   for i, record in enumerate(records):
     file = record['file'].decode()
@@ -272,13 +256,11 @@ def _utterances(
     return speech.stacked(scaled[utterance], frame)
 
   whole = Part(sample=sample, labels=np.array(labels, np.int32), names=names)
-  split = _drawn(whole, speech.SUBPHONES, spec, seed, at)
-  frames = np.stack(
-    [values[i][frame] for i, frame in map(where.__getitem__, split.train)]
-  )
+  raw = samples.drawn(whole, speech.SUBPHONES, spec.draw, seed, at)
+  windows = np.stack([raw.train.sample(row) for row in range(len(raw.train))])
+  frames = windows.reshape(len(windows), -1, speech.FEATURES)[:, speech.CONTEXT]
   mean = frames.mean(axis=0, dtype=np.float64)
   deviation = frames.std(axis=0, dtype=np.float64)
-  # A coefficient that never changes becomes 0.
-  deviation[deviation == 0] = 1
-  scaled = [((v - mean) / deviation).astype(np.float32) for v in values]
-  return _parts(whole, split)
+  deviation[deviation == 0] = 1  # a coefficient that never changes becomes 0
+  scaled[:] = [((v - mean) / deviation).astype(np.float32) for v in scaled]
+  return raw

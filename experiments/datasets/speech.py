@@ -1,4 +1,4 @@
-"""The 123 features per frame of TIMIT80, and its sub-phonetic labels.
+"""TIMIT80: audio, the 123 features of a frame, and sub-phonetic labels.
 
 The paper names "123 dimensional MFCC features" with 7 frames of context on
 each side and 183 sub-phonetic classes, the set-up of Abdel-Hamid et al. (2012),
@@ -7,9 +7,13 @@ energy, with first and second temporal derivatives. Where it is silent, HTK's
 conventions are followed.
 """
 
+import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
+
+from experiments.datasets.specs import DatasetError, require
 
 SAMPLE_RATE = 16000
 WINDOW = 400  # 25 ms
@@ -36,6 +40,13 @@ _DELTA_WIDTH = 2
 _FLOOR = 1.0
 
 
+def frames(wav: bytes, phn: bytes, at: str) -> tuple[np.ndarray, np.ndarray]:
+  """Features and sub-phonetic labels of the frames of an utterance."""
+  values = features(read_audio(wav, f'{at}.wav'))
+  segments = read_segments(phn.decode('ascii', 'replace'), f'{at}.phn')
+  return values, subphones(segments, len(values))
+
+
 def features(samples: np.ndarray) -> np.ndarray:
   """Filter banks, energy and their differences of every whole window.
 
@@ -58,10 +69,10 @@ def features(samples: np.ndarray) -> np.ndarray:
     samples.astype(np.float64), WINDOW
   )[::HOP]
   energy = np.square(frames).sum(axis=1, keepdims=True)
-  emphasised = frames - _PREEMPHASIS * np.concatenate(
+  emphasized = frames - _PREEMPHASIS * np.concatenate(
     [frames[:, :1], frames[:, :-1]], axis=1
   )
-  spectrum = np.fft.rfft(emphasised * np.hamming(WINDOW), _FFT)
+  spectrum = np.fft.rfft(emphasized * np.hamming(WINDOW), _FFT)
   banks = np.square(np.abs(spectrum)) @ mel_filters().T
   static = np.log(np.maximum(np.hstack([banks, energy]), _FLOOR))
   first = differences(static)
@@ -71,15 +82,15 @@ def features(samples: np.ndarray) -> np.ndarray:
 def mel_filters() -> np.ndarray:
   """Weights of the triangular filters on the spectrum, [40, 257].
 
-  Neighbouring filters meet at each other's centre, so they sum to 1 between
-  the first and the last centre.
+  Neighboring filters meet at each other's center, so they sum to 1 between
+  the first and the last center.
   """
   top = 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700)
   edges = 700 * (10 ** (np.linspace(0, top, FILTERS + 2) / 2595) - 1)
   bins = np.arange(_FFT // 2 + 1) * (SAMPLE_RATE / _FFT)
-  low, centre, high = (edges[i : i + FILTERS, np.newaxis] for i in range(3))
-  rising = (bins - low) / (centre - low)
-  falling = (high - bins) / (high - centre)
+  low, center, high = (edges[i : i + FILTERS, np.newaxis] for i in range(3))
+  rising = (bins - low) / (center - low)
+  falling = (high - bins) / (high - center)
   return np.maximum(0, np.minimum(rising, falling))
 
 
@@ -98,7 +109,7 @@ def differences(values: np.ndarray) -> np.ndarray:
 def subphones(
   segments: Sequence[tuple[int, int, str]], frames: int
 ) -> np.ndarray:
-  """The sub-phonetic class of each frame, by the centre of its window.
+  """The sub-phonetic class of each frame, by the center of its window.
 
   Args:
     segments: (first sample, end, phone), as in a .PHN file.
@@ -109,10 +120,10 @@ def subphones(
     is divided into three equal parts.
   """
   labels = np.full(frames, -1, np.int64)
-  centres = np.arange(frames) * HOP + WINDOW // 2
+  centers = np.arange(frames) * HOP + WINDOW // 2
   for begin, end, phone in segments:
-    inside = (centres >= begin) & (centres < end)
-    third = (centres[inside] - begin) * THIRDS // (end - begin)
+    inside = (centers >= begin) & (centers < end)
+    third = (centers[inside] - begin) * THIRDS // (end - begin)
     labels[inside] = PHONES.index(phone) * THIRDS + third
   return labels
 
@@ -121,3 +132,47 @@ def stacked(values: np.ndarray, frame: int) -> np.ndarray:
   """A frame with 7 on each side, ends repeated: [T, D] to [15 * D]."""
   rows = np.arange(frame - CONTEXT, frame + CONTEXT + 1)
   return values[np.clip(rows, 0, len(values) - 1)].ravel()
+
+
+def read_audio(content: bytes, at: str) -> np.ndarray:
+  """Samples of a SPHERE file, int16 [N]."""
+  soundfile = require('soundfile', 'reading TIMIT', 'prepare')
+  head = content[:1024]
+  if b'shorten' in head:
+    raise DatasetError(
+      f'{at}: compressed with shorten; unpack it first with the Linguistic '
+      "Data Consortium's sph2pipe (sph2pipe -p -f sph)"
+    )
+  try:
+    samples, rate = soundfile.read(io.BytesIO(content), dtype='int16')
+  except soundfile.SoundFileError as error:
+    raise DatasetError(
+      f'{at}: not a readable SPHERE file: {error}; copy it again from the disc'
+    ) from error
+  if rate != SAMPLE_RATE or samples.ndim != 1:
+    raise DatasetError(
+      f'{at}: {rate} Hz, shape {samples.shape}; TIMIT is 16000 Hz mono'
+    )
+  stated = re.search(rb'sample_count -i (\d+)', head)
+  if stated is not None and int(stated[1]) != len(samples):
+    raise DatasetError(
+      f'{at}: truncated, {len(samples)} of {int(stated[1])} samples; copy it '
+      'again from the disc'
+    )
+  return samples
+
+
+def read_segments(text: str, at: str) -> list[tuple[int, int, str]]:
+  """Segments of a .PHN file: "begin end phone" per line, in samples."""
+  segments = []
+  for number, line in enumerate(text.splitlines(), 1):
+    match = re.fullmatch(r'\s*(\d+)\s+(\d+)\s+(\S+)\s*', line)
+    if (
+      match is None or int(match[1]) >= int(match[2]) or match[3] not in PHONES
+    ):
+      raise DatasetError(
+        f'{at}: line {number} is {line!r}; expected "begin end phone" in '
+        'samples with one of the 61 phones of TIMIT; copy it again'
+      )
+    segments.append((int(match[1]), int(match[2]), match[3]))
+  return segments

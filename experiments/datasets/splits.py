@@ -10,8 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.datasets.errors import DatasetError
-from experiments.datasets.spec import Draw
+from experiments.datasets.specs import DatasetError, Draw
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,45 +47,33 @@ def draw_split(
     classes: names of all classes.
     draw: how many of what.
     seed: of the draw.
-
-  Raises:
-    DatasetError: too few classes with enough samples, or names that repeat.
   """
   members: dict[str, list[int]] = {name: [] for name in sorted(classes)}
   for row, label in enumerate(map(int, labels)):
     members[classes[label]].append(row)
   for name in draw.exclude:
     members.pop(name, None)
+  wanted = len(members) if draw.classes is None else draw.classes
   fit = [name for name, rows in members.items() if len(rows) >= draw.least]
-  if len(fit) < draw.classes:
+  if len(fit) < wanted:
     short = min(members, key=lambda name: len(members[name]), default='')
     raise DatasetError(
-      f'{draw.classes} classes with at least {draw.least} samples are needed, '
+      f'{wanted} classes with at least {draw.least} samples are needed, '
       f'{len(fit)} of {len(members)} have as many'
       + (f' ({short!r} has {len(members[short])})' if short else '')
       + '; is the set complete?'
     )
   order = generator(seed, 'classes').permutation(len(fit))
-  chosen = sorted(fit[i] for i in order[: draw.classes])
-  parts: tuple[list[int], list[int]] = ([], [])
-  counts: tuple[list[int], list[int]] = ([], [])
-  for name in chosen:
-    for part, count, rows in zip(
-      parts,
-      counts,
-      _draw_class(name, members[name], names, draw, seed),
-      strict=True,
-    ):
-      part.extend(rows)
-      count.append(len(rows))
-  index = np.arange(len(chosen), dtype=np.int32)
-  return Split(
-    classes=tuple(chosen),
-    train=np.array(parts[0], np.int64),
-    train_labels=np.repeat(index, counts[0]),
-    test=np.array(parts[1], np.int64),
-    test_labels=np.repeat(index, counts[1]),
-  )
+  chosen = sorted(fit[i] for i in order[:wanted])
+  drawn = [
+    _draw_class(name, members[name], names, draw, seed) for name in chosen
+  ]
+  rows, marks = [], []
+  for part in zip(*drawn, strict=True):
+    rows.append(np.array([row for of_class in part for row in of_class]))
+    index = np.arange(len(chosen), dtype=np.int32)
+    marks.append(np.repeat(index, list(map(len, part))))
+  return Split(tuple(chosen), rows[0], marks[0], rows[1], marks[1])
 
 
 def _draw_class(
@@ -100,12 +87,14 @@ def _draw_class(
         'distinct names'
       )
   order = generator(seed, name).permutation(len(rows))
-  # Testing first where the rest trains.
-  first = draw.test if draw.train is None else draw.train
-  second = len(rows) if draw.train is None else draw.test
-  head, tail = order[:first], order[first : first + second]
-  train, test = (tail, head) if draw.train is None else (head, tail)
-  return [rows[i] for i in sorted(train)], [rows[i] for i in sorted(test)]
+  test = int(draw.test)
+  if draw.test < 1:
+    test = min(max(1, round(draw.test * len(rows))), len(rows) - 1)
+  if draw.train is None:
+    tested, trained = order[:test], order[test:]
+  else:
+    trained, tested = np.split(order[: draw.train + test], [draw.train])
+  return [rows[i] for i in sorted(trained)], [rows[i] for i in sorted(tested)]
 
 
 def balanced_rows(
@@ -124,9 +113,6 @@ def balanced_rows(
 
   Returns:
     int64 [size], rising.
-
-  Raises:
-    DatasetError: `size` is out of range.
   """
   counts = np.bincount(labels) - spared
   if not len(counts) <= size <= counts.sum():

@@ -1,23 +1,85 @@
-"""The paper's conclusions as rows of data: what is said, how it is judged."""
+"""The paper's conclusions as rows of data: each statement and its criterion.
+
+An effect gets the errors of the named conditions (arrays of means in %, by
+name) and the error of guessing. It works elementwise, so the same function
+serves one value and a bootstrap. A criterion decides on one value.
+"""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 
-from experiments.report.effects import (
-  POINTS,
-  RISING,
-  USEFUL,
-  Effect,
-  Holds,
-  at_least,
-  below,
-  below_chance,
-  fails,
-  minus,
-  spread,
-  trend_in_p,
-  works,
-  worst_minus,
-)
+import numpy as np
+from scipy import stats
+
+Errors = Mapping[str, np.ndarray]
+Effect = Callable[[Errors, float], np.ndarray]
+Holds = Callable[[float, Mapping[str, float], float], bool]
+
+POINTS = 3.0  # the paper's own threshold for better and worse
+USEFUL = 10.0  # points below chance from which we call learning useful
+RISING = 0.5  # rank correlation from which we call a trend rising
+
+
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+  """Spearman's correlation along an axis; 0 where a side is constant."""
+  x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
+  x, y = (ranks - ranks.mean(axis=axis, keepdims=True) for ranks in (x, y))
+  spread = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
+  rise = np.asarray((x * y).sum(axis=axis))
+  return np.divide(rise, spread, out=np.zeros_like(rise), where=spread > 0)
+
+
+def _below(limit: float) -> Holds:
+  return lambda effect, errors, chance: effect < limit
+
+
+def _at_least(limit: float) -> Holds:
+  return lambda effect, errors, chance: effect >= limit
+
+
+def _spread(errors: Errors, chance: float) -> np.ndarray:
+  """Largest minus smallest error."""
+  values = list(errors.values())
+  return np.max(values, axis=0) - np.min(values, axis=0)
+
+
+def _minus(one: str, other: str) -> Effect:
+  return lambda errors, chance: errors[one] - errors[other]
+
+
+def _below_chance(name: str) -> Effect:
+  return lambda errors, chance: chance - errors[name]
+
+
+def _worst_minus(names: tuple[str, ...], other: str) -> Effect:
+  return lambda errors, chance: (
+    np.max([errors[name] for name in names], axis=0) - errors[other]
+  )
+
+
+def _fails(name: str) -> Holds:
+  """Near chance, or worse than SGD by the paper's threshold."""
+  return lambda effect, errors, chance: (
+    effect >= POINTS or chance - errors[name] < POINTS
+  )
+
+
+def _works(name: str) -> Holds:
+  failed = _fails(name)
+  return lambda effect, errors, chance: not failed(effect, errors, chance)
+
+
+def _trend_in_p(errors: Errors, chance: float) -> np.ndarray:
+  """Rank correlation of the error with p, over the p that are there."""
+  levels = [errors[name] for name in sorted(errors, key=_flipped)]
+  values = np.stack(levels, axis=-1)
+  return spearman(np.broadcast_to(np.arange(len(levels)), values.shape), values)
+
+
+def _flipped(name: str) -> float:
+  """p in % of a name such as 'brSF-25%+BN+BM' (0 for 'brSF+BN+BM')."""
+  rule = name.split('+')[0]
+  return float(rule.split('-')[1].rstrip('%')) if '-' in rule else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +147,7 @@ class AcrossDatasets:
 SIGNED = ('uSF+BN+BM', 'brSF+BN+BM', 'frSF+BN+BM')
 
 
-def _normalised(name: str) -> Conclusion:
+def _normalized(name: str) -> Conclusion:
   return Conclusion(
     'III',
     f'{name} works',
@@ -93,8 +155,8 @@ def _normalised(name: str) -> Conclusion:
     f'effect: {name} - SGD; holds if below 3 points and {name} is 3 points or '
     'more below chance',
     ('SGD', name),
-    minus(name, 'SGD'),
-    works(name),
+    _minus(name, 'SGD'),
+    _works(name),
   )
 
 
@@ -110,8 +172,8 @@ def _grows(rule: str, drawn: str) -> Conclusion:
     f'effect: rank correlation of the error of {rule}-p+BN+BM with p (0, 25, '
     '50, 75, 100 %; 0, 50 and 100 % must be there); holds from 0.5 on',
     (same, *others[:2]),
-    trend_in_p,
-    at_least(RISING),
+    _trend_in_p,
+    _at_least(RISING),
     'rank correlation',
     tuple(others[2:]),
   )
@@ -124,7 +186,7 @@ def _helped(conclusion: str, what: str, without: str, with_it: str):
     f'{what} helps {without}.',
     f'effect: {without} - {with_it}; holds if above 0',
     (without, with_it),
-    minus(without, with_it),
+    _minus(without, with_it),
     lambda effect, errors, chance: effect > 0,
   )
 
@@ -136,8 +198,8 @@ def _clamped(name: str) -> Conclusion:
     f'{name} learns nothing useful with its last layer clamped.',
     f'effect: chance - {name} Bottom; holds if below 10 points',
     (f'{name} Bottom',),
-    below_chance(f'{name} Bottom'),
-    below(USEFUL),
+    _below_chance(f'{name} Bottom'),
+    _below(USEFUL),
   )
 
 
@@ -150,8 +212,8 @@ def _alike(prefix: str) -> Conclusion:
     f'effect: largest - smallest error of {", ".join(names)}; holds if below '
     '3 points',
     names,
-    spread,
-    below(POINTS),
+    _spread,
+    _below(POINTS),
   )
 
 
@@ -163,8 +225,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'are alike.',
     'effect: largest - smallest error of the three; holds if below 3 points',
     SIGNED,
-    spread,
-    below(POINTS),
+    _spread,
+    _below(POINTS),
   ),
   Conclusion(
     'I',
@@ -172,8 +234,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'With any of these magnitudes the error is that of SGD or lower.',
     'effect: largest error of the three - SGD; holds if below 3 points',
     (*SIGNED, 'SGD'),
-    worst_minus(SIGNED, 'SGD'),
-    below(POINTS),
+    _worst_minus(SIGNED, 'SGD'),
+    _below(POINTS),
   ),
   Conclusion(
     'II',
@@ -181,22 +243,22 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'Magnitudes of updates do not matter: BM is as good as SGD.',
     'effect: BM - SGD; holds if below 3 points',
     ('BM', 'SGD'),
-    minus('BM', 'SGD'),
-    below(POINTS),
+    _minus('BM', 'SGD'),
+    _below(POINTS),
   ),
   Conclusion(
     'III',
     'uSF fails',
-    'Normalisation is necessary: uSF without BN and BM fails.',
+    'Normalization is necessary: uSF without BN and BM fails.',
     'effect: uSF - SGD; holds from 3 points on, or if uSF is less than 3 '
     'points below chance',
     ('SGD', 'uSF'),
-    minus('uSF', 'SGD'),
-    fails('uSF'),
+    _minus('uSF', 'SGD'),
+    _fails('uSF'),
   ),
-  _normalised('uSF+BN'),
-  _normalised('uSF+BM'),
-  _normalised('uSF+BN+BM'),
+  _normalized('uSF+BN'),
+  _normalized('uSF+BM'),
+  _normalized('uSF+BN+BM'),
   _grows('brSF', 'redrawn at every update'),
   _grows('frSF', 'drawn once'),
   Conclusion(
@@ -205,8 +267,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'Fixed random feedback with BN is far better than chance.',
     'effect: chance - RndF+BN; holds from 10 points on',
     ('RndF+BN',),
-    below_chance('RndF+BN'),
-    at_least(USEFUL),
+    _below_chance('RndF+BN'),
+    _at_least(USEFUL),
   ),
   Conclusion(
     'V',
@@ -214,15 +276,15 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'Fixed random feedback is worse than sign-concordant feedback.',
     'effect: RndF+BN - uSF+BN; holds if above 0',
     ('RndF+BN', 'uSF+BN'),
-    minus('RndF+BN', 'uSF+BN'),
+    _minus('RndF+BN', 'uSF+BN'),
     lambda effect, errors, chance: effect > 0,
   ),
   _helped('VI', 'Batch Manhattan', 'BN', 'BN+BM'),
   _helped('VI', 'Batch Manhattan', 'uSF+BN', 'uSF+BN+BM'),
   AcrossDatasets('BN', 'BN+BM'),
   AcrossDatasets('uSF+BN', 'uSF+BN+BM'),
-  _helped('C1', 'Batch normalisation', 'RndF', 'RndF+BN'),
-  _helped('C1', 'Batch normalisation', 'RndF+BM', 'RndF+BN+BM'),
+  _helped('C1', 'Batch normalization', 'RndF', 'RndF+BN'),
+  _helped('C1', 'Batch normalization', 'RndF+BM', 'RndF+BN+BM'),
   Conclusion(
     'C2',
     'Top alike',
@@ -230,8 +292,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'effect: largest - smallest error of the Top columns; holds if below 3 '
     'points',
     tuple(f'{name} Top' for name in ('SGD', 'RndF', 'RndF+BN+BM', 'uSF+BN+BM')),
-    spread,
-    below(POINTS),
+    _spread,
+    _below(POINTS),
   ),
   _clamped('RndF'),
   _clamped('RndF+BN+BM'),
@@ -241,8 +303,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'uSF+BN+BM learns useful features with its last layer clamped.',
     'effect: chance - uSF+BN+BM Bottom; holds from 10 points on',
     ('uSF+BN+BM Bottom',),
-    below_chance('uSF+BN+BM Bottom'),
-    at_least(USEFUL),
+    _below_chance('uSF+BN+BM Bottom'),
+    _at_least(USEFUL),
   ),
   Conclusion(
     'C2',
@@ -251,8 +313,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'free.',
     'effect: uSF+BN+BM Bottom - uSF+BN+BM; holds if below 3 points',
     ('uSF+BN+BM Bottom', 'uSF+BN+BM'),
-    minus('uSF+BN+BM Bottom', 'uSF+BN+BM'),
-    below(POINTS),
+    _minus('uSF+BN+BM Bottom', 'uSF+BN+BM'),
+    _below(POINTS),
   ),
   _alike('BM'),
   _alike('uSF+BN+BM'),
@@ -262,8 +324,8 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'Batch Manhattan degrades with small batches.',
     'effect: BM-5 - BM-100; holds from 3 points on',
     ('BM-5', 'BM-100'),
-    minus('BM-5', 'BM-100'),
-    at_least(POINTS),
+    _minus('BM-5', 'BM-100'),
+    _at_least(POINTS),
   ),
   Conclusion(
     'Appendix',
@@ -271,7 +333,7 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'SGD does not degrade with small batches.',
     'effect: SGD-5 - SGD-100; holds if below 3 points',
     ('SGD-5', 'SGD-100'),
-    minus('SGD-5', 'SGD-100'),
-    below(POINTS),
+    _minus('SGD-5', 'SGD-100'),
+    _below(POINTS),
   ),
 )  # fmt: skip

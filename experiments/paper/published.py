@@ -37,19 +37,3 @@ def datasets(table: str | None = None) -> tuple[str, ...]:
       dataset for name, dataset, _ in errors() if table in (None, name)
     )
   )
-
-
-def classes(dataset: str) -> int:
-  """How many classes the paper's dataset has."""
-  return _specs()[dataset].classes
-
-
-def train_images(dataset: str) -> int:
-  """How many images the paper trains on."""
-  return _specs()[dataset].train
-
-
-def _specs():
-  from experiments.datasets.specs import SPECS
-
-  return SPECS

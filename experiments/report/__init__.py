@@ -1,10 +1,10 @@
-"""The report: reads stored runs, writes tables, claims, plots and a page.
+"""The report: reads records of runs; writes tables, claims, plots and a page.
 
-Reading order: `runs` (a stored run, checked), `studies` (runs by protocol),
-`cells` (a condition on a dataset, its two results), `tables`, `conclusions` and
-`verdicts`; the other modules turn these into text, Markdown, CSV, plots, HTML.
+Reading order: `frame` (records, checked, as a data frame and as cells),
+`tables`, `claims`, `plots`, `commands` (that make runs again) and `pages` (all
+of these as text, Markdown and HTML).
 
-Imports no JAX, and plotting only when a plot is made.
+Imports no JAX, and pandas and matplotlib only when they are used.
 """
 
 import os
@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
-  from experiments.report.runs import Record
-  from experiments.report.verdicts import Claim
+  from experiments.runs.store import Record
 
 
 def text_tables(
@@ -23,54 +22,28 @@ def text_tables(
   """The paper's tables as text, rows with results only.
 
   Args:
-    records: of a results folder.
+    records: from `studies.load`.
     tables: names of tables; None for those that have results.
 
   Raises:
-    EmptyStoreError: there is no readable run; says how to make one.
+    EmptyReportError: there is no readable run; says how to make one.
     ValueError: no table of that name.
   """
-  from experiments.report import studies, text
+  from experiments.report import frame, pages
 
-  return text.tables(studies.gather(records), tables)
-
-
-def claims(records: 'Iterable[Record]') -> 'list[Claim]':
-  """The paper's conclusions, judged by the records of each protocol.
-
-  Raises:
-    EmptyStoreError: there is no readable run; says how to make one.
-  """
-  from experiments.report import studies, verdicts
-
-  return verdicts.claims(studies.gather(records))
+  return pages.text_tables(frame.read(records), tables)
 
 
 def claims_text(records: 'Iterable[Record]') -> str:
   """The paper's conclusions as text, with effects and verdicts.
 
   Raises:
-    EmptyStoreError: there is no readable run; says how to make one.
+    EmptyReportError: there is no readable run; says how to make one.
   """
-  from experiments.report import studies, text
+  from experiments.report import claims, frame, pages
 
-  return text.claims(studies.gather(records))
-
-
-def results_markdown(
-  records: 'Iterable[Record]',
-  *,
-  plots: str = 'plots',
-) -> str:
-  """RESULTS.md alone; `plots` is the plots' folder as seen from it.
-
-  Raises:
-    EmptyStoreError: there is no readable run; says how to make one.
-  """
-  from experiments.report import contents, results, studies
-
-  report = contents.contents(studies.gather(records))
-  return results.text(report, plots=plots)
+  results = frame.read(records)
+  return pages.text_claims(results, claims.judge(results))
 
 
 def write_report(
@@ -79,12 +52,51 @@ def write_report(
   *,
   markdown_only: bool = False,
 ) -> list[Path]:
-  """Writes the files of the report into a folder; see `write`.
+  """Writes RESULTS.md, one HTML page, tables, claims and plots into a folder.
+
+  The same records give the same bytes, in whatever order they come. A file is
+  written whole or not at all.
+
+  Args:
+    records: from `studies.load`.
+    folder: where to write; made if need be.
+    markdown_only: write RESULTS.md and the plots in it, nothing else.
+
+  Returns:
+    The files, the plots last.
 
   Raises:
-    EmptyStoreError: there is no readable run; says how to make one.
-    OSError: a file can't be written.
+    EmptyReportError: there is no readable run; says how to make one.
+    OSError: a file can't be written; those before it are whole.
   """
-  from experiments.report import write
+  from experiments.report import claims, frame, pages, plots, tables
+  from experiments.runs.files import write_whole
 
-  return write.write_report(records, folder, markdown_only=markdown_only)
+  results = frame.read(records)
+  judged = claims.judge(results)
+  found = (plots.story(results), plots.against_p(results))
+  overall = [picture for picture in found if picture]
+  files = {'RESULTS.md': pages.markdown(results, judged, overall).encode()}
+  pictures = {}
+  if not markdown_only:
+    pictures = {
+      (grid.name, line.title): plots.of_line(results, grid, line)
+      for grid in tables.grids(results)
+      for line in grid.lines
+    }
+    page = pages.html(results, judged, overall, pictures)
+    table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
+    files |= {
+      'report.html': page.encode(),
+      'tables.txt': pages.text_tables(results).encode(),
+      'tables.csv': table.encode(),
+      'claims.txt': pages.text_claims(results, judged).encode(),
+    }
+  for picture in (*overall, *(p for of in pictures.values() for p in of)):
+    if picture.png:
+      files[f'plots/{picture.name}.png'] = picture.png
+    if not (picture.png and markdown_only):
+      files[f'plots/{picture.name}.svg'] = picture.svg
+  root = Path(folder)
+  (root / 'plots').mkdir(parents=True, exist_ok=True)
+  return [write_whole(root / name, body) for name, body in files.items()]

@@ -1,194 +1,417 @@
-"""Learning curves, error against rate, and error against p."""
+"""Pictures: error by condition, against p, by epoch and by learning rate.
 
-import functools
+Figures are made without pyplot, so no window system is ever asked for. Text in
+an SVG stays text; nothing in a name is read as mathematics or markup. The same
+results give the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
-from matplotlib.collections import PatchCollection
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib import colors, ticker
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from experiments.paper import published as paper
 from experiments.paper.protocol import RATES
-from experiments.report.cells import Cell, mean_error
-from experiments.report.figures import (
-  ErrorAxis,
-  Picture,
-  error_colours,
-  label_ends,
-  labelled_axes,
-  looks,
-  panels,
-  picture,
-  short,
-  style,
-  top_left,
-)
-from experiments.report.runs import Run
-from experiments.report.studies import Study
+from experiments.report.frame import Frame, Results, Row, Selection
 from experiments.report.tables import Grid, Line
 
+# From plain backpropagation to random feedback, top to bottom.
+_STORY = (
+  'SGD', 'uSF', 'NuSF', 'uSF+BN', 'uSF+BN+BM', 'frSF+BN+BM',
+  'brSF-50%+BN+BM', 'RndF', 'RndF+BN', 'RndF+BN+BM',
+)  # fmt: skip
+_P_NAME = re.compile(r'(brSF|frSF)(?:-([0-9.]+)%)?\+BN\+BM')
+_USUAL = re.compile('[0-9]+ epochs?(, [0-9]+ images)?')
+_P_RULES = {
+  'brSF': ('o', '-', 'redrawn at every update'),
+  'frSF': ('s', '--', 'drawn once'),
+}
 
-def slug(text: str) -> str:
+# Okabe and Ito's colors, distinct for color-blind readers; no yellow, which is
+# too pale for a line.
+COLORS = (
+  '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#333333',
+)  # fmt: skip
+_DASHES = ('-', (0, (5, 1.5)), (0, (1.2, 1.2)))
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+_OURS: dict[str, Any] = {'color': '#0072B2'}
+_PAPER: dict[str, Any] = {'color': '#B34700', 'mfc': 'white'}
+_CHANCE: dict[str, Any] = {'color': '#777777', 'linestyle': ':', 'linewidth': 1}
+_SGD: dict[str, Any] = {'color': '#0072B2', 'linestyle': '-.', 'linewidth': 1}
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_LOGARITHMIC = 8.0  # ratio of errors from which an axis is logarithmic
+
+_STYLE = {
+  'axes.edgecolor': '#888888',
+  'axes.grid': True,
+  'axes.spines.right': False,
+  'axes.spines.top': False,
+  'axes.titlelocation': 'left',
+  'axes.titlesize': 10,
+  'figure.titlesize': 10,
+  'font.family': ['DejaVu Sans'],
+  'font.size': 9,
+  'grid.color': '#e4e4e4',
+  'grid.linewidth': 0.7,
+  'legend.frameon': False,
+  'savefig.dpi': 110,
+  'svg.fonttype': 'none',
+  'text.parse_math': False,
+  'xtick.color': '#555555',
+  'ytick.color': '#555555',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+  """A plot as the contents of files; `png` is empty for most."""
+
+  name: str
+  title: str
+  svg: bytes
+  png: bytes = b''
+
+
+@contextlib.contextmanager
+def style(name: str) -> Iterator[None]:
+  """The look of every figure; its name makes an SVG's ids its own."""
+  with mpl.rc_context(cast(Any, {**_STYLE, 'svg.hashsalt': name})):
+    yield
+
+
+def panels(
+  title: str, count: int, size: tuple[float, float], across: int = 3
+) -> tuple[Figure, list[Axes]]:
+  """Panels of that size in inches, so many in a row at most."""
+  across = min(count, across)
+  down = -(-count // across)
+  figure = Figure(
+    figsize=(max(across * size[0], 5.6), down * size[1] + 1),
+    layout='constrained',
+  )
+  figure.suptitle(title, x=0.01, ha='left')
+  axes = [*figure.subplots(down, across, squeeze=False).flat]
+  for empty in axes[count:]:
+    empty.remove()
+  return figure, axes[:count]
+
+
+def look(position: int) -> dict[str, Any]:
+  """Color, dash and marker of the n-th line; 21 differ."""
+  return {
+    'color': COLORS[position % len(COLORS)],
+    'linestyle': _DASHES[position // len(COLORS) % len(_DASHES)],
+    'marker': _MARKERS[position % len(_MARKERS)],
+    'markersize': 3.5,
+    'linewidth': 1.5,
+  }
+
+
+def picture(
+  figure: Figure, name: str, title: str, *, png: bool = False
+) -> Picture:
+  """The files of a figure. A PNG takes longer than all the rest."""
+  svg, pixels = io.BytesIO(), io.BytesIO()
+  with warnings.catch_warnings():
+    # A name may have letters that the font lacks, or need much room.
+    warnings.filterwarnings('ignore', message='Glyph|constrained_layout')
+    figure.savefig(svg, format='svg', metadata={'Date': None, 'Creator': None})
+    if png:
+      figure.savefig(pixels, format='png', metadata={'Software': None})
+  return Picture(name, title, svg.getvalue(), pixels.getvalue())
+
+
+def _slug(text: str) -> str:
   """A text as part of a file name; different texts stay different."""
-  plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:40]
-  if plain == text.lower():
+  plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
+  known = {name.lower() for name in paper.datasets()}
+  if text in paper.datasets() or _USUAL.fullmatch(text) or (
+    text == plain and text not in known
+  ):  # fmt: skip
     return plain
-  import hashlib
-
   return f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'.strip('-')
 
 
-def for_line(
-  study: Study, grid: Grid, line: Line
-) -> list[Callable[[], Picture]]:
-  """Learning curves and error against rate of one row of a table.
+def _short(text: str, length: int = 34) -> str:
+  return text if len(text) <= length else text[: length - 1] + '…'
 
-  What draws them has names and numbers alone, so that any process can do it.
+
+def _error_axis(
+  axes: Axes, errors: Iterable[float | None], which: str = 'y'
+) -> Callable[[float], float]:
+  """Sets up an axis of errors in percent: logarithmic if they differ much.
+
+  Returns:
+    Where to draw an error: a logarithmic axis has no 0.
   """
-  cells = {
-    entry.condition: entry.cell
-    for entry in line.entries
-    if entry.cell and entry.cell.best_setting
+  known = [error for error in errors if error is not None]
+  positive = [error for error in known if error > 0] or [1.0]
+  low, high, floor = min(positive), max(positive), 0.0
+  axis = getattr(axes, f'{which}axis')
+  if high > _LOGARITHMIC * low:
+    floor = max(low, 0.01) / (1 if low == min(known) else 2)
+    getattr(axes, f'set_{which}scale')('log')
+    ends = floor / 1.25, min(high * 1.25, 130)
+    ticks = [tick for tick in _TICKS if ends[0] <= tick <= ends[1]]
+    axis.set_major_locator(ticker.FixedLocator(ticks))
+    axis.set_minor_locator(ticker.NullLocator())
+  else:
+    margin = max(0.06 * (high - low), 0.02 * high)
+    ends = max(min(known) - margin, 0), high + margin
+  getattr(axes, f'set_{which}lim')(*ends)
+  axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:g}'))
+  return lambda error: max(error, floor)
+
+
+def _head(axes: Axes, row: Row) -> None:
+  """Names a panel: the dataset and its protocol."""
+  axes.set_title(f'{_short(row.label)}\n{_short(row.protocol)}')
+
+
+def _bests(results: Results, row: Row) -> dict[str, Selection]:
+  """The row's best test errors by condition."""
+  return {
+    condition: cell.best
+    for (*key, condition), cell in results.cells.items()
+    if tuple(key) == row.key and cell.best
   }
-  if not cells:
-    return []
-  name = f'protocol-{study.number}-{slug(line.label)}-table-{grid.table.name}'
-  about = f'{short(line.label)}, {grid.name}'
-  plans = []
-  if curves := _curves_of(cells):
-    plans.append(
-      functools.partial(_curves, f'{name}-curves'.lower(), about, curves)
+
+
+def story(results: Results) -> Picture | None:
+  """Error per condition, ours and the paper's, a panel per dataset.
+
+  A dataset of several protocols is shown under the one that trains most.
+  """
+  rows: dict[str, tuple[Row, dict[str, Selection]]] = {}
+  for row in results.main_rows:
+    bests = _bests(results, row)
+    if len(set(_STORY) & set(bests)) >= 3:
+      rows.setdefault(row.label, (row, bests))
+  shown = [
+    name for name in _STORY if any(name in of for _, of in rows.values())
+  ]
+  if not rows:
+    return None
+  title = 'How much weight symmetry does backpropagation need?'
+  with style('story'):
+    size = 4.0, 0.26 * len(shown) + 1
+    figure, all_axes = panels(
+      f'{title}\nBest test error by condition', len(rows), size
     )
-  by_rate = {condition: _by_rate(cell) for condition, cell in cells.items()}
-  plans.append(
-    functools.partial(_rates, f'{name}-rates'.lower(), about, by_rate)
+    for axes, (row, bests) in zip(all_axes, rows.values(), strict=True):
+      theirs = {c: paper.by_condition().get((row.name, c)) for c in shown}
+      ours = [bests[c].mean for c in shown if c in bests]
+      at = _error_axis(axes, [*ours, *theirs.values(), row.chance], 'x')
+      if row.chance:
+        axes.axvline(row.chance, **_CHANCE)
+      for place, name in enumerate(shown):
+        if (published := theirs[name]) is not None:
+          axes.plot(at(published), place, 'D', markersize=6, **_PAPER)
+        if best := bests.get(name):
+          low, high = best.interval or (best.mean, best.mean)
+          axes.plot([at(low), at(high)], [place, place], linewidth=1.6, **_OURS)
+          whole = not results.cells[(*row.key, name)].mark
+          face = _OURS['color'] if whole else 'none'
+          axes.plot(at(best.mean), place, 'o', markersize=5, mfc=face, **_OURS)
+      axes.set_yticks(range(len(shown)), shown)
+      axes.set_ylim(len(shown) - 0.4, -0.6)
+      axes.set_xlabel('error (%)')
+      _head(axes, row)
+    _legend(figure, [
+      ('ours (hollow: some runs missing)', {'marker': 'o', 'ls': '', **_OURS}),
+      ("paper's", {'marker': 'D', 'ls': '', **_PAPER}),
+      ('chance', _CHANCE),
+    ])  # fmt: skip
+    return picture(figure, 'story', title, png=True)
+
+
+def _legend(
+  figure: Figure, entries: Iterable[tuple[str, Mapping[str, Any]]]
+) -> None:
+  handles = [Line2D([], [], label=label, **of) for label, of in entries]
+  figure.legend(handles=handles, loc='outside lower left',
+                ncols=min(len(figure.axes) + 1, 3),
+                handlelength=3)  # fmt: skip
+
+
+def against_p(results: Results) -> Picture | None:
+  """Experiment B: error against the probability of a wrong sign."""
+  ours = {row: _by_p(_bests(results, row)) for row in results.main_rows}
+  ours = {row: of for row, of in ours.items()
+          if any(p for errors in of.values() for p in errors)}  # fmt: skip
+  if not ours:
+    return None
+  title = 'Error against the probability p of a wrong sign (with BN and BM)'
+  with style('error-against-p'):
+    figure, all_axes = panels(title, len(ours), (3.5, 3.2))
+    for axes, (row, of) in zip(all_axes, ours.items(), strict=True):
+      sgd = _bests(results, row).get('SGD')
+      _p_panel(axes, row, of, sgd.mean if sgd else None)
+    looks = [
+      (f'{whose}, {text}', {'marker': marker, 'linestyle': dash, **look})
+      for marker, dash, text in _P_RULES.values()
+      for whose, look in (('ours', _OURS), ("paper's", _PAPER))
+    ]
+    _legend(figure, [*looks, ('SGD, ours', _SGD), ('chance', _CHANCE)])
+    return picture(figure, 'error-against-p', title)
+
+
+def _by_p(errors: Mapping[str, Any]) -> dict[str, dict[float, Any]]:
+  """Errors of Experiment B by rule and p in %; any p, not only the paper's."""
+  found: dict[str, dict[float, Any]] = {rule: {} for rule in _P_RULES}
+  for condition, error in errors.items():
+    if match := _P_NAME.fullmatch(condition):
+      found[match[1]][float(match[2] or 0)] = error
+  return {rule: dict(sorted(of.items())) for rule, of in found.items()}
+
+
+def _p_panel(
+  axes: Axes,
+  row: Row,
+  ours: Mapping[str, Mapping[float, Selection]],
+  sgd: float | None,
+) -> None:
+  published = paper.by_condition().items()
+  theirs = _by_p({c: error for (name, c), error in published
+                  if name == row.name})  # fmt: skip
+  means = {rule: {p: best.mean for p, best in of.items()}
+           for rule, of in ours.items()}  # fmt: skip
+  lines = [(rule, of, _PAPER) for rule, of in theirs.items()]
+  lines += [(rule, of, _OURS) for rule, of in means.items()]
+  values = [error for _, of, _ in lines for error in of.values()]
+  at = _error_axis(axes, [*values, row.chance, sgd])
+  for rule, of, look in lines:
+    marker, dash, _ = _P_RULES[rule]
+    axes.plot(list(of), [at(error) for error in of.values()], markersize=5,
+              marker=marker, linestyle=dash, linewidth=1.4, **look)  # fmt: skip
+  for p, best in (item for of in ours.values() for item in of.items()):
+    low, high = best.interval or (best.mean, best.mean)
+    axes.plot([p, p], [at(low), at(high)], linewidth=1.6, **_OURS)
+  if sgd is not None:
+    axes.axhline(at(sgd), **_SGD)
+  if row.chance:
+    axes.axhline(row.chance, **_CHANCE)
+  axes.set_xticks([0, 25, 50, 75, 100])
+  axes.set_xlabel('p, wrong signs (%)')
+  axes.set_ylabel('best test error (%)')
+  _head(axes, row)
+
+
+def of_line(results: Results, grid: Grid, line: Line) -> list[Picture]:
+  """Learning curves and error by rate of one row of a table."""
+  if line.row is None:
+    return []
+  conditions = [entry.condition for entry in line.entries if entry.best]
+  runs = results.runs[results.runs.finished]
+  runs = runs[(runs.protocol == line.row.protocol)
+              & (runs.label == line.row.label)]  # fmt: skip
+  runs = runs.explode('condition')
+  settings = runs.groupby(['condition', 'plan', 'rate'], as_index=False).agg(
+    best=('best', 'mean'), diverged=('diverged', 'any')
   )
-  return plans
-
-
-def mean_curve(runs: Sequence[Run]) -> list[tuple[int, float]]:
-  """Mean test error over seeds by epoch, as far as all runs have one."""
-  by_epoch = [
-    {e: error for e, error in zip(run.epochs, run.test_errors, strict=True)
-     if error is not None}
-    for run in runs
-  ]  # fmt: skip
-  shared = set(by_epoch[0]).intersection(*by_epoch[1:])
+  name = f'{_slug(line.row.label)}-{_slug(line.row.protocol)}'
+  name = f'{name}-table-{grid.table.name}'.lower()
+  about = f'{_short(line.title, 60)}, {grid.name}'
   return [
-    (epoch, sum(errors[epoch] for errors in by_epoch) / len(by_epoch))
-    for epoch in sorted(shared)
+    _curves(f'{name}-curves', about, conditions, runs, settings),
+    _rates(f'{name}-rates', about, conditions, settings),
   ]
 
 
-_Curve = tuple[Sequence[tuple[int, float]], bool]  # and whether one diverged
-
-
-def _curves_of(cells: Mapping[str, Cell]) -> dict[str, _Curve]:
-  """The mean curve at the best setting of each condition that has one."""
+def _curves(
+  name: str,
+  about: str,
+  conditions: Iterable[str],
+  runs: Frame,
+  settings: Frame,
+) -> Picture:
+  """Mean test error over seeds by epoch, at each condition's best rate."""
   curves = {}
-  for condition, cell in cells.items():
-    assert cell.best_setting
-    runs = cell.by_setting[cell.best_setting]
-    if curve := mean_curve(runs):
-      curves[condition] = (curve, any(r.outcome.diverged for r in runs
-                                      if r.outcome))  # fmt: skip
-  return curves
-
-
-def _curves(name: str, about: str, lines: Mapping[str, _Curve]) -> Picture:
-  title = f'Test error by epoch, best rate: {about}'
+  for condition in conditions:
+    found = settings[settings.condition == condition]
+    # Ties: the highest rate.
+    best = found[found.best == found.best.min()].sort_values('rate').iloc[-1]
+    mine = runs[(runs.condition == condition) & (runs.rate == best.rate)
+                & (runs.plan == best.plan)]  # fmt: skip
+    table = pd.DataFrame([dict(errors) for errors in mine.errors])
+    curves[condition] = table.mean(skipna=False).dropna(), best.diverged
+  title = 'Test error by epoch, best rate'
   with style(name):
-    figure, axes = labelled_axes(title, list(lines))
-    axis = ErrorAxis(axes, [e for curve, _ in lines.values() for _, e in curve])
-    last = max(epoch for curve, _ in lines.values() for epoch, _ in curve)
-    axes.set_xlim(0.5, last + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ends = []
-    for position, (condition, (curve, diverged)) in enumerate(lines.items()):
-      look = {**looks(position), 'markevery': [-1]}
-      if diverged:
-        look.update(marker='x', markersize=7)
-      drawn = [(epoch, axis.at(error)) for epoch, error in curve]
-      axes.plot(*zip(*drawn, strict=True), **look)
-      ends.append((*drawn[-1], condition, look['color']))
+    size = 7.5, max(2.6, 0.17 * len(curves))
+    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
+    at = _error_axis(axes, [e for curve, _ in curves.values() for e in curve])
+    for place, (condition, (curve, diverged)) in enumerate(curves.items()):
+      crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
+      axes.plot(
+        curve.index,
+        [at(error) for error in curve],
+        label=_short(condition),
+        markevery=[-1],
+        **look(place) | crossed,
+      )
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.set_xlabel('epoch (×: diverged there)')
     axes.set_ylabel('test error (%)')
-    label_ends(axes, ends)
-    return picture(figure, name, title)
-
-
-def _by_rate(cell: Cell) -> dict[float, tuple[float, bool]]:
-  """Error (best plan, mean over seeds) and whether a run diverged, by rate."""
-  found = {}
-  for (rate, _), runs in cell.by_setting.items():
-    error = mean_error(runs)
-    if rate not in found or error < found[rate][0]:
-      found[rate] = error, any(r.outcome.diverged for r in runs if r.outcome)
-  return dict(sorted(found.items()))
+    # In the order of the lines' ends.
+    ends = sorted(
+      axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1]
+    )
+    figure.legend(handles=ends, loc='outside right upper', handlelength=3)
+    return picture(figure, name, f'{title}: {about}')
 
 
 def _rates(
-  name: str, about: str, lines: Mapping[str, dict[float, tuple[float, bool]]]
+  name: str, about: str, conditions: Sequence[str], settings: Frame
 ) -> Picture:
-  """A row per condition, a column per rate, the best one framed."""
-  title = f'Best validation error (%) by learning rate: {about}'
-  rates = sorted({*RATES, *(rate for line in lines.values() for rate in line)})
-  errors = [error for line in lines.values() for error, _ in line.values()]
-  colour = error_colours(errors)
-  room = 0.25 + 0.075 * max(len(short(condition)) for condition in lines)
-  size = 0.72 * len(rates), 0.27 * len(lines)
+  """A row per condition, a column per rate, the best one bold."""
+  settings = settings[settings.condition.isin(conditions)]
+  # Of several batch plans the better one.
+  settings = settings.sort_values('best').drop_duplicates(['condition', 'rate'])
+  rates = sorted({*RATES, *settings.rate})
+  table = settings.pivot(index='condition', columns='rate', values='best')
+  table = table.reindex(index=conditions, columns=rates)
+  errors = table.to_numpy(float)
+  ended = settings[settings.diverged.astype(bool)]
+  diverged = set(zip(ended.condition, ended.rate, strict=True))
+  low, high = max(np.nanmin(errors), 0.01), np.nanmax(errors)
+  kind = colors.LogNorm if high > _LOGARITHMIC * low else colors.Normalize
+  norm = kind(low * 0.95, max(high, low) * 1.2, clip=True)
+  title = 'Best test error (%) by learning rate'
   with style(name):
-    figure, (axes,) = panels(1, size, across=1, left=room, top=0.5, between=1)
-    squares, faces, frames, inks = [], [], [], []
-    for row, line in enumerate(lines.values()):
-      best = min(error for error, _ in line.values())
-      for rate, (error, diverged) in line.items():
-        face, ink = colour(error)
-        at = rates.index(rate)
-        squares.append(Rectangle((at - 0.5, row - 0.5), 1, 1))
-        faces.append(face)
-        axes.text(at, row, f'{error:.2f}{" ×" * diverged}', color=ink,
-                  ha='center', va='center', fontsize=8.5,
-                  fontweight='bold' if error == best else 'normal')  # fmt: skip
-        if error == best:
-          frames.append(Rectangle((at - 0.47, row - 0.45), 0.94, 0.9))
-          inks.append(ink)
-    # One collection is drawn several times as fast as its patches.
-    axes.add_collection(PatchCollection(squares, facecolors=faces, lw=0))
-    axes.add_collection(
-      PatchCollection(frames, facecolors='none', edgecolors=inks, lw=1.3)
-    )
-    axes.set_xlim(-0.5, len(rates) - 0.5)
-    axes.set_ylim(len(lines) - 0.5, -0.5)
-    axes.set_xticks(range(len(rates)), [f'{rate:g}' for rate in rates])
-    axes.set_yticks(range(len(lines)), [short(c) for c in lines])
-    axes.tick_params(length=0)
+    size = 0.75 * len(rates) + 1.6, 0.27 * len(conditions) + 0.5
+    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
     axes.grid(visible=False)
+    axes.pcolormesh(np.ma.masked_invalid(np.maximum(errors, low)),
+                    cmap='Blues', norm=norm, linewidth=0)  # fmt: skip
+    for (row, column), error in np.ndenumerate(errors):
+      if np.isfinite(error):
+        best = error == np.nanmin(errors[row])
+        axes.text(
+          column + 0.5, row + 0.5,
+          f'{error:.2f}{" ×" * ((conditions[row], rates[column]) in diverged)}',
+          color='white' if norm(max(error, low)) > 0.6 else 'black',
+          ha='center', va='center', fontsize=8.5,
+          fontweight='bold' if best else 'normal',
+          bbox={'fill': False, 'edgecolor': 'gray', 'pad': 2} if best else None,
+        )  # fmt: skip
+    axes.set_ylim(len(conditions), 0)
+    axes.set_xticks(np.arange(len(rates)) + 0.5, [f'{r:g}' for r in rates])
+    axes.set_yticks(
+      np.arange(len(conditions)) + 0.5, [_short(c) for c in conditions]
+    )
+    axes.tick_params(length=0)
     axes.set_xlabel('learning rate, times the base rate\n'
                     'framed: the best mean; ×: a run diverged')  # fmt: skip
-    figure.text(*top_left(figure, 0.1), title, va='top', fontsize=10)
-    return picture(figure, name, title)
-
-
-P_RULE = re.compile(r'(brSF|frSF)(?:-([0-9.]+)%)?\+BN\+BM')
-
-
-def ours_by_p(study: Study, label: str) -> dict[str, dict[float, Cell]]:
-  """Cells of Experiment B by rule and p in %; any p, not only the paper's."""
-  found: dict[str, dict[float, Cell]] = {'brSF': {}, 'frSF': {}}
-  for (row, condition), cell in study.cells.items():
-    match = P_RULE.fullmatch(condition)
-    if row == label and match and cell.best_validation:
-      found[match[1]][float(match[2] or 0)] = cell
-  return {rule: dict(sorted(cells.items())) for rule, cells in found.items()}
-
-
-def paper_by_p(dataset: str) -> dict[str, dict[float, float]]:
-  """The paper's errors in % by rule and p in %."""
-  found: dict[str, dict[float, float]] = {'brSF': {}, 'frSF': {}}
-  for (name, condition), error in paper.by_condition().items():
-    match = P_RULE.fullmatch(condition)
-    if name == dataset and match:
-      found[match[1]][float(match[2] or 0)] = error
-  return {rule: dict(sorted(errors.items())) for rule, errors in found.items()}
+    return picture(figure, name, f'{title}: {about}')

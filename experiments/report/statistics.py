@@ -4,6 +4,9 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import stats
+
+from experiments.paper.conclusions import spearman
 
 Interval = tuple[float, float]
 
@@ -44,8 +47,6 @@ def effect_interval(
 
 def _bootstrap(samples: Sequence[Sequence[float]], statistic) -> Interval:
   """Percentiles of 2000 draws with a fixed key."""
-  from scipy import stats
-
   found = stats.bootstrap(
     [np.asarray(values, float) for values in samples],
     statistic,
@@ -70,20 +71,3 @@ def rank_interval(x: Sequence[float], y: Sequence[float]) -> Interval | None:
   if rank_correlation(x, y) is None:
     return None
   return _bootstrap((x, y), spearman)
-
-
-def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-  """Spearman's correlation along an axis; 0 where a side is constant."""
-  from scipy import stats
-
-  x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
-  x, y = (ranks - ranks.mean(axis=axis, keepdims=True) for ranks in (x, y))
-  spread = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
-  rise = np.asarray((x * y).sum(axis=axis))
-  return np.divide(rise, spread, out=np.zeros_like(rise), where=spread > 0)
-
-
-def trend(*levels: np.ndarray) -> np.ndarray:
-  """Spearman's correlation of values with their position, elementwise."""
-  values = np.stack(levels, axis=-1)
-  return spearman(np.broadcast_to(np.arange(len(levels)), values.shape), values)

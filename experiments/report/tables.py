@@ -1,30 +1,36 @@
 """The paper's tables with our cells beside its numbers."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import pandas as pd
 
 from experiments.paper import published as paper
-from experiments.paper.conditions import CONDITIONS, TABLES, Table
-from experiments.report import naming, statistics
-from experiments.report.cells import Cell, Result
-from experiments.report.studies import Study
-
-# A cell is yellow (worse) or blue (better) from this many points on.
-POINTS = 3.0
-
-WORSE, BETTER, ALIKE = 'worse', 'better', ''
-MARKS = {WORSE: '▲', BETTER: '▼', ALIKE: ''}
-LEGEND = (
-  '▲ 3 points or more worse than the baseline of that row (yellow in the '
-  'paper), ▼ 3 points or more better (blue)'
+from experiments.paper.conclusions import POINTS
+from experiments.paper.conditions import TABLES, Table, find_table
+from experiments.report import statistics
+from experiments.report.frame import (
+  COLUMNS,
+  Cell,
+  Frame,
+  Results,
+  Row,
+  Selection,
+  first_name,
+  is_variant,
 )
+
+MARKS = {'worse': '▲', 'better': '▼', '': ''}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
   """One cell of a table: our two results, the paper's number, three flags.
 
-  They mean something where `flagged`: we have the baseline, this is not it.
+  Flags say how an error compares with the row's baseline: 'worse', 'better' or
+  ''. They mean something where `flagged`: we have the baseline, and this is
+  not it.
   """
 
   condition: str
@@ -36,58 +42,72 @@ class Entry:
   flag_paper: str
 
   @property
-  def best_validation(self) -> Result | None:
-    """Our result chosen as the paper chose its own."""
-    return self.cell.best_validation if self.cell else None
+  def best(self) -> Selection | None:
+    """Our best test error, selected as in the paper."""
+    return self.cell.best if self.cell else None
 
   @property
-  def held_out(self) -> Result | None:
-    """Our result chosen on held-out training images."""
+  def held_out(self) -> Selection | None:
+    """Our held-out test error."""
     return self.cell.held_out if self.cell else None
 
-
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-  """How a row agrees with the paper's, by best validation error.
-
-  Attributes:
-    columns: columns that both have.
-    rank: Spearman's correlation over them; None for fewer than three.
-    same_flags: how many of `flags` columns have the paper's flag.
-    flags: columns that both have, without the baseline; 0 without baseline.
-    incomplete: how many of our cells in it lack some runs.
-  """
-
-  columns: int
-  rank: float | None
-  same_flags: int
-  flags: int
-  incomplete: int
+  @property
+  def agrees(self) -> bool:
+    """Whether ours compares with the baseline as the paper's does."""
+    return self.flag == self.flag_paper
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """A row of a table."""
+  """A row of a table; `row` is None where we have no run of the dataset."""
 
-  label: str
-  in_paper: bool
+  row: Row | None
+  dataset: str
   entries: Sequence[Entry]
-  agreement: Agreement | None
+
+  @property
+  def label(self) -> str:
+    """The dataset, labeled if it is not one of the paper's."""
+    label = self.row.label if self.row else self.dataset
+    other = '' if self.dataset in paper.datasets() else " (not the paper's)"
+    return label + other
 
   @property
   def title(self) -> str:
-    """The dataset, labelled if it is not one of the paper's."""
-    return self.label + ('' if self.in_paper else " (not the paper's)")
+    """The label and the protocol."""
+    return f'{self.label}, {self.row.protocol}' if self.row else self.label
 
   @property
   def ours(self) -> bool:
     """Whether any of our results is in it."""
-    return any(entry.best_validation for entry in self.entries)
+    return any(entry.best for entry in self.entries)
+
+  @property
+  def shared(self) -> list[Entry]:
+    """The cells that both we and the paper have."""
+    return [e for e in self.entries if e.best and e.paper is not None]
+
+  @property
+  def agreement(self) -> list[str]:
+    """Such as ['rank correlation 0.93', 'equal flags 9 of 10']."""
+    parts, shared = [], self.shared
+    rank = statistics.rank_correlation(
+      [entry.best.mean for entry in shared if entry.best],
+      [entry.paper for entry in shared if entry.paper is not None],
+    )
+    if rank is not None:
+      parts.append(f'rank correlation {rank:.2f}')
+    if flagged := [entry for entry in shared if entry.flagged]:
+      same = sum(entry.agrees for entry in flagged)
+      parts.append(f'equal flags {same} of {len(flagged)}')
+    if marked := sum(bool(e.cell and e.cell.mark) for e in shared):
+      parts.append(f'{marked} of {len(shared)} cells incomplete')
+    return parts
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """A table filled from one study."""
+  """A filled table: our rows, then the paper's rows without a run of ours."""
 
   table: Table
   lines: Sequence[Line]
@@ -95,157 +115,213 @@ class Grid:
   @property
   def name(self) -> str:
     """Such as 'Table 2'."""
-    if self.table.name not in TABLES:
-      return 'Other conditions'
-    return f'Table {self.table.name}'
-
-  @property
-  def heading(self) -> str:
-    """Name and title."""
-    return f'{self.name}. {self.table.title}'
-
-  @property
-  def ours(self) -> bool:
-    """Whether any of our results is in one of the table's own columns."""
-    own = own_columns(self.table)
-    return any(
-      entry.best_validation and entry.condition in own
-      for line in self.lines
-      for entry in line.entries
-    )
+    known = self.table.name in TABLES
+    return f'Table {self.table.name}' if known else 'Other conditions'
 
 
 def flag(error: float | None, baseline: float | None) -> str:
-  """The paper's colour: yellow (worse), blue (better) or none."""
+  """The paper's color: yellow (worse), blue (better) or none."""
   if error is None or baseline is None:
-    return ALIKE
+    return ''
   points = round(error - baseline, 6)  # 55.15 - 52.15 is 3, not 2.9999...
   if points >= POINTS:
-    return WORSE
-  return BETTER if points <= -POINTS else ALIKE
+    return 'worse'
+  return 'better' if points <= -POINTS else ''
 
 
-def grids(study: Study, names: Iterable[str] | None = None) -> list[Grid]:
-  """The named tables; for None those the study has results of its own for."""
-  if names is not None:
-    return [fill(study, TABLES[name]) for name in names]
-  found = [fill(study, table) for table in (*TABLES.values(), _others(study))]
-  return [grid for grid in found if grid.ours]
+def grids(
+  results: Results,
+  names: Iterable[str] | None = None,
+  protocols: Iterable[str] | None = None,
+) -> list[Grid]:
+  """The paper's tables, and one of conditions that are none of its columns.
 
+  Args:
+    results: what `read` returns.
+    names: which tables, filled or not. For None those with results: a
+      protocol's rows are in a table if it has results in columns of the table
+      that no table before it has.
+    protocols: whose rows; None for all.
 
-def _others(study: Study) -> Table:
-  """Conditions that are no column of the paper's."""
-  names = sorted({name for _, name in study.cells} - set(CONDITIONS))
-  return Table('other', "Not the paper's", tuple(names))
-
-
-def own_columns(table: Table) -> tuple[str, ...]:
-  """The columns that no earlier table has under any name."""
-  earlier = set()
-  for other in TABLES.values():
-    if other.name == table.name:
-      break
-    earlier |= {naming.same(name) for name in other.columns}
-  return tuple(c for c in table.columns if naming.same(c) not in earlier)
-
-
-def fill(study: Study, table: Table) -> Grid:
-  """Puts a study's cells and the paper's numbers into a table.
-
-  Rows are the paper's, in its order, then the study's other datasets. A row
-  the paper's table lacks is there if it has results in the table's own columns.
+  Raises:
+    ValueError: no table of that name; names the nearest.
   """
+  wanted = set(results.protocols if protocols is None else protocols)
+  rows = [row for row in results.rows.values() if row.protocol in wanted]
+  if names is not None:
+    return [_fill(results, find_table(name), rows) for name in names]
+  own = sorted({name for *_, name in results.cells} - set(COLUMNS))
+  found, earlier = [], set()
+  for table in (
+    *TABLES.values(),
+    Table('other', "Not the paper's", tuple(own)),
+  ):
+    new = [c for c in table.columns if first_name(c) not in earlier]
+    earlier |= {first_name(name) for name in table.columns}
+    having = {
+      protocol
+      for (protocol, _, name), cell in results.cells.items()
+      if name in new and cell.best
+    }
+    shown = [row for row in rows if row.protocol in having]
+    grid = _fill(results, table, shown, new)
+    if any(line.ours for line in grid.lines):
+      found.append(grid)
+  return found
+
+
+def _fill(
+  results: Results,
+  table: Table,
+  rows: Iterable[Row],
+  columns: Iterable[str] | None = None,
+) -> Grid:
+  """Rows that the paper's table lacks need results in one of the columns."""
+  columns = set(table.columns if columns is None else columns)
   published = paper.datasets(table.name)
-  own = own_columns(table)
-  rows = [
-    (label, row.name)
-    for label, row in study.rows.items()
-    if row.name in published
-    or any((label, column) in study.cells for column in own)
+  lines = []
+  for row in rows:
+    line = _line(results, table, row.name, row)
+    if line.ours and (
+      row.name in published
+      or any(e.cell for e in line.entries if e.condition in columns)
+    ):
+      lines.append(line)
+  ours = {line.dataset for line in lines}
+  lines += [
+    _line(results, table, name, None) for name in published if name not in ours
   ]
-  present = {dataset for _, dataset in rows}
-  rows += [(name, name) for name in published if name not in present]
-  place = {name: i for i, name in enumerate(paper.datasets())}
-  rows.sort(key=lambda row: place.get(row[1], len(place)))
-  lines = [_line(study, table, label, dataset) for label, dataset in rows]
   return Grid(table, lines)
 
 
-def _line(study: Study, table: Table, label: str, dataset: str) -> Line:
-  in_paper = dataset in paper.datasets()
-  cells = {c: study.cells.get((label, c)) for c in table.columns}
-  published = {
-    c: paper.errors().get((table.name, dataset, c)) for c in table.columns
+def _line(
+  results: Results, table: Table, dataset: str, row: Row | None
+) -> Line:
+  cells = {
+    name: results.cells.get((*row.key, name)) if row else None
+    for name in (table.baseline, *table.columns)
   }
-  base = study.cells.get((label, table.baseline))
+  base, published = cells[table.baseline], paper.errors()
   base_paper = paper.by_condition().get((dataset, table.baseline))
-  base_best = _mean(base.best_validation if base else None)
-  base_held = _mean(base.held_out if base else None)
-  entries = [
-    Entry(
-      condition,
-      cell,
-      published[condition],
-      base_best is not None and condition != table.baseline,
-      flag(_mean(cell.best_validation if cell else None), base_best),
-      flag(_mean(cell.held_out if cell else None), base_held),
-      flag(published[condition], base_paper),
-    )
-    for condition, cell in cells.items()
+  entries = []
+  for name in table.columns:
+    ours, theirs = cells[name], published.get((table.name, dataset, name))
+    entries.append(Entry(
+      name,
+      ours,
+      theirs,
+      base is not None and base.best is not None and name != table.baseline,
+      flag(_best(ours), _best(base)),
+      flag(_held_out(ours), _held_out(base)),
+      flag(theirs, base_paper),
+    ))  # fmt: skip
+  return Line(row, dataset, entries)
+
+
+def _best(cell: Cell | None) -> float | None:
+  return cell.best.mean if cell and cell.best else None
+
+
+def _held_out(cell: Cell | None) -> float | None:
+  return cell.held_out.mean if cell and cell.held_out else None
+
+
+def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
+  """Cells that both we and the paper have, each condition of a row once."""
+  cells = {}
+  for line in (line for grid in found for line in grid.lines if line.row):
+    for entry in line.shared:
+      first = first_name(entry.condition)
+      cells.setdefault((line.title, first), (line, entry))
+  return list(cells.values())
+
+
+def settings(results: Results) -> dict[str, Frame]:
+  """By dataset: protocols with other settings beside the default ones.
+
+  Best test errors of complete cells, of conditions that several protocols have;
+  means over the seeds that all of these have.
+  """
+  of = results.protocols
+  others = [name for name, fields in of.items() if is_variant(fields)]
+  lengths = [(of[p]['epochs'], of[p]['train_size']) for p in others]
+  shown = [
+    p
+    for p, fields in of.items()
+    if (fields['epochs'], fields['train_size']) in lengths
   ]
-  return Line(label, in_paper, entries, _agreement(entries))
-
-
-def _mean(result: Result | None) -> float | None:
-  return result.mean if result else None
-
-
-def _agreement(entries: Sequence[Entry]) -> Agreement | None:
-  pairs = [
-    (entry, entry.best_validation.mean, entry.paper)
-    for entry in entries
-    if entry.best_validation and entry.paper is not None
-  ]
-  if not pairs:
-    return None
-  flags = [entry for entry, *_ in pairs if entry.flagged]
-  return Agreement(
-    columns=len(pairs),
-    rank=statistics.rank_correlation(
-      [ours for _, ours, _ in pairs], [theirs for *_, theirs in pairs]
-    ),
-    same_flags=sum(entry.flag == entry.flag_paper for entry in flags),
-    flags=len(flags),
-    incomplete=sum(not e.cell.complete for e, *_ in pairs if e.cell),
-  )
-
-
-def notes(study: Study) -> list[str]:
-  """What a reader must know of a study's datasets and runs, a line each."""
-  lines = []
-  for row in study.rows.values():
-    if not row.in_paper:
-      lines.append(f"{row.label}: not one of the paper's datasets.")
-    lines += [f'{row.label}: {note}.' for note in row.notes]
-  failed = sum(run.failure is not None for run in study.unfinished)
-  if failed:
-    lines.append(f'Failed runs, not in the tables: {failed}.')
-  if waiting := len(study.unfinished) - failed:
-    lines.append(f'Unfinished runs, not in the tables: {waiting}.')
-  return list(dict.fromkeys(lines))
-
-
-def shown_cells(study: Study) -> Mapping[tuple[str, str], Cell]:
-  """A study's cells in the order of its rows and of the tables' columns."""
-  order = {name: place for place, name in enumerate(CONDITIONS)}
-  labels = {label: place for place, label in enumerate(study.rows)}
-  return dict(
-    sorted(
-      study.cells.items(),
-      key=lambda item: (
-        labels[item[0][0]],
-        order.get(item[0][1], len(order)),
-        item[0][1],
-      ),
+  table = pd.DataFrame(
+    [
+      (results.rows[protocol, label].name, protocol, name, seed, error)
+      for (protocol, label, name), cell in results.cells.items()
+      if cell.best and cell.settled and first_name(name) == name
+      and protocol in shown
+      for seed, error in cell.best.values.items()
+    ],
+    columns=['dataset', 'protocol', 'condition', 'seed', 'error'],
+  )  # fmt: skip
+  key = ['dataset', 'condition']
+  count = table.groupby(key).protocol.transform('nunique')
+  having = table.groupby([*key, 'seed']).protocol.transform('nunique')
+  table = table[(count > 1) & (having == count)]
+  found = {}
+  for dataset, group in table.groupby('dataset', sort=False):
+    means = group.pivot_table(
+      index='protocol', columns='condition', values='error'
     )
-  )
+    means = means.reindex(
+      index=[p for p in shown if p in means.index],
+      columns=[name for name in COLUMNS if name in means],
+    )
+    theirs = [paper.by_condition().get((str(dataset), name)) for name in means]
+    if any(theirs):
+      means.loc["the paper's numbers"] = theirs
+    found[dataset] = means
+  return found
+
+
+def as_frame(results: Results) -> Frame:
+  """All tables, a row per cell; errors in percent."""
+  own = [grid for grid in grids(results) if grid.table.name not in TABLES]
+  rows = [
+    _csv_row(grid.table.name, line, entry)
+    for grid in (*grids(results, TABLES), *own)
+    for line in grid.lines
+    for entry in line.entries
+    if entry.cell or entry.paper is not None
+  ]
+  return pd.DataFrame(rows)
+
+
+def _csv_row(table: str, line: Line, entry: Entry) -> dict[str, Any]:
+  cell, best, held = entry.cell, entry.best, entry.held_out
+  low, high = (best.interval if best else None) or (None, None)
+  held_low, held_high = (held.interval if held else None) or (None, None)
+  rate = epoch = None
+  if best:
+    seed = min(best.values, key=lambda seed: (best.values[seed], seed))
+    rate, epoch = best.chosen[seed]
+  row = {
+    'table': table,
+    'dataset': line.row.label if line.row else line.dataset,
+    'protocol': line.row.protocol if line.row else '',
+    'condition': entry.condition,
+    'best_test_error': _best(cell),
+    'low': low,
+    'high': high,
+    'held_out_test_error': _held_out(cell),
+    'held_out_low': held_low,
+    'held_out_high': held_high,
+    'paper': entry.paper,
+    'flag': entry.flag,
+    'flag_held_out': entry.flag_held_out,
+    'flag_paper': entry.flag_paper,
+    'seeds': len(best.values) if best else 0,
+    'runs': cell.present if cell else 0,
+    'expected_runs': cell.expected if cell else 0,
+    'diverged_runs': cell.diverged if cell else 0,
+    'best_rate': None if rate is None else f'{rate:g}',
+    'best_epoch': None if epoch is None else f'{epoch}',
+    'in_paper': 'yes' if line.dataset in paper.datasets() else 'no',
+  }
+  return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}

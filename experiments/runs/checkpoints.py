@@ -1,8 +1,8 @@
 """Checkpoints: the state after an epoch, whole or not used.
 
 A checkpoint is one file, ``EPOCH.msgpack``: the SHA-256 digest of its epoch and
-the rest, a newline, and the arrays as ``flax.serialization`` writes them. Reading executes
-nothing, and a damaged file is never parsed.
+the rest, a newline, and the arrays as ``flax.serialization`` writes them.
+Reading executes nothing, and a damaged file is never parsed.
 """
 
 import hashlib

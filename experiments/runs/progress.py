@@ -36,6 +36,13 @@ def describe(run: Run) -> str:
   return f'{text}, rate x{run.rate:g}, seed {run.seed}'
 
 
+class _Console(Console):
+  """A console that training survives: it falls silent when nobody reads."""
+
+  def on_broken_pipe(self) -> None:
+    self.quiet = True
+
+
 class Reporter:
   """Shows what a launch does; a ``launch.LaunchListener``."""
 
@@ -95,7 +102,7 @@ class Reporter:
     """Something the user should know."""
     try:
       self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-    except OSError:  # nobody reads it any more; training goes on
+    except OSError:  # such as a full disk
       self._console.quiet = True
 
   def _ended(self, run: Run, text: str) -> None:
@@ -114,7 +121,7 @@ class Reporter:
 @contextlib.contextmanager
 def reporter(total: int) -> Iterator[Reporter]:
   """A reporter for ``total`` runs on standard output."""
-  console = Console()
+  console = _Console()
   if not console.is_terminal:
     yield Reporter(console, None, total)
     return

@@ -52,7 +52,7 @@ def on_ray(
   options = dataclasses.replace(
     options,
     results=options.results.absolute(),
-    data_dir=options.data_dir and options.data_dir.absolute(),
+    load=options.load.absolute(),
   )
   platforms = os.environ.get('JAX_PLATFORMS', '')
 

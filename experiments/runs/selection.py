@@ -19,7 +19,7 @@ from experiments.paper.protocol import (
 )
 
 if TYPE_CHECKING:
-  from experiments.datasets import Dataset
+  from experiments.datasets import Dataset, Loader
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,10 @@ class Selection:
     rate: multiples of the base rate.
     seed: seeds; several give means and intervals.
     data_dir: folder with NAME.npz files or image folders.
+    architecture: network for datasets of your own: mnist, cifar, svhn, general
+      or timit (default: by the size of the pictures).
+    test_share: share of each class to test on, for datasets of your own without
+      a test part.
     plugin: Python file with conditions, rules or networks of your own.
     network: of the plugin, instead of the dataset's own.
   """
@@ -44,8 +48,16 @@ class Selection:
   rate: tuple[float, ...] = RATES
   seed: tuple[int, ...] = (0,)
   data_dir: Path | None = None
+  architecture: str | None = None
+  test_share: float | None = None
   plugin: Path | None = None
   network: str | None = None
+
+  def loader(self) -> 'Loader':
+    """Loads the selected datasets."""
+    from experiments.datasets import Loader
+
+    return Loader(self.data_dir, self.architecture, self.test_share)
 
   def tables(self) -> list[conditions.Table]:
     """The tables by name.
@@ -89,8 +101,9 @@ class Selection:
 
     protocol.check()
     columns = self.columns()
-    for name in self.dataset:
-      datasets.find(name)
+    for name in self.dataset:  # before the first one is loaded
+      if name not in datasets.SPECS and self.data_dir is None:
+        datasets.find(name)
     if not columns:
       raise ValueError(
         'nothing is selected: say --table (2, 3, 4-C1, ...) or --condition '
@@ -110,7 +123,7 @@ class Selection:
   ) -> Iterator[Run]:
     """The runs on one dataset, once it is sure that they can be done."""
     from experiments import datasets
-    from experiments.datasets.spec import WEIGHT_LAYERS
+    from experiments.datasets import WEIGHT_LAYERS
 
     source = plugins.read(self.plugin)
     own = plugins.load(source)
@@ -119,9 +132,10 @@ class Selection:
         f'network is {self.network!r}, but must be one of those in NETWORKS of '
         f'the plugin: {", ".join(own.networks) or "it has none"}.'
       )
-    data = datasets.load(
-      name, data_dir=self.data_dir, train_size=protocol.train_size
-    )
+    data = self.loader()(name, protocol.train_size)
+    # The digest of a dataset of one's own does not say which network it has.
+    known = data.spec.name in datasets.SPECS
+    network = self.network or ('' if known else data.spec.architecture)
     given = protocol.initial_stds
     layers = WEIGHT_LAYERS[data.spec.architecture]
     if self.network is None and len(given) > layers:
@@ -141,7 +155,7 @@ class Selection:
         self.seed,
         dataset=Data(data.spec.name, data.digest, data.source, data.note),
         protocol=protocol,
-        network=self.network or '',
+        network=network,
         plugin=source if uses_plugin else '',
       ):
         run.check()

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.datasets import DatasetError
+from experiments.datasets import DatasetError, Loader
 from experiments.paper.protocol import Run
+from experiments.paper.results import result as result_of
 from experiments.runs.files import StoreError
 from experiments.runs.store import RunFolder
 
@@ -23,7 +24,7 @@ class Options:
 
   Attributes:
     results: results folder.
-    data_dir: folder with data.
+    load: loads a dataset.
     devices: over which mini-batches are divided; None is as many accelerators
       as divide them, and one CPU.
     scan: compile an epoch as one loop; None: not on a CPU.
@@ -32,7 +33,7 @@ class Options:
   """
 
   results: Path
-  data_dir: Path | None = None
+  load: Loader = Loader()
   devices: int | None = None
   scan: bool | None = None
   checkpoint_share: float = 0.03
@@ -156,7 +157,7 @@ def _begin(folder: RunFolder, options: Options, listener: Listener) -> _Begun:
   run = folder.run
   folder.begin()
   mesh = devices.mesh_for([run], options.devices)
-  on_device = data.device_data(run, options.data_dir, mesh)
+  on_device = data.device_data(run, options.load, mesh)
   state = loop.start(run, on_device)
   epoch, restored, problems = folder.restore(state)
   for problem in problems:
@@ -217,14 +218,13 @@ def _record(
 ) -> None:
   """Records an epoch, and the result after the last one."""
   from experiments.runs import checkpoints
-  from experiments.training import loop
 
   run = each.folder.run
   each.folder.append(line)
   each.lines.append(line)
   listener.epoch_finished(run, line)
   if line['epoch'] == run.protocol.epochs or not line['finite']:
-    result = loop.result(
+    result = result_of(
       each.lines,
       classes=each.data.classes,
       train_images=len(each.data.trained),

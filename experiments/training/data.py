@@ -6,15 +6,13 @@ training step receives only the rows of its mini-batch.
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from experiments import datasets
-from experiments.datasets import Dataset, DatasetError, splits
+from experiments.datasets import Dataset, DatasetError, Loader, splits
 from experiments.paper.protocol import Run
 from experiments.training import devices
 
@@ -67,37 +65,20 @@ class Uploaded:
   test: Images
 
 
-def load(name: str, train_size: int | None, data_dir: Path | None) -> Dataset:
-  """Loads a dataset; the last one is kept until it is on the device.
-
-  Raises:
-    DatasetError: if it is missing or broken.
-  """
-  return _loaded(name, train_size, data_dir and data_dir.absolute())
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(name, train_size, data_dir) -> Dataset:
-  return datasets.load(name, data_dir=data_dir, train_size=train_size)
-
-
-def device_data(
-  run: Run, data_dir: Path | None = None, mesh: Mesh | None = None
-) -> DeviceData:
+def device_data(run: Run, load: Loader, mesh: Mesh | None = None) -> DeviceData:
   """The dataset of a run on the device; runs that share it share memory.
 
   Args:
     run: what it is for.
-    data_dir: folder with data.
+    load: loads its dataset.
     mesh: devices that all get all images; None is the default device.
 
   Raises:
     DatasetError: if the dataset is missing, broken, or not the run's.
   """
   uploaded = _upload(
-    run.dataset.name, run.dataset.digest, run.protocol.train_size,
-    data_dir, mesh,
-  )  # fmt: skip
+    run.dataset.name, run.dataset.digest, run.protocol.train_size, load, mesh
+  )
   return split(uploaded, run, mesh)
 
 
@@ -106,19 +87,19 @@ def _upload(
   name: str,
   digest: str,
   train_size: int | None,
-  data_dir: Path | None,
+  load: Loader,
   mesh: Mesh | None,
 ) -> Uploaded:
   _upload.cache_clear()  # one dataset at a time: frees its memory,
   _split.cache_clear()
   jax.clear_caches()  # and that of the programs compiled for it
-  data = load(name, train_size, data_dir)
+  data = load(name, train_size)
   if data.digest != digest:
     raise DatasetError(
       f'{name}: {data.source} has changed since this command started; repeat '
       'the command.'
     )
-  _loaded.cache_clear()  # frees main memory
+  load.forget()
   return put(data, mesh)
 
 

@@ -243,33 +243,3 @@ def _named(name: str, scores: np.ndarray, count: int) -> Line:
 def _number(value: Any) -> float | None:
   """A float, or None where JSON has no number."""
   return float(value) if math.isfinite(value) else None
-
-
-def result(
-  lines: list[Line], *, classes: int, train_images: int
-) -> dict[str, Any]:
-  """Both results of a run from its lines of metrics.
-
-  The paper's: the best test error of all epochs. The honest one: the test
-  error of the epoch that is best on the held-out images.
-  """
-  best = min(lines, key=lambda line: line['test_error'])
-  summary = {
-    'paper_error': best['test_error'],
-    'paper_epoch': best['epoch'],
-    'holdout_error': None,
-    'honest_epoch': None,
-    'honest_error': None,
-    'epochs_run': len(lines),
-    'diverged': not lines[-1]['finite'],
-    'chance_error': 100 * (1 - 1 / classes),
-    'train_images': train_images,
-  }
-  if 'holdout_error' in lines[0]:
-    chosen = min(lines, key=lambda line: line['holdout_error'])
-    summary |= {
-      'holdout_error': chosen['holdout_error'],
-      'honest_epoch': chosen['epoch'],
-      'honest_error': chosen['test_error'],
-    }
-  return summary

@@ -142,10 +142,11 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
 
 
 def _network(setup: Setup) -> nn.Module:
-  own: Any = plugins.load(setup.plugin).networks
-  network = own.get(setup.network) or models.NETWORKS[setup.network]
+  own = plugins.load(setup.plugin).networks
+  network: Any = own.get(setup.network, models.NETWORKS.get(setup.network))
   if callable(network):
-    return network(setup.classes, setup.condition.batch_norm)
+    module: Any = network(setup.classes, setup.condition.batch_norm)
+    return module
   return models.Network(
     layers=tuple(network),
     classes=setup.classes,

@@ -1,6 +1,9 @@
 """Small datasets in every form that a user may have, made on the spot."""
 
 import io
+import tarfile
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,10 @@ def picture(number: int, size: tuple[int, int] = (12, 10)) -> np.ndarray:
   return (np.stack(planes, -1) % 256).astype(np.uint8)
 
 
-def encoded(pixels: np.ndarray, form: str = 'PNG') -> bytes:
+def encoded(pixels: np.ndarray, form: str = 'PNG', **options) -> bytes:
   """The picture as a file."""
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, form)
+  Image.fromarray(pixels).save(file, form, **options)
   return file.getvalue()
 
 
@@ -44,8 +47,7 @@ def joined(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
   for part in ('train', 'test'):
     files = [encoded(x) for x in arrays[f'x_{part}']]
     out[f'jpeg_{part}'] = np.frombuffer(b''.join(files), np.uint8)
-    limits = np.cumsum([0, *map(len, files)])
-    out[f'off_{part}'] = limits
+    out[f'off_{part}'] = np.cumsum([0, *map(len, files)])
     out[f'file_{part}'] = np.array(
       [f'{part}/{i}.png' for i in range(len(files))]
     )
@@ -65,7 +67,30 @@ def image_folder(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     for row, (x, label) in enumerate(
       zip(arrays[f'x_{part}'], labels, strict=True)
     ):
-      folder = path / part / str(arrays['classes'][label])
-      folder.mkdir(parents=True, exist_ok=True)
-      (folder / f'{row:05d}.png').write_bytes(encoded(x))
+      name = f'{part}/{arrays["classes"][label]}/{row:05d}.png'
+      folder(path, {name: encoded(x)})
+  return path
+
+
+def folder(path: Path, files: Mapping[str, bytes]) -> Path:
+  """The files as a folder."""
+  for name, content in files.items():
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_bytes(content)
+  return path
+
+
+def packed(path: Path, files: Mapping[str, bytes]) -> Path:
+  """An archive of the kind that the suffix says, in the given order."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if path.suffix == '.zip':
+    with zipfile.ZipFile(path, 'w') as archive:
+      for name, content in files.items():
+        archive.writestr(name, content)
+    return path
+  with tarfile.open(path, 'w' if path.suffix == '.tar' else 'w:gz') as archive:
+    for name, content in files.items():
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      archive.addfile(member, io.BytesIO(content))
   return path

@@ -1,155 +1,138 @@
 """Small archives in the original formats of the sets with builders of ours."""
 
+import dataclasses
 import functools
 import io
-import tarfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import scipy.io
 
-from experiments.datasets.builders.flowers17 import CLASSES
-from experiments.datasets.builders.icub import CATEGORIES
-from experiments.datasets.builders.timit import SPEAKERS
+from experiments.datasets.builders import (
+  IcubWorld,
+  OxfordFlowers17,
+  TimitSubphones,
+)
 from tests.datasets import archives
+
+PHONES = 'h# sh iy hv ae h#'.split()
+PHONE = 1600  # samples
+
+
+@dataclasses.dataclass
+class Original:
+  """What a person gets: archives by place, and files beside them."""
+
+  packed: dict[str, dict[str, bytes]]
+  beside: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+  def write(self, manual: Path) -> None:
+    """Puts it into the folder for original files, as it came."""
+    for place, files in self.packed.items():
+      archives.packed(manual / place, files)
+    archives.folder(manual, self.beside)
 
 
 @functools.cache
-def jpeg(number: int) -> bytes:
+def jpeg(number: int, size: tuple[int, int] = (8, 9)) -> bytes:
   """A small JPEG file, different for each number."""
-  return archives.encoded(archives.picture(number, (8, 9)), 'JPEG')
+  return archives.encoded(archives.picture(number, size), 'JPEG')
 
 
-def tar(
-  path: Path,
-  files: Mapping[str, bytes],
-  mode: Literal['w', 'w:gz'] = 'w',
-) -> Path:
-  """A tar archive with the files in the given order."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tarfile.open(path, mode) as packed:
-    for name, content in files.items():
-      member = tarfile.TarInfo(name)
-      member.size = len(content)
-      packed.addfile(member, io.BytesIO(content))
-  return path
-
-
-def zipped(path: Path, files: Mapping[str, bytes]) -> Path:
-  """A zip archive."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with zipfile.ZipFile(path, 'w') as packed:
-    for name, content in files.items():
-      packed.writestr(name, content)
-  return path
-
-
-def folder(path: Path, files: Mapping[str, bytes]) -> Path:
-  """The files as a folder."""
-  for name, content in files.items():
-    (path / name).parent.mkdir(parents=True, exist_ok=True)
-    (path / name).write_bytes(content)
-  return path
-
-
-def flowers17(manual: Path) -> None:
-  """17flowers.tgz with files.txt, and datasplits.mat: the first of 3 splits.
-
-  The real size, 1360 pictures: the builder checks the lists against it.
-  """
+def flowers17() -> Original:
+  """17flowers.tgz with files.txt, and datasplits.mat: the first of 3 splits."""
+  count = OxfordFlowers17.EACH * len(OxfordFlowers17.CLASSES)
   files = {'jpg/files.txt': b'image_0001.jpg\n'}
-  files |= {f'jpg/image_{i:04d}.jpg': jpeg(i) for i in range(1, 1361)}
-  tar(manual / '17flowers.tgz', files, 'w:gz')
-  scipy.io.savemat(manual / 'datasplits.mat', flowers17_lists())
+  files |= {f'jpg/image_{i:04d}.jpg': jpeg(i) for i in range(1, count + 1)}
+  lists = flowers17_lists()
+  return Original({'17flowers.tgz': files}, {'datasplits.mat': mat(lists)})
+
+
+def mat(arrays: Mapping[str, np.ndarray]) -> bytes:
+  """A MATLAB file."""
+  file = io.BytesIO()
+  scipy.io.savemat(file, dict(arrays))
+  return file.getvalue()
 
 
 def flowers17_lists() -> dict[str, np.ndarray]:
   """Lists of picture numbers from 1, by class in a shuffled order."""
   rng = np.random.default_rng(0)
-  lists: dict[str, list[int]] = {'trn1': [], 'val1': [], 'tst1': []}
-  for label in range(len(CLASSES)):
-    numbers = rng.permutation(np.arange(1, 81) + 80 * label)
-    lists['trn1'] += numbers[:40].tolist()
-    lists['val1'] += numbers[40:60].tolist()
-    lists['tst1'] += numbers[60:].tolist()
+  each, counts = OxfordFlowers17.EACH, OxfordFlowers17.LISTS.values()
+  lists: dict[str, list[int]] = {key: [] for key, _ in counts}
+  for label in range(len(OxfordFlowers17.CLASSES)):
+    numbers = rng.permutation(np.arange(1, each + 1) + each * label).tolist()
+    for key, count in counts:
+      lists[key] += [numbers.pop() for _ in range(count)]
   return {key: np.array([value], np.uint16) for key, value in lists.items()}
 
 
-def caltech256(manual: Path, each: int = 5) -> None:
+def caltech256() -> Original:
   """256_ObjectCategories.tar: 4 categories, clutter, and stray files."""
   root = '256_ObjectCategories'
   names = ['001.ak47', '002.american-flag', '056.dog', '198.spider']
   files, number = {}, 0
   for name in [*names, '257.clutter']:
-    for i in range(each):
+    for i in range(5):
       number += 1
       files[f'{root}/{name}/{name[:3]}_{i + 1:04d}.jpg'] = jpeg(number)
   files[f'{root}/056.dog/greg/vision309/x.m'] = b'% stray'
   files[f'{root}/198.spider/RENAME2'] = b'mv'
-  tar(manual / '256_ObjectCategories.tar', files)
+  return Original({'256_ObjectCategories.tar': files})
 
 
-def icub(manual: Path, train: int = 3, test: int = 2) -> None:
-  """iCubWorld.zip: 3 training objects per category, 4 kinds of test."""
+def icub() -> Original:
+  """iCubWorld.zip: 3 training objects per category, 3 kinds of test."""
   files, number = {}, 0
-  for category in CATEGORIES:
-    for thing in range(3):
-      for i in range(train):
+  kinds = [('train', thing, 3) for thing in range(3)]
+  for kind in ('categorization', 'demonstrator', 'robot'):
+    kinds.append((f'test/{kind}', 9, 2))
+  for category in IcubWorld.CATEGORIES:
+    for kind, thing, count in kinds:
+      for i in range(count):
         number += 1
-        name = f'{category}/{category}_{thing}/{i:08d}.jpg'
-        files[f'iCubWorld/train/{name}'] = jpeg(number)
-    for kind in ('categorization', 'demonstrator', 'robot'):
-      for i in range(test):
-        number += 1
-        name = f'{kind}/{category}/{category}_9/{i:08d}.jpg'
-        files[f'iCubWorld/test/{name}'] = jpeg(number)
-  zipped(manual / 'icub_world' / 'iCubWorld.zip', files)
+        name = f'{kind}/{category}/{category}_{thing}/{i:08d}.jpg'
+        files[f'iCubWorld/{name}'] = jpeg(number)
+  return Original({'icub_world/iCubWorld.zip': files})
 
 
-def pubfig83(manual: Path, people: int = 4, each: int = 5) -> None:
-  """pubfig83.v1.tgz: a folder per person."""
+def pubfig83(people: int = 5, each: int = 5) -> Original:
+  """pubfig83.v1.tgz: a folder per person, each with one picture more."""
   files = {
     f'pubfig83/Person {person}/{i}.jpg': jpeg(100 * person + i)
     for person in range(people)
     for i in range(each + person)
   }
-  tar(manual / 'pubfig83' / 'pubfig83.v1.tgz', files, 'w:gz')
+  return Original({'pubfig83/pubfig83.v1.tgz': files})
 
 
-def sufrw(manual: Path, people: int = 4, each: int = 3) -> None:
+def sufrw() -> Original:
   """Image and info archives; line i of the list is the person on picture i."""
-  base = 'SUFR-W/SUFR_in_the_wild'
-  images, lines = {}, []
-  for i in range(people * each):
-    person = i % people
-    images[f'image_files/{base}/{i + 1}.jpg'] = jpeg(i)
-    lines.append(f"{person + 1} # Name O'Test-{person}")
-  listed = {
-    f'info_files/{base}/SUFR_in_the_wild_info.txt': '\n'.join(lines).encode()
-  }
-  zipped(manual / 'sufr_w' / 'image_files.zip', images)
-  zipped(manual / 'sufr_w' / 'info_files.zip', listed)
+  base, people = 'SUFR-W/SUFR_in_the_wild', 4
+  numbers = range(1, 3 * people + 1)
+  images = {f'image_files/{base}/{i}.jpg': jpeg(i) for i in numbers}
+  lines = [f"{i % people} # Name O'Test-{i % people}" for i in numbers]
+  name = f'info_files/{base}/SUFR_in_the_wild_info.txt'
+  return Original(
+    {
+      'sufr_w/image_files.zip': images,
+      'sufr_w/info_files.zip': {name: '\n'.join(lines).encode()},
+    }
+  )
 
 
-def scene67(manual: Path, train: int = 3, test: int = 2) -> None:
+def scene67() -> Original:
   """indoorCVPR_09.tar with pictures that no list has, and the lists."""
-  files, lists = {}, {'TrainImages.txt': [], 'TestImages.txt': []}
-  number = 0
-  for scene in ('airport_inside', 'bar', 'winecellar'):
-    for i in range(train + test + 1):
-      number += 1
+  files, lists = {}, {'TrainImages.txt': '', 'TestImages.txt': ''}
+  for j, scene in enumerate(('airport_inside', 'bar', 'winecellar')):
+    for i in range(6):
       name = f'{scene}/{scene}_{i:04d}.jpg'
-      files[f'Images/{name}'] = jpeg(number)
-      if i < train:
-        lists['TrainImages.txt'].append(name)
-      elif i < train + test:
-        lists['TestImages.txt'].append(name)
-  tar(manual / 'indoorCVPR_09.tar', files)
-  for name, lines in lists.items():
-    (manual / name).write_text('\n'.join(lines) + '\n')
+      files[f'Images/{name}'] = jpeg(10 * j + i)
+      if i < 5:
+        lists['TrainImages.txt' if i < 3 else 'TestImages.txt'] += f'{name}\n'
+  beside = {name: lines.encode() for name, lines in lists.items()}
+  return Original({'indoorCVPR_09.tar': files}, beside)
 
 
 def sphere(samples: np.ndarray, **fields: object) -> bytes:
@@ -171,37 +154,30 @@ def sphere(samples: np.ndarray, **fields: object) -> bytes:
   return head.ljust(1024) + samples.astype('<i2').tobytes()
 
 
-_SENTENCES = (
-  'SI648', 'SI1027', 'SI1657', 'SX37', 'SX127', 'SX217', 'SX307', 'SX397',
-)  # fmt: skip
-
-
-def timit_files(phones: str = 'h# sh iy hv ae h#') -> dict[str, bytes]:
+def timit() -> Original:
   """The tree of the disc: development speakers, another one, SA sentences."""
   rng = np.random.default_rng(0)
-  files = {}
-  names = phones.split()
-  length = 1600
-  ends = [(i + 1) * length for i in range(len(names))]
   phn = ''.join(
-    f'{end - length} {end} {name}\n'
-    for end, name in zip(ends, names, strict=True)
+    f'{i * PHONE} {(i + 1) * PHONE} {name}\n' for i, name in enumerate(PHONES)
   ).encode()
-  for region, speaker in enumerate((*sorted(SPEAKERS), 'fcjf0')):
-    for sentence in ('SA1', *_SENTENCES):
-      samples = rng.normal(0, 300, ends[-1]).round()
-      stem = f'TIMIT/TEST/DR{region % 8 + 1}/{speaker.upper()}/{sentence}'
+  sentences = ('SA1', 'SI648', 'SI1027', 'SI1657', 'SX37', 'SX127', 'SX217')
+  files = {}
+  for speaker in (*sorted(TimitSubphones.SPEAKERS), 'fcjf0'):
+    for sentence in (*sentences, 'SX307', 'SX397'):
+      samples = rng.normal(0, 300, PHONE * len(PHONES)).round()
+      stem = f'TIMIT/TEST/DR{len(files) % 8 + 1}/{speaker.upper()}/{sentence}'
       files[f'{stem}.PHN'] = phn
       files[f'{stem}.TXT'] = b'0 9 She had.'
       files[f'{stem}.WAV'] = sphere(samples)
-  return files
+  return Original({'timit_subphones/timit_LDC93S1.zip': files})
 
 
-def timit(manual: Path) -> None:
-  """The disc as a folder."""
-  folder(manual / 'timit_subphones', timit_files())
-
-
-def encoded_face(number: int) -> bytes:
-  """A picture of the size of LFW's."""
-  return archives.encoded(archives.picture(number, (250, 250)), 'JPEG')
+MAKERS = {
+  'Flowers17': flowers17,
+  'Cal256-101': caltech256,
+  'iCub': icub,
+  'PubFig83-ID': pubfig83,
+  'SUFR-W-ID': sufrw,
+  'Scene67': scene67,
+  'TIMIT80': timit,
+}

@@ -61,7 +61,7 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     raise OSError(28, 'No space left on device')
 
   monkeypatch.setattr(np, 'savez', full_disk)
-  with pytest.warns(UserWarning, match='No space left .* --cache-dir'):
+  with pytest.warns(UserWarning, match='No space left .* XDG_CACHE_HOME'):
     _fetch(tmp_path, _Build())
   assert not list(tmp_path.iterdir())
 
@@ -101,11 +101,34 @@ def test_the_users_cache_folder(monkeypatch, tmp_path):
   monkeypatch.setattr('sys.platform', 'linux')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   assert cache.default_dir() == tmp_path / 'symjax_bp'
-  monkeypatch.delenv('XDG_CACHE_HOME')
   monkeypatch.setattr(Path, 'home', lambda: tmp_path)
-  assert cache.default_dir() == tmp_path / '.cache' / 'symjax_bp'
+  for value in ('', 'relative'):  # to be ignored, by the convention
+    monkeypatch.setenv('XDG_CACHE_HOME', value)
+    assert cache.default_dir() == tmp_path / '.cache' / 'symjax_bp'
   monkeypatch.setattr('sys.platform', 'darwin')
   assert cache.default_dir() == tmp_path / 'Library' / 'Caches' / 'symjax_bp'
+  monkeypatch.setattr('sys.platform', 'win32')
+  monkeypatch.setenv('LOCALAPPDATA', str(tmp_path / 'local'))
+  assert cache.default_dir() == tmp_path / 'local' / 'symjax_bp'
+
+
+def test_without_a_home_folder(monkeypatch):
+  def no_home():
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.setattr(Path, 'home', no_home)
+  monkeypatch.delenv('XDG_CACHE_HOME')
+  found = cache.default_dir()
+  assert found.is_dir()
+  assert cache.default_dir() == found
+
+
+def test_the_name_of_the_file_is_safe(tmp_path):
+  for name in ('a/../b', '.', 'x' * 300, '\udce9\n', ''):
+    cache.fetch(tmp_path / 'cache', name, name, _Build())
+  files = [path.name for path in (tmp_path / 'cache').iterdir()]
+  assert len(files) == 5
+  assert all(name.isascii() and len(name) < 70 for name in files)
 
 
 def test_a_changed_dataset_is_decoded_again(tmp_path):

@@ -114,7 +114,7 @@ def test_a_broken_folder_is_not_ready(tmp_path):
 
 def test_originals_in_place_need_no_further_person(tmp_path, manual):
   assert 'accept the terms' in datasets.status('PubFig83-ID', tmp_path).text
-  originals.pubfig83(manual)
+  originals.pubfig83().write(manual)
   status = datasets.status('PubFig83-ID', tmp_path)
   assert status.state == 'downloadable'
   assert 'data prepare PubFig83-ID' in status.text

@@ -143,6 +143,19 @@ def test_the_rest_trains_where_no_number_is_given():
   assert len({*split.train, *split.test}) == 16
 
 
+@pytest.mark.parametrize(
+  ('share', 'tested'),
+  [(0.25, [1, 2, 25]), (0.01, [1, 1, 1]), (0.99, [1, 8, 99])],
+)
+def test_a_share_of_each_class_is_tested_on(share, tested):
+  names, labels, classes = _set([2, 9, 100])
+  draw = Draw(train=None, test=share)
+  split = draw_split(names, labels, classes, draw, 0)
+  assert np.bincount(split.test_labels).tolist() == tested
+  assert len({*split.train, *split.test}) == 111
+  assert list(split.classes) == classes
+
+
 def test_two_samples_of_one_name_are_refused():
   names, labels, classes = _set([9, 9])
   names[3] = names[4]

@@ -1,13 +1,13 @@
-"""Our builders under the test of TFDS, and its builders under our splits."""
+"""Sets that TFDS downloads: its builders under our splits, our own too."""
 
+import contextlib
 import os
-import tempfile
+import shutil
+import urllib.parse
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
-import scipy.io
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 pytest.importorskip(
@@ -15,184 +15,216 @@ pytest.importorskip(
   reason='TFDS writes through TensorFlow: pip install "symjax-bp[prepare]"',
 )
 pytest.importorskip('importlib_resources', reason='TFDS imports it')
-pytest.importorskip('dill', reason='the test case of TFDS imports it')
 
 import tensorflow_datasets as tfds  # noqa: E402
+from tensorflow_datasets.core.download import downloader  # noqa: E402
+from tensorflow_datasets.image_classification import mnist  # noqa: E402
 
 from experiments import datasets  # noqa: E402
-from experiments.datasets import archives, builders  # noqa: E402
 from tests.datasets import originals  # noqa: E402
-from tests.datasets.archives import picture  # noqa: E402
+from tests.datasets.archives import folder, packed, picture  # noqa: E402
 
 
-def _case(builder, write, splits):
-  """TFDS's test case for one of our builders, over what `write` writes."""
-
-  class Case(tfds.testing.DatasetBuilderTestCase):
-    DATASET_CLASS = builder
-    SPLITS = splits
-    DL_DOWNLOAD_RESULT = {
-      archive.name: archive.name
-      for archive in archives.ORIGINALS[builder.name].archives
-    }
-    # No checksum that TFDS could use is published for these archives.
-    SKIP_CHECKSUMS = True
-    MOCK_OUT_FORBIDDEN_OS_FUNCTIONS = False
-
-    @classmethod
-    def setUpClass(cls):
-      folder = tempfile.TemporaryDirectory()
-      cls.addClassCleanup(folder.cleanup)
-      cls.EXAMPLE_DIR = folder.name
-      write(Path(folder.name))
-      super().setUpClass()
-
-    def test_download_and_prepare_as_dataset(self):
-      with mock.patch.object(archives, 'verify'):
-        super().test_download_and_prepare_as_dataset()
-
-    def test_session(self, *args, **kwargs):
-      return super().test_session(*args, **kwargs)
-
-    # TensorFlow's helper of that name is no test.
-    test_session.__test__ = False
-
-  return Case
+def _pictures(count, size):
+  return np.stack([picture(i, (size, size)) for i in range(count)])
 
 
-TestFlowers17 = _case(
-  builders.OxfordFlowers17,
-  originals.flowers17,
-  {'train': 680, 'validation': 340, 'test': 340},
-)
-TestCaltech256 = _case(builders.Caltech256, originals.caltech256, {'train': 25})
-TestIcubWorld = _case(
-  builders.IcubWorld, originals.icub, {'train': 90, 'test': 20}
-)
-TestPubfig83 = _case(builders.Pubfig83, originals.pubfig83, {'train': 26})
-TestSufrW = _case(builders.SufrW, originals.sufrw, {'train': 12})
-TestMitIndoor67 = _case(
-  builders.MitIndoor67, originals.scene67, {'train': 9, 'test': 6}
-)
-
-
-@pytest.fixture(name='prepare')
-def _prepare(tmp_path, monkeypatch):
-  """Prepares a set of TFDS from files on disk instead of a download."""
-
-  def run(name, extracted):
-    def download_and_extract(self, urls):
-      return extracted
-
-    monkeypatch.setattr(
-      tfds.download.DownloadManager,
-      'download_and_extract',
-      download_and_extract,
-    )
-    datasets.prepare(
-      name, tmp_path, cache_dir=tmp_path / 'cache', progress=lambda _: None
-    )
-    return datasets.load(name, data_dir=tmp_path, cache_dir=tmp_path / 'cache')
-
-  return run
-
-
-def test_lfw(tmp_path, prepare, smaller):
-  """Its records have no file names, and two pictures may be equal."""
+def _mnist(path):
+  names = {'train_data': 20, 'test_data': 10}
   files = {}
-  for person in range(3):
-    for i in range(4):
-      face = originals.encoded_face(person if i < 2 else 10 * person + i)
-      name = f'Person_{person}'
-      files[f'lfw/{name}/{name}_{i:04d}.jpg'] = face
-  originals.folder(tmp_path / 'extracted', files)
-  smaller('LFW-ID', classes=2, train=2, test=2)
-  data = prepare('LFW-ID', str(tmp_path / 'extracted'))
-  assert set(data.classes) < {'Person_0', 'Person_1', 'Person_2'}
-  assert np.bincount(data.y_train).tolist() == [2, 2]
-  assert not set(data.files_train) & set(data.files_test)
+  for name, count in names.items():
+    files[name] = bytes(16) + _pictures(count, 28)[..., 0].tobytes()
+    labels = np.arange(count, dtype=np.uint8) % 10
+    files[name.replace('data', 'labels')] = bytes(8) + labels.tobytes()
+  folder(path, files)
+  return {name: str(path / name) for name in files}
 
 
-def test_flowers102(tmp_path, prepare):
-  """Official training and validation lists train."""
-  count = 102 * 4
-  files = {
-    f'jpg/image_{i + 1:05d}.jpg': originals.jpeg(i) for i in range(count)
+def _cifar(path, classes=10):
+  """Batches of (labels, channels, rows); CIFAR-100 has a coarse label too."""
+  x = _pictures(2 * classes, 32).transpose(0, 3, 1, 2).reshape(2 * classes, -1)
+  labels = np.arange(2 * classes, dtype=np.uint8)[:, None] % classes
+  names = '\n'.join(f'name {i:02d}' for i in range(classes)) + '\n'
+  if classes == 100:
+    stored = np.hstack([labels // 5, labels, x]).tobytes()
+    coarse = '\n'.join(f'coarse {i}' for i in range(20))
+    files = {
+      'fine_label_names.txt': names.encode(),
+      'coarse_label_names.txt': coarse.encode(),
+      **dict.fromkeys(('train.bin', 'test.bin'), stored),
+    }
+    folder(path / 'cifar-100-binary', files)
+  else:
+    stored = np.hstack([labels, x]).tobytes()
+    batches = [f'data_batch_{i}.bin' for i in range(1, 6)]
+    files = {'batches.meta.txt': names.encode()}
+    files |= dict.fromkeys((*batches, 'test_batch.bin'), stored)
+    folder(path / 'cifar-10-batches-bin', files)
+  return str(path)
+
+
+def _svhn(path):
+  stored = {
+    'X': _pictures(20, 32).transpose(1, 2, 3, 0),
+    'y': np.arange(1, 21)[:, None] % 10 + 1,
   }
-  originals.folder(tmp_path / 'images', files)
-  labels = np.arange(count) % 102 + 1
-  scipy.io.savemat(tmp_path / 'imagelabels.mat', {'labels': labels[None]})
-  ids = np.arange(1, count + 1).reshape(4, 1, 102)
-  lists = {'trnid': ids[0], 'valid': ids[1], 'tstid': np.hstack(ids[2:])}
-  scipy.io.savemat(tmp_path / 'setid.mat', lists)
-  data = prepare(
-    'Flowers102',
-    {
-      'images': str(tmp_path / 'images'),
-      'labels': str(tmp_path / 'imagelabels.mat'),
-      'setid': str(tmp_path / 'setid.mat'),
-    },
-  )
-  assert np.bincount(data.y_train).tolist() == [2] * 102
-  assert np.bincount(data.y_test).tolist() == [2] * 102
-  assert data.classes[0] == 'pink primrose'
-  numbers = {int(name[6:11]) for name in data.files_train}
-  assert numbers == set(range(1, 205))
+  folder(path, dict.fromkeys(('train', 'test', 'extra'), originals.mat(stored)))
+  return {part: str(path / part) for part in ('train', 'test', 'extra')}
 
 
-def test_caltech101(tmp_path, prepare, smaller):
-  """Both splits of TFDS, itself drawn, are drawn from anew."""
-  names = ('accordion', 'BACKGROUND_Google', 'Faces')
-  files = {
-    f'101_ObjectCategories/{name}/image_{i + 1:04d}.jpg': originals.jpeg(i)
-    for name in names
-    for i in range(33)
-  }
-  place = tmp_path / 'extracted' / 'caltech-101' / '101_ObjectCategories.tar.gz'
-  originals.tar(place, files, 'w:gz')
-  smaller('Cal101', classes=3, train=30, test=10)
-  data = prepare('Cal101', tmp_path / 'extracted')
-  assert data.classes == ('accordion', 'background_google', 'faces')
-  assert np.bincount(data.y_train).tolist() == [30] * 3
-  assert np.bincount(data.y_test).tolist() == [3] * 3
-  # All 33 pictures of a class are used, whichever split of TFDS had them.
-  for label in range(3):
-    assert (
-      len(
-        {
-          *data.files_train[data.y_train == label],
-          *data.files_test[data.y_test == label],
-        }
-      )
-      == 33
-    )
-
-
-def test_stl10(tmp_path, prepare):
-  """Arrays are stored without loss; unlabelled pictures are left out."""
-  folder = tmp_path / 'extracted' / 'stl10_binary'
-  folder.mkdir(parents=True)
-  names = 'airplane bird car cat deer dog horse monkey ship truck'.split()
-  (folder / 'class_names.txt').write_text('\n'.join(names) + '\n')
-  pictures = np.stack([picture(i, (96, 96)) for i in range(30)])
+def _stl10(path):
+  """Column by column, channel by channel."""
+  names = [f'name {i}' for i in range(10)]
+  files = {'class_names.txt': '\n'.join(names).encode() + b'\n'}
+  x = _pictures(30, 96).transpose(0, 3, 2, 1)
   labels = np.arange(30, dtype=np.uint8) % 10 + 1
   for part, rows in (('train', slice(0, 20)), ('test', slice(20, 30))):
-    # Column by column, channel by channel.
-    stored = pictures[rows].transpose(0, 3, 2, 1)
-    (folder / f'{part}_X.bin').write_bytes(stored.tobytes())
-    (folder / f'{part}_y.bin').write_bytes(labels[rows].tobytes())
-  stored = pictures[:4].transpose(0, 3, 2, 1)
-  (folder / 'unlabeled_X.bin').write_bytes(stored.tobytes())
-  data = prepare('STL10', str(tmp_path / 'extracted'))
-  assert data.classes == tuple(names)
-  assert np.bincount(data.y_train).tolist() == [2] * 10
-  assert np.bincount(data.y_test).tolist() == [1] * 10
+    files[f'{part}_X.bin'] = x[rows].tobytes()
+    files[f'{part}_y.bin'] = labels[rows].tobytes()
+  files['unlabeled_X.bin'] = x[:4].tobytes()
+  folder(path / 'stl10_binary', files)
+  return str(path)
+
+
+def _flowers102(path):
+  """Official training and validation lists train."""
+  count = 102 * 4
+  ids = np.arange(1, count + 1).reshape(4, 1, 102)
+  lists = {'trnid': ids[0], 'valid': ids[1], 'tstid': np.hstack(ids[2:])}
+  labels = {'labels': np.arange(count)[None] % 102 + 1}
+  files = {
+    f'images/jpg/image_{i:05d}.jpg': originals.jpeg(i)
+    for i in range(1, count + 1)
+  }
+  files |= {'labels': originals.mat(labels), 'setid': originals.mat(lists)}
+  folder(path, files)
+  return {name: str(path / name) for name in ('images', 'labels', 'setid')}
+
+
+def _caltech101(path):
+  """Both splits of TFDS, itself drawn, are drawn from anew."""
+  files = {
+    f'101_ObjectCategories/{name}/image_{i + 1:04d}.jpg': originals.jpeg(i)
+    for name in ('accordion', 'BACKGROUND_Google', 'Faces')
+    for i in range(33)
+  }
+  packed(path / 'caltech-101' / '101_ObjectCategories.tar.gz', files)
+  return path
+
+
+def _lfw(path):
+  """Its records have no file names, and two pictures may be equal."""
+  size = (250, 250)
+  files = {
+    f'lfw/Person_{p}/Person_{p}_{i:04d}.jpg': originals.jpeg(
+      p if i < 2 else 10 * p + i, size
+    )
+    for p in range(3)
+    for i in range(4)
+  }
+  return str(folder(path, files))
+
+
+# What writes a set as extracted, training and test samples of each class, and
+# the first class.
+_SETS = {
+  'MNIST': (_mnist, 2, 1, '0'),
+  'CIFAR': (_cifar, 10, 2, 'name 00'),
+  'CIFAR100': (lambda path: _cifar(path, 100), 2, 2, 'name 00'),
+  'SVHN': (_svhn, 2, 2, '0'),
+  'STL10': (_stl10, 2, 1, 'name 0'),
+  'Cal101': (_caltech101, 30, 3, 'accordion'),
+  'Flowers102': (_flowers102, 2, 2, 'pink primrose'),
+  'LFW-ID': (_lfw, 2, 2, None),
+}
+
+
+@pytest.mark.parametrize('name', _SETS)
+def test_sets_of_tfds(tmp_path, monkeypatch, prepare, smaller, name):
+  smaller('LFW-ID', classes=2, train=2, test=2)
+  smaller('Cal101', classes=3, train=30, test=10)
+  monkeypatch.setattr(mnist, '_TRAIN_EXAMPLES', 20)
+  monkeypatch.setattr(mnist, '_TEST_EXAMPLES', 10)
+  write, train, test, first = _SETS[name]
+  stored = write(tmp_path / 'extracted')
+  for method in ('download', 'download_and_extract'):
+    monkeypatch.setattr(
+      tfds.download.DownloadManager, method, lambda self, urls: stored
+    )
+  data, _ = prepare(name)
+  assert set(np.bincount(data.y_train)) == {train}
+  assert set(np.bincount(data.y_test)) == {test}
+  assert first in (data.classes[0], None)
   assert 'lossy' not in data.note
-  report = datasets.check('STL10', tmp_path, cache_dir=tmp_path / 'cache')
-  assert report.sizes == {(96, 96): 30}
+  if name in ('Flowers102', 'LFW-ID'):
+    assert not set(data.files_train) & set(data.files_test)
+  if name in ('CIFAR', 'CIFAR100', 'SVHN'):
+    rows = {x.tobytes() for x in _pictures(2 * len(data.classes), 32)}
+    assert {x.tobytes() for x in data.x_test} == rows
+  if name == 'Flowers102':
+    numbers = {int(file[6:11]) for file in data.files_train}
+    assert numbers == set(range(1, 205))
+  if name == 'Cal101':
+    # All 33 pictures of a class are used, whichever split of TFDS had them.
+    for label in range(3):
+      trained = data.files_train[data.y_train == label]
+      tested = data.files_test[data.y_test == label]
+      assert len({*trained, *tested}) == 33
+  if name == 'STL10':
+    places = {'data_dir': tmp_path, 'cache_dir': tmp_path / 'cache'}
+    assert datasets.check('STL10', **places).sizes == {(96, 96): 30}
 
 
-def test_a_failed_download_says_what_a_person_can_do(tmp_path, monkeypatch):
+@pytest.fixture(name='online')
+def _online(monkeypatch):
+  """Gives the content that each address has."""
+  content = {}
+
+  @contextlib.contextmanager
+  def opened(url, **_):
+    response = type('Response', (), {'url': url, 'headers': {}})
+    name = urllib.parse.urlparse(url).path.rpartition('/')[2]
+    yield response, [content.get(name, b'<html>truncated')]
+
+  monkeypatch.setattr(downloader, '_open_url', opened)
+  return content
+
+
+@pytest.mark.parametrize('name', _SETS)
+def test_another_file_than_the_original(prepare, online, name):
+  with pytest.raises(
+    datasets.DatasetError, match=rf'{name}: .*could not be prepared.*checksum'
+  ):
+    prepare(name)
+
+
+@pytest.mark.parametrize('name', ['Flowers17', 'Cal256-101', 'Scene67'])
+def test_originals_are_downloaded(
+  tmp_path, prepare, online, monkeypatch, original, name
+):
+  with pytest.raises(datasets.DatasetError) as caught:  # a page in its place
+    prepare(name)
+  # The message begins with the file, and says what to delete.
+  assert str(tmp_path / 'downloads' / 'manual') in str(caught.value) or (
+    'the .INFO file beside a download' in str(caught.value)
+  )
+  file = Path(str(caught.value).partition(': ')[0])
+  for path in (file, file.with_name(f'{file.name}.INFO')):
+    path.unlink()
+  if name != 'Cal256-101':  # other files were downloaded too
+    shutil.rmtree(tmp_path / 'downloads')
+  original.write(tmp_path / 'sent')
+  online.update(
+    {file.name: file.read_bytes() for file in (tmp_path / 'sent').iterdir()}
+  )
+  data, _ = prepare(name)
+  original.write(tmp_path / 'put' / 'downloads' / 'manual')
+  assert prepare(name, tmp_path / 'put')[0].digest == data.digest
+
+
+def test_a_failed_download_says_what_a_person_can_do(
+  tmp_path, monkeypatch, prepare
+):
   def offline(self, urls):
     raise OSError('no route to host')
 
@@ -201,13 +233,5 @@ def test_a_failed_download_says_what_a_person_can_do(tmp_path, monkeypatch):
     datasets.DatasetError,
     match=r'could not be prepared .*: no route to host; .* put 17flowers\.tgz',
   ):
-    datasets.prepare('Flowers17', tmp_path, progress=lambda _: None)
+    prepare('Flowers17')
   assert datasets.status('Flowers17', tmp_path).state == 'downloadable'
-
-
-def test_without_tensorflow_the_extra_is_named(tmp_path, monkeypatch):
-  monkeypatch.setitem(__import__('sys').modules, 'tensorflow', None)
-  with pytest.raises(
-    datasets.DatasetError, match=r'needs tensorflow.*symjax-bp\[prepare\]'
-  ):
-    datasets.prepare('MNIST', tmp_path, progress=lambda _: None)

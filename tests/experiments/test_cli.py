@@ -192,7 +192,7 @@ def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
   (run,) = [path for path in results.iterdir() if path.is_dir()]
   (run / 'checkpoints').mkdir()  # left by a process that was killed
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(machine, 'start_jax', lambda _: pytest.fail('JAX started'))
+    patch.setattr(machine, 'configure', lambda _: pytest.fail('JAX started'))
     status, out, _ = main(*_SHORT, '--results', results)
   assert status == 0
   assert 'all 1 runs are finished' in out

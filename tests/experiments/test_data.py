@@ -115,9 +115,9 @@ def test_calibration_batches_go_round():
 def test_a_dataset_is_uploaded_once_and_then_let_go():
   small, large = (260, 60), (300, 60)
   for size in (small, large):
-    data, folder = tiny.dataset(*size), tiny.folder(*size)
+    data, load = tiny.dataset(*size), tiny.loader(*size)
     of_seeds = [
-      device.device_data(tiny.run('uSF', data, seed=seed), folder)
+      device.device_data(tiny.run('uSF', data, seed=seed), load)
       for seed in (0, 1)
     ]
     first, second = (each.arrays.train.x for each in of_seeds)
@@ -130,4 +130,4 @@ def test_a_dataset_is_uploaded_once_and_then_let_go():
 def test_a_dataset_that_changed_meanwhile():
   run = tiny.run('uSF', tiny.dataset(300))
   with pytest.raises(DatasetError, match='TIMIT80: .* has changed since this'):
-    device.device_data(run, tiny.folder())
+    device.device_data(run, tiny.loader())

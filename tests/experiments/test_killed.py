@@ -49,7 +49,7 @@ class _Changes:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _do(folder, data, began, last, room, share) -> None:
+def _do(folder, load, began, last, room, share) -> None:
   """The grid, in a process of its own; sends when it began, and changes."""
   if room is not None:  # Python ignores the signal, so writing fails
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
@@ -57,7 +57,7 @@ def _do(folder, data, began, last, room, share) -> None:
   sys.addaudithook(changes)
   listener = Listener()
   listener.run_started = lambda *_: began.send(time.monotonic())
-  options = Options(folder, data, checkpoint_share=share)
+  options = Options(folder, load, checkpoint_share=share)
   try:
     store.create(folder)
     summary = launch.launch(
@@ -86,7 +86,7 @@ def _start(tmp_path_factory):
   def start(folder, last=None, room=None, share=1.0):
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(
-      target=_do, args=(folder, tiny.folder(), sending, last, room, share)
+      target=_do, args=(folder, tiny.loader(), sending, last, room, share)
     )
     process.start()
     sending.close()

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from experiments.datasets import DatasetError
+from experiments.paper.results import result
 from experiments.runs import launch as launching
 from experiments.runs import store, train
 from experiments.runs.launch import Interrupted, StopRequest, in_this_process
@@ -32,8 +33,8 @@ _GROUP = [
 ]
 
 
-def _launch(folder, runs, listener=None, size=1, share=0.03, data=None, **more):
-  options = Options(folder, data or tiny.folder(), checkpoint_share=share)
+def _launch(folder, runs, listener=None, size=1, share=0.03, **more):
+  options = Options(folder, tiny.loader(), checkpoint_share=share)
   launcher = in_this_process(options, size)
   listener = listener or Listener()
   return launching.launch(runs, launcher, options, listener, **more)
@@ -110,7 +111,7 @@ def test_resumes_with_the_same_bits(
 
 def test_stopped_in_the_middle_of_an_epoch(tmp_path, undisturbed):
   """After the first of the two steps of epoch 2."""
-  options = Options(tmp_path, tiny.folder(), checkpoint_share=0.0)
+  options = Options(tmp_path, tiny.loader(), checkpoint_share=0.0)
   answers = iter([False] * (2 + 2 + 1))  # two steps, two evaluations, a step
   ((run, outcome),) = train.train_runs(
     [_RUN], options, Listener(), lambda: next(answers, True)
@@ -242,8 +243,8 @@ def _check_close(found, wanted, runs):
           assert value == pytest.approx(other[name], abs=1.01 * one)
         else:
           assert value == pytest.approx(other[name], rel=1e-4, abs=1e-4)
-    result = json.loads(found[run.run_id, 'result.json'])
-    assert result == loop.result(lines, classes=10, train_images=216)
+    found_result = json.loads(found[run.run_id, 'result.json'])
+    assert found_result == result(lines, classes=10, train_images=216)
 
 
 def test_a_group_is_its_runs(tmp_path, as_one, alone):
@@ -339,7 +340,7 @@ def test_one_that_cannot_begin_leaves_the_others(tmp_path, alone, monkeypatch):
   _check_close(folders.contents(tmp_path), alone, others)
 
 
-def test_groups_differ_in_rate_and_seed_only(monkeypatch):
+def test_groups_differ_in_rate_and_seed_only(tmp_path, monkeypatch):
   groups = []
 
   def trained(runs, *_):
@@ -355,6 +356,6 @@ def test_groups_differ_in_rate_and_seed_only(monkeypatch):
     (1, [[run] for run in [*a, *b]]),
   ):
     groups.clear()
-    options = Options(tiny.folder())
+    options = Options(tmp_path)
     list(in_this_process(options, size)([*a, *b], Listener(), StopRequest()))
     assert groups == wanted

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.paper.results import result
 from experiments.training import data as device
 from experiments.training import loop as train
 from experiments.training.step import Setup, program
@@ -150,11 +151,11 @@ def test_a_diverged_run_ends_and_is_a_result():
   assert len(lines) == 1
   assert lines[0]['finite'] is False
   assert lines[0]['train_loss'] is lines[0]['test_loss'] is None
-  result = train.result(lines, classes=tiny.CLASSES, train_images=200)
-  assert result['diverged'] is True
-  assert result['chance_error'] == 90.0
-  assert result['paper_error'] == result['honest_error'] == 90.0
-  assert result['epochs_run'] == 1
+  found = result(lines, classes=tiny.CLASSES, train_images=200)
+  assert found['diverged'] is True
+  assert found['chance_error'] == 90.0
+  assert found['paper_error'] == found['honest_error'] == 90.0
+  assert found['epochs_run'] == 1
 
 
 def test_layer_metrics():
@@ -220,7 +221,7 @@ def test_both_results():
     )
   ]  # fmt: skip
   counts = {'classes': 4, 'train_images': 36}
-  assert train.result(lines, **counts) == {
+  assert result(lines, **counts) == {
     'paper_error': 5.0,
     'paper_epoch': 2,
     'holdout_error': 4.0,
@@ -233,11 +234,11 @@ def test_both_results():
   }
   diverged = copy.deepcopy(lines[:3])
   diverged[2] |= {'finite': False, 'test_error': 90.0, 'holdout_error': 90.0}
-  result = train.result(diverged, **counts)
-  assert result['diverged'] is True
-  assert (result['paper_error'], result['honest_error']) == (5.0, 5.0)
+  found = result(diverged, **counts)
+  assert found['diverged'] is True
+  assert (found['paper_error'], found['honest_error']) == (5.0, 5.0)
   for line in lines:
     del line['holdout_error']
-  result = train.result(lines, **counts)
-  assert result['paper_error'] == 5.0
-  assert result['honest_error'] is result['honest_epoch'] is None
+  found = result(lines, **counts)
+  assert found['paper_error'] == 5.0
+  assert found['honest_error'] is found['honest_epoch'] is None

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.datasets import SHAPES, SPECS
-from experiments.datasets.spec import WEIGHT_LAYERS
+from experiments.datasets import SHAPES, SPECS, WEIGHT_LAYERS
 from experiments.training.models import (
   NETWORKS,
   Network,

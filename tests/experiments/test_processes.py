@@ -131,7 +131,7 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   assert status == 0
   assert '━' in output  # the bar
   assert re.search(r'digits uSF\+BN, rate x1, seed 0: lowest', output)
-  assert re.search(rf'{_EPOCHS}/{_EPOCHS}', output)
+  assert '1/1' in output
   assert folders.contents(tmp_path) == undisturbed[0]
 
 
@@ -197,9 +197,8 @@ def test_output_that_nobody_reads_loses_no_results(tmp_path, undisturbed):
   os.close(reader)
   process = _start(tmp_path, stdout=writer)
   os.close(writer)
-  assert process.stderr is not None
-  assert process.stderr.read() == ''
-  process.wait(timeout=_WAIT)
+  _, errors = process.communicate(timeout=_WAIT)
+  assert errors == ''
   assert folders.contents(tmp_path) == undisturbed[0]
 
 
@@ -228,7 +227,7 @@ finally:
 
 def _options(folder, share=1.0):
   store.create(folder)
-  return Options(folder, tiny.folder(), checkpoint_share=share)
+  return Options(folder, tiny.loader(), checkpoint_share=share)
 
 
 _LAUNCHERS = {

@@ -20,7 +20,7 @@ _RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
 
 def _launch(folder, **asked):
   store.create(folder)
-  options = Options(folder, tiny.folder())
+  options = Options(folder, tiny.loader())
   launcher = ray_tasks.on_ray(options, None, **asked)
   return launch.launch(_RUNS, launcher, options, Listener())
 

@@ -1,5 +1,6 @@
 """The runs that options select, and what is refused beforehand."""
 
+import numpy as np
 import pytest
 
 from experiments.paper.conditions import TABLES, THEN_500
@@ -172,3 +173,37 @@ def test_plugins_that_cannot_be_used(tmp_path, source, network, message):
     path.write_text(source)
   with pytest.raises(ValueError, match=message):
     _runs(condition=('SGD',), plugin=path, network=network)
+
+
+def test_a_dataset_of_ones_own(tmp_path):
+  """Its network is a part of a run's identity; worker processes find it."""
+  from experiments.datasets import DatasetError
+  from experiments.runs import launch
+  from experiments.runs.processes import in_processes, places
+  from experiments.runs.train import Options
+
+  random = np.random.default_rng(0)
+  y = np.arange(400, dtype=np.int64) % 2
+  x = random.integers(0, 50, (400, 32, 32, 3)) + 150 * y[:, None, None, None]
+  np.savez(
+    tmp_path / 'mine.npz', x_train=x.astype(np.uint8), y_train=y,
+    classes=np.array(['dark', 'bright']),
+  )  # fmt: skip
+  chosen = {'dataset': ('mine',), 'rate': (1.0,), 'data_dir': tmp_path}
+  chosen |= {'condition': ('uSF+BN',), 'test_share': 0.25}
+  protocol = {'epochs': 1}
+  (cifar,) = _runs(1, protocol, **chosen)
+  (svhn,) = _runs(1, protocol, architecture='svhn', **chosen)
+  assert (cifar.network, svhn.network) == ('cifar', 'svhn')
+  assert cifar.run_id != svhn.run_id
+  loader = Selection(**chosen, architecture='svhn').loader()
+  options = Options(tmp_path / 'results', loader)
+  launcher = in_processes(options, places(1))
+  assert launch.launch([svhn], launcher, options, Listener()).done == 1
+  (record,) = load(tmp_path / 'results')
+  assert record.config['network'] == 'svhn'
+  assert record.result is not None
+  assert record.result['train_images'] == 270
+  assert record.result['chance_error'] == 50
+  with pytest.raises(DatasetError, match='--test-share'):
+    _runs(1, protocol, **(chosen | {'test_share': None}))

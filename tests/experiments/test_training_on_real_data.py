@@ -38,11 +38,10 @@ def test_a_few_steps_lower_the_loss(name, tmp_path_factory):
   (run,) = protocol.runs_of(
     conditions.find('uSF+BN+BM'),
     rates=[1.0],
-    dataset=data.spec.name,
-    digest=data.digest,
+    dataset=protocol.Data(data.spec.name, data.digest),
     protocol=protocol.Protocol(epochs=1, train_size=204, holdout=0.0),
   )
-  placed = device.place(device.upload(data), run)
+  placed = device.split(device.put(data), run)
   functions = program(Setup.of(run, placed))
   state = train.start(run, placed)
   index = placed.trained[:20]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from experiments import datasets
-from experiments.datasets import Dataset
+from experiments.datasets import Dataset, Loader
 from experiments.paper import conditions, protocol
 from experiments.training import data as device
 from experiments.training import loop
@@ -42,6 +42,11 @@ def folder(train: int = 240, test: int = 60, seed: int = 0) -> Path:
     classes=np.array([str(i) for i in range(CLASSES)]),
   )
   return path
+
+
+def loader(train: int = 240, test: int = 60, seed: int = 0) -> Loader:
+  """Loads the dataset of a folder."""
+  return Loader(folder(train, test, seed))
 
 
 @functools.cache

@@ -1,44 +1,22 @@
-"""Hand-made store records, as experiments/store.py would give them."""
+"""Hand-made records of runs, as `studies.load` gives them."""
 
 import dataclasses
-import hashlib
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 from experiments.datasets.specs import SPECS
 from experiments.paper import published as paper
-from experiments.paper.conditions import CONDITIONS
-
-RATES = (100.0, 10.0, 1.0, 0.1, 0.01)
-PROTOCOL = {
-  'epochs': 4,
-  'train_size': None,
-  'holdout': 0.1,
-  'base_rate': 5e-4,
-  'momentum': 0.9,
-  'weight_decay': 5e-4,
-  'initial_std': 0.01,
-  'inputs': '0-255 minus mean image',
-  'reduction': 'mean',
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-  run_id: str
-  config: dict[str, Any]
-  metrics: list[dict[str, Any]]
-  result: dict[str, Any] | None
-  environment: Any = None
-  error: str | None = None
-  problem: str | None = None
+from experiments.paper.conditions import COLUMNS
+from experiments.paper.protocol import VERSION, Protocol, run_id
+from experiments.paper.results import result
+from experiments.runs.store import Record
 
 
 def of_guessing(dataset: str) -> float:
   """Error in %; of 10 classes where the dataset is not known."""
-  classes = SPECS[dataset].classes if dataset in SPECS else 10
-  return 100 * (1 - 1 / classes)
+  return 100 * (1 - 1 / (SPECS[dataset].classes if dataset in SPECS else 10))
 
 
 def record(
@@ -48,7 +26,7 @@ def record(
   dataset: str = 'MNIST',
   rate: float = 1.0,
   seed: int = 0,
-  honest: float | None = None,
+  held_out: float | None = None,
   holdout: float | None = None,
   chance: float | None = None,
   diverged: bool = False,
@@ -60,11 +38,11 @@ def record(
   **protocol: Any,
 ) -> Record:
   """A finished run of a condition with the given best test error."""
-  row = CONDITIONS[condition]
+  row = COLUMNS[condition].conditions[plan]
   chance = of_guessing(dataset) if chance is None else chance
-  fields = {**PROTOCOL, **protocol}
+  fields = dataclasses.asdict(Protocol(epochs=4)) | protocol
   config = {
-    'version': 1,
+    'version': VERSION,
     'dataset': dataset,
     'digest': digest,
     'source': f'{dataset}.npz',
@@ -72,46 +50,32 @@ def record(
     'rule': rule or row.rule,
     'batch_manhattan': row.batch_manhattan,
     'batch_norm': row.batch_norm,
-    'batch_plan': [list(step) for step in row.batch_plans[plan]],
+    'batch_plan': [list(step) for step in row.batch_plan],
     'frozen': row.frozen,
     'rate': rate,
     'seed': seed,
     **fields,
   }
   epochs = 1 if diverged else fields['epochs']
-  errors = [
-    min(chance, error * (1 + (epochs - epoch) / 2))
+  metrics = [
+    {
+      'epoch': epoch,
+      'train_loss': 0.5,
+      'test_loss': None,
+      'test_error': min(chance, error * (1 + (epochs - epoch) / 2)),
+      'holdout_error': 5.0 + epochs - epoch,
+      'finite': not diverged or epoch < epochs,
+      'seconds': 1.0,
+    }
     for epoch in range(1, epochs + 1)
   ]
-  honest = error if honest is None else honest
-  return Record(
-    hashlib.sha256(json.dumps(config).encode()).hexdigest()[:20],
-    config,
-    [
-      {
-        'epoch': epoch,
-        'train_loss': 0.5,
-        'train_error': value,
-        'test_loss': None,
-        'test_error': value,
-        'holdout_loss': 0.6,
-        'holdout_error': value,
-        'seconds': 1.0,
-      }
-      for epoch, value in enumerate(errors, start=1)
-    ],
-    {
-      'paper_error': error,
-      'paper_epoch': epochs,
-      'holdout_error': error if holdout is None else holdout,
-      'honest_epoch': epochs,
-      'honest_error': honest,
-      'epochs_run': epochs,
-      'diverged': diverged,
-      'chance_error': chance,
-      'train_images': train_images,
-    },
+  found = result(
+    metrics, classes=round(100 / (100 - chance)), train_images=train_images
   )
+  given = {'honest_error': held_out, 'holdout_error': holdout}
+  found |= {key: value for key, value in given.items() if value is not None}
+  found['paper_error'], found['chance_error'] = error, chance
+  return Record(run_id(config), config, metrics, found)
 
 
 def cell(condition: str, error: float, **changes: Any) -> list[Record]:
@@ -119,11 +83,12 @@ def cell(condition: str, error: float, **changes: Any) -> list[Record]:
   worst = changes.get('chance', of_guessing(changes.get('dataset', 'MNIST')))
   return [
     record(
-      condition, min(error * (1 + i), worst), rate=rate, plan=plan, **changes
+      condition, min(error * (1 + i), worst), rate=rate, plan=plan,
+      **{'holdout': 5.0 + i, **changes},
     )
-    for plan in range(len(CONDITIONS[condition].batch_plans))
+    for plan in range(len(COLUMNS[condition].conditions))
     for i, rate in enumerate((1.0, 10.0, 0.1, 100.0, 0.01))
-  ]
+  ]  # fmt: skip
 
 
 def like_the_paper(
@@ -134,7 +99,7 @@ def like_the_paper(
   only: tuple[str, ...] | None = None,
   **changes: Any,
 ) -> list[Record]:
-  """The paper's own numbers as runs, perturbed; contents once each."""
+  """The paper's own numbers as runs, perturbed; each content once."""
   random_ = random.Random(0)
   records = {}
   for (dataset, name), error in paper.by_condition().items():
@@ -142,15 +107,25 @@ def like_the_paper(
       continue
     for seed in range(seeds):
       value = error * (1 + random_.uniform(-noise, noise))
-      chance = of_guessing(dataset)
+      value = min(value, of_guessing(dataset))
       for made in cell(
-        name,
-        min(value, chance),
-        dataset=dataset,
-        seed=seed,
-        honest=min(value * 1.05, chance),
-        train_images=SPECS[dataset].train,
-        **changes,
-      ):
+        name, value, dataset=dataset, seed=seed,
+        train_images=SPECS[dataset].train, **changes,
+      ):  # fmt: skip
         records.setdefault(made.run_id, made)
   return list(records.values())
+
+
+def write_live(folder: Path, records: list[Record]) -> Path:
+  """A live results folder of the records."""
+  for made in records:
+    path = folder / made.run_id
+    path.mkdir(parents=True)
+    (path / 'config.json').write_text(json.dumps(made.config))
+    lines = ''.join(json.dumps(line) + '\n' for line in made.metrics)
+    (path / 'metrics.jsonl').write_text(lines)
+    if made.environment is not None:
+      (path / 'environment.json').write_text(json.dumps(made.environment))
+    if made.result is not None:
+      (path / 'result.json').write_text(json.dumps(made.result))
+  return folder

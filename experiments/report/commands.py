@@ -1,0 +1,117 @@
+"""The commands that make runs again, from their configurations.
+
+On a CPU the bits of a run depend on how many cores it has, because sums are
+divided among them. So a command asks for as many as its runs had. FILE stands
+for a plugin: runs record its content, not its path.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from experiments.datasets.specs import SPECS
+from experiments.paper.conditions import find
+from experiments.paper.protocol import RATES, Protocol
+from experiments.report.frame import COLUMNS, Results, first_name, words
+
+
+def of_protocol(results: Results, protocol: str) -> list[str]:
+  """Commands that make all runs of a protocol, and no other rate or seed."""
+  runs = results.runs[results.runs.protocol == protocol]
+  runs = runs.explode('condition', ignore_index=True)
+  runs['condition'] = [first_name(str(name)) for name in runs.condition]
+  runs['processes'] = [_processes(about) for about in runs.environment]
+  runs = runs[[_runnable(name) for name in runs.condition]]
+  place = {name: at for at, name in enumerate(COLUMNS)}
+  runs = runs.sort_values(
+    ['dataset', 'condition'],
+    key=lambda names: (
+      [(place.get(n, len(place)), n) for n in names]
+      if names.name == 'condition'
+      else names
+    ),
+  )
+  keys = ['dataset', 'processes', 'condition', 'seed', 'rate']
+  table = runs[keys].drop_duplicates()
+  for column in (
+    'rate',
+    'seed',
+    'condition',
+  ):  # join rows that differ only in this
+    keys.remove(column)
+    others = [key for key in table.columns if key != column]
+    kind = tuple if column == 'condition' else _ordered
+    table = table.groupby(others, sort=False, as_index=False)[column].agg(kind)
+  fields = results.protocols[protocol]
+  return [
+    _command(fields, row.dataset, row.condition, row.rate, row.seed,
+             row.processes)
+    for row in table.itertuples()
+  ]  # fmt: skip
+
+
+def of_run(run: Any) -> str:
+  """The command for one run; '' if its condition has no name to ask for."""
+  name = first_name(str(run.condition[0]))
+  if not _runnable(name):
+    return ''
+  processes = _processes(run.environment)
+  return _command(
+    run.fields, run.dataset, [name], [run.rate], [run.seed], processes
+  )
+
+
+def _ordered(values: pd.Series) -> tuple[float, ...]:
+  return tuple(sorted(values))
+
+
+def _command(
+  fields: Mapping[str, Any],
+  dataset: str,
+  conditions: Iterable[str],
+  rates: Iterable[float],
+  seeds: Iterable[int],
+  processes: int,
+) -> str:
+  """`python -m experiments run` with what differs from its defaults."""
+  parts = ['--dataset', dataset, '--condition', *conditions]
+  rates = sorted(rates, reverse=True)
+  if rates != list(RATES):
+    parts += ['--rate', *(f'{rate:g}' for rate in rates)]
+  if (seeds := sorted(seeds)) != [0]:
+    parts += ['--seed', *map(str, seeds)]
+  for field in dataclasses.fields(Protocol):
+    value = fields[field.name]
+    option = field.name.replace('_', '-')
+    if isinstance(value, bool) and value != field.default:
+      parts.append(f'--{option}' if value else f'--no-{option}')
+    elif value != field.default:
+      parts += [f'--{option}', *words(value)]
+  if fields.get('plugin'):
+    parts += ['--plugin', 'FILE']
+  if network := fields.get('network'):
+    known = {spec.architecture for spec in SPECS.values()}
+    option = '--architecture' if network in known else '--network'
+    parts += [option, str(network)]
+  if processes > 1:
+    parts += ['--executor', 'processes', '--workers', str(processes)]
+  return 'python -m experiments run ' + shlex.join(parts)
+
+
+def _processes(environment: Iterable[tuple[str, str]]) -> int:
+  """Among how many processes the cores of the host were divided."""
+  about = dict(environment)
+  try:
+    return int(about['cores of the host']) // int(about['cores'])
+  except (KeyError, ValueError, ZeroDivisionError):
+    return 1
+
+
+def _runnable(name: str) -> bool:
+  try:
+    return find(name).name == name
+  except ValueError:
+    return False

@@ -1,0 +1,77 @@
+"""The committed studies are whole, and RESULTS.md is what they give."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+import experiments
+from experiments import report, studies
+from experiments.report import commands, frame
+from tests.report.records import write_live
+
+FOLDER = Path(experiments.__file__).parent
+FILES = sorted((FOLDER / 'results').glob('*.jsonl'))
+
+# Of names, results, epochs, configurations and environments of all runs, as the
+# program that trained them wrote them, in a folder for each run.
+COUNT = 1241
+DIGEST = '6ad9545a7fec40ba06e4d1347c91155b486964af021f9413f18eb226493e3be9'
+
+
+def test_every_run_is_there_with_its_name_its_result_and_every_number():
+  rows = [
+    json.dumps(
+      [made.run_id, made.result, made.metrics, made.config, made.environment],
+      sort_keys=True,
+    )
+    for file in FILES
+    for made in studies.load(file)
+  ]
+  assert len(rows) == COUNT
+  assert hashlib.sha256('\n'.join(sorted(rows)).encode()).hexdigest() == DIGEST
+
+
+@pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
+def test_folding_the_runs_again_gives_the_bytes_of_the_file(file, tmp_path):
+  records = studies.load(file)
+  again = tmp_path / file.name
+  studies.fold(write_live(tmp_path / 'live', records[::-1]), again)
+  assert again.read_bytes() == file.read_bytes()
+
+
+def test_every_file_has_a_study_whose_commands_make_its_runs():
+  found = {study.name: study for study in studies.studies()}
+  assert set(found) == {file.stem for file in FILES}
+  for file in FILES:
+    results = frame.read(studies.load(file))
+    made = [
+      command
+      for protocol in results.protocols
+      for command in commands.of_protocol(results, protocol)
+    ]
+    assert list(found[file.stem].commands) == made
+
+
+def test_the_report_is_that_of_the_committed_runs(tmp_path):
+  records = studies.load(FOLDER / 'results')
+  made = report.write_report(records, tmp_path, markdown_only=True)
+  text = (tmp_path / 'RESULTS.md').read_bytes()
+  assert text == (FOLDER / 'RESULTS.md').read_bytes()
+  assert len(text.splitlines()) <= 250
+  plots = {path.name for path in made if path.parent.name == 'plots'}
+  assert plots == {path.name for path in (FOLDER / 'plots').iterdir()}
+
+
+def test_the_guide_has_the_committed_numbers_of_other_settings():
+  """Its tables have the numbers of RESULTS.md."""
+  guide = (FOLDER / 'docs' / 'choices.md').read_text()
+  results = (FOLDER / 'RESULTS.md').read_text().split('## Other settings')[1]
+  rows = [
+    line.split(' | ', 1)[1]
+    for line in results.split('## ')[0].splitlines()
+    if line.startswith('| ') and '---' not in line
+  ]
+  assert len(rows) == 15
+  assert all(row in guide for row in rows)
