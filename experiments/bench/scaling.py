@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from experiments.datasets import SPECS
+from experiments.paper import results
 from experiments.paper.conditions import COLUMNS, Condition
 from experiments.paper.protocol import Data, Protocol, Run, runs_of, unique
 from experiments.runs import launch, processes, store
@@ -160,7 +161,6 @@ def read_and_report(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
   Args:
     sizes: numbers of runs.
   """
-  machine.start_jax()
   print('  runs     load   tables   report')
   with tempfile.TemporaryDirectory() as folder:
     made_up, made = _made_up_runs(), 0
@@ -203,8 +203,6 @@ def _made_up_runs() -> Iterator[Run]:
 
 
 def _write(folder: store.RunFolder) -> None:
-  from experiments.training import loop
-
   chance = random.Random(folder.run.run_id)
   best = chance.uniform(1, 80)
   parts = itertools.product(('train', 'test', 'holdout'), ('loss', 'error'))
@@ -216,5 +214,5 @@ def _write(folder: store.RunFolder) -> None:
     scores = {name: scale * chance.random() for name in names}
     folder.append({'epoch': epoch, 'finite': True, 'seconds': 1.5} | scores)
   spec, lines = SPECS[folder.run.dataset.name], folder.metrics()
-  result = loop.result(lines, classes=spec.classes, train_images=spec.train)
+  result = results.result(lines, classes=spec.classes, train_images=spec.train)
   folder.finish(result, {})
