@@ -81,7 +81,7 @@ def compare_steps(
     results.append(output.summarize(workload, programs, times))
     print(output.details(results[-1]), end='\n\n', flush=True)
     figure = output.steps_figure(results)
-    markdown = '\n\n'.join([output.LEGEND, *map(output.details, results)])
+    markdown = output.steps_markdown(results)
     written = output.write(out, 'bench', {'results': results}, markdown, figure)
   print(f'written:\n{written}')
 
