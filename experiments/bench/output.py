@@ -36,14 +36,7 @@ def summarize(
 ) -> dict[str, Any]:
   """What ``bench.json`` has of a network; of each name the fastest variant.
 
-  ``to`` has the medians of ratios to other programs in the same round,
-  ``peak_share`` those to the product's rate; ``memory_to_flax`` leaves stored
-  draws out.
-
-  Args:
-    workload: what was trained.
-    contenders: the programs, a product and plain Flax among them.
-    times: seconds, (rounds, contenders).
+  ``times`` are those of ``take_turns``; a product and plain Flax take part.
   """
   medians, fastest = np.median(times, 0), {}
   for at, contender in enumerate(contenders):
@@ -73,10 +66,9 @@ def summarize(
       'bytes': contender.bytes,
       'memory_to_flax': memory,
     })  # fmt: skip
-  setup = workload.setup
   return {
-    'architecture': setup.network,
-    'batch_norm': setup.condition.batch_norm,
+    'architecture': workload.setup.network,
+    'batch_norm': workload.setup.condition.batch_norm,
     'batch': workload.batch,
     'flops': workload.flops,
     'product_rate': float(np.median(product)),
