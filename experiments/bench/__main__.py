@@ -65,8 +65,9 @@ def compare_steps(
   for name in rule:
     from_name(name)
   _prepare(steps, out)
-  for message in in_torch.missing():
-    print(message)
+  for name in ('torch', 'biotorch'):
+    if in_torch.installed(name) is None:
+      print(f"{name} is not installed and left out: pip install -e '.[bench]'")
   # Compilation is measured, too.
   jax.config.update('jax_enable_compilation_cache', False)
   results, written = [], ''
@@ -81,7 +82,7 @@ def compare_steps(
     results.append(output.summarize(workload, programs, times))
     print(output.details(results[-1]), end='\n\n', flush=True)
     figure = output.steps_figure(results)
-    markdown = '\n\n'.join([output.LEGEND, *map(output.details, results)])
+    markdown = output.steps_markdown(results)
     written = output.write(out, 'bench', {'results': results}, markdown, figure)
   print(f'written:\n{written}')
 

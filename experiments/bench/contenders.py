@@ -40,23 +40,14 @@ Operation = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contender:
-  """A program that is measured.
-
-  Attributes:
-    name: in the tables.
-    step: makes one step and waits for its end.
-    variant: tells contenders of one name apart; the fastest of them counts.
-    compile_seconds: of tracing and compiling; None if nothing is compiled.
-    bytes: memory of a step at its peak; None if unknown.
-    draw_bytes: the part of ``bytes`` that stored random draws take.
-  """
+  """A program that is measured."""
 
   name: str
-  step: Callable[[], Any]
-  variant: str = ''
+  step: Callable[[], Any]  # makes one step and waits for its end
+  variant: str = ''  # of one name, the fastest variant counts
   compile_seconds: float | None = None
-  bytes: int | None = None
-  draw_bytes: int = 0
+  bytes: int | None = None  # memory of a step at its peak
+  draw_bytes: int = 0  # the part of it that stored random draws take
 
 
 def take_turns(
@@ -86,17 +77,11 @@ def take_turns(
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """The network, images and update of every contender.
+  """The network, images and update of every contender."""
 
-  Attributes:
-    setup: of plain backpropagation.
-    batch: examples in a mini-batch.
-    rate: learning rate. With 0 a step takes as long, and no weights diverge.
-  """
-
-  setup: Setup
-  batch: int
-  rate: float = 0.0
+  setup: Setup  # of plain backpropagation
+  batch: int  # examples in a mini-batch
+  rate: float = 0.0  # so a step takes as long, and no weights diverge
 
   @property
   def layers(self) -> models.Layers:
@@ -177,18 +162,15 @@ def in_jax(workload: Workload, rule: str | None) -> Contender:
   state = functions.initialize(jax.random.key(0))
   jitted: Any = functions.step
   began = time.perf_counter()
-  compiled = jitted.lower(
-    state, arrays, np.zeros(workload.batch, np.int32), rate
-  ).compile()
+  rows = np.zeros(workload.batch, np.int32)
+  compiled = jitted.lower(state, arrays, rows, rate).compile()
   compile_seconds = time.perf_counter() - began
   memory = compiled.memory_analysis()
 
   def step() -> Any:
     nonlocal state
-    state, _ = jax.block_until_ready(
-      compiled(state, arrays, next(indices), rate)
-    )
-    return state
+    state, _ = compiled(state, arrays, next(indices), rate)
+    return jax.block_until_ready(state)
 
   return Contender(
     name=rule or FLAX,

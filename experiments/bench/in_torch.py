@@ -31,15 +31,6 @@ def installed(name: str) -> Any:
     raise
 
 
-def missing() -> list[str]:
-  """A message for each of the two packages that is not installed."""
-  return [
-    f"{name} is not installed and takes no part: pip install -e '.[bench]'"
-    for name in (TORCH, 'biotorch')
-    if installed(name) is None
-  ]
-
-
 def contenders(workload: Workload) -> Iterator[Contender]:
   """Plain backpropagation and biotorch's modes, in each memory layout."""
   if (torch := installed(TORCH)) is None:

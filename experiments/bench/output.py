@@ -36,14 +36,7 @@ def summarize(
 ) -> dict[str, Any]:
   """What ``bench.json`` has of a network; of each name the fastest variant.
 
-  ``to`` has the medians of ratios to other programs in the same round,
-  ``peak_share`` those to the product's rate; ``memory_to_flax`` leaves stored
-  draws out.
-
-  Args:
-    workload: what was trained.
-    contenders: the programs, a product and plain Flax among them.
-    times: seconds, (rounds, contenders).
+  ``times`` are those of ``take_turns``; a product and plain Flax take part.
   """
   medians, fastest = np.median(times, 0), {}
   for at, contender in enumerate(contenders):
@@ -73,10 +66,9 @@ def summarize(
       'bytes': contender.bytes,
       'memory_to_flax': memory,
     })  # fmt: skip
-  setup = workload.setup
   return {
-    'architecture': setup.network,
-    'batch_norm': setup.condition.batch_norm,
+    'architecture': workload.setup.network,
+    'batch_norm': workload.setup.condition.batch_norm,
     'batch': workload.batch,
     'flops': workload.flops,
     'product_rate': float(np.median(product)),
@@ -91,6 +83,39 @@ def _rival(rule: str) -> str:
 
 def details(result: Result) -> str:
   """A line about a network, and a table of every program on it."""
+  return f'{_heading(result)}\n{table(_cells(result))}'
+
+
+def steps_markdown(results: Sequence[Result]) -> str:
+  """A line about each network, and a table of each quantity on all of them."""
+  cells = {_network(result): _cells(result) for result in results}
+  parts = [LEGEND, '\n'.join(f'- {_heading(result)}' for result in results)]
+  _, *quantities = _cells(results[0])[0]
+  for quantity in quantities:
+    rows = [
+      {quantity: network} | {row['program']: row[quantity] for row in rows}
+      for network, rows in cells.items()
+    ]
+    if any(any([*row.values()][1:]) for row in rows):
+      parts.append(table(rows))
+  return '\n\n'.join(parts)
+
+
+def _network(result: Result) -> str:
+  return result['architecture'] + ' + BN' * (result['batch_norm'] != 'none')
+
+
+def _heading(result: Result) -> str:
+  return (
+    f'{_network(result)}, batch {result["batch"]}: '
+    f'{result["flops"] / 1e9:.2f} GFLOP a step, matrix product '
+    f'{result["product_rate"] / 1e9:.0f} GFLOP/s, '
+    f'{len(result["rows"][0]["seconds"])} rounds'
+  )
+
+
+def _cells(result: Result) -> list[dict[str, str]]:
+  """What the tables have of every program."""
 
   def number(value: float | None, digits: int = 2) -> str:
     return '' if value is None else f'{value:.{digits}f}'
@@ -110,20 +135,16 @@ def details(result: Result) -> str:
       'MB': number(row['bytes'] and row['bytes'] / 1e6, 1),
       'memory / Flax': number(row['memory_to_flax']),
     })  # fmt: skip
-  norm = ' + BN' * (result['batch_norm'] != 'none')
-  return (
-    f'{result["architecture"]}{norm}, batch {result["batch"]}: '
-    f'{result["flops"] / 1e9:.2f} GFLOP a step, matrix product '
-    f'{result["product_rate"] / 1e9:.0f} GFLOP/s, '
-    f'{len(result["rows"][0]["seconds"])} rounds\n\n{table(rows)}'
-  )
+  return rows
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-  """A Markdown table, aligned so that it reads as text, too."""
+  """A Markdown table, aligned so that it reads as text; no empty columns."""
   lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-  widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
-  lines.insert(1, ['-' * width for width in widths])
+  columns = [each for each in zip(*lines, strict=True) if any(each[1:])]
+  widths = [max(3, *map(len, column)) for column in columns]
+  lines = [*zip(*columns, strict=True)]
+  lines.insert(1, tuple('-' * width for width in widths))
   return '\n'.join(
     f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines
   )

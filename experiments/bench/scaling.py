@@ -6,8 +6,6 @@ Nothing here imports JAX before it is set up.
 import itertools
 import os
 import random
-import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from experiments.datasets import SPECS
+from experiments.paper import results
 from experiments.paper.conditions import COLUMNS, Condition
 from experiments.paper.protocol import Data, Protocol, Run, runs_of, unique
 from experiments.runs import launch, processes, store
@@ -123,31 +122,27 @@ def grid(repeats: int = 3, epochs: int = 20) -> None:
   runs = selection.runs(Protocol(epochs=epochs))
   places = processes.places(2)
 
-  def seconds(workers: int) -> tuple[float, float]:
+  def timed(workers: int) -> tuple[float, float]:
     """Of the clock, and of the processors in the workers."""
     with tempfile.TemporaryDirectory() as folder, reporter(16) as listener:
       options = Options(Path(folder))
       launcher = processes.in_processes(options, places[:workers])
-      used, began = _processor_seconds(), time.perf_counter()
+      before, began = os.times(), time.perf_counter()
       launch.launch(runs, launcher, options, listener)
-      return time.perf_counter() - began, _processor_seconds() - used
+      seconds, after = time.perf_counter() - began, os.times()
+    return seconds, sum(after[2:4]) - sum(before[2:4])  # of child processes
 
-  seconds(1)  # fills the compilation cache
+  timed(1)  # fills the compilation cache
   ratios = []
   for _ in range(repeats):
-    (one, used_by_one), (two, used_by_two) = seconds(1), seconds(2)
+    (one, used_by_one), (two, used_by_two) = timed(1), timed(2)
     ratios.append(one / two)
     print(
       f'1 worker {one:.1f} s (processor {used_by_one:.1f} s), 2 workers '
       f'{two:.1f} s (processors {used_by_two:.1f} s): {ratios[-1]:.2f}',
       flush=True,
     )
-  print(f'{len(runs)} runs, median speed-up {statistics.median(ratios):.2f}')
-
-
-def _processor_seconds() -> float:
-  usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-  return usage.ru_utime + usage.ru_stime
+  print(f'{len(runs)} runs, median speed-up {np.median(ratios):.2f}')
 
 
 def read_and_report(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
@@ -160,7 +155,6 @@ def read_and_report(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
   Args:
     sizes: numbers of runs.
   """
-  machine.start_jax()
   print('  runs     load   tables   report')
   with tempfile.TemporaryDirectory() as folder:
     made_up, made = _made_up_runs(), 0
@@ -203,8 +197,6 @@ def _made_up_runs() -> Iterator[Run]:
 
 
 def _write(folder: store.RunFolder) -> None:
-  from experiments.paper.results import result
-
   chance = random.Random(folder.run.run_id)
   best = chance.uniform(1, 80)
   parts = itertools.product(('train', 'test', 'holdout'), ('loss', 'error'))
@@ -216,5 +208,5 @@ def _write(folder: store.RunFolder) -> None:
     scores = {name: scale * chance.random() for name in names}
     folder.append({'epoch': epoch, 'finite': True, 'seconds': 1.5} | scores)
   spec, lines = SPECS[folder.run.dataset.name], folder.metrics()
-  found = result(lines, classes=spec.classes, train_images=spec.train)
-  folder.finish(found, {})
+  result = results.result(lines, classes=spec.classes, train_images=spec.train)
+  folder.finish(result, {})

@@ -204,6 +204,7 @@ def test_steps_without_torch(main, tmp_path):
   markdown = (tmp_path / 'bench.md').read_text()
   for text in (about['command'], 'timit + BN', f'| {rule["to"]["Flax"]:.2f} '):
     assert text in markdown
+  assert '/ torch' not in markdown
   assert (tmp_path / 'bench.svg').read_bytes().startswith(b'<?xml')
   assert (tmp_path / 'bench.png').exists()
 
