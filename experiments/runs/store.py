@@ -339,7 +339,14 @@ def _error(path: Path) -> str | None:
 
 
 def _refuse_link(path: Path) -> None:
-  if path.is_symlink():
+  try:
+    is_link = path.is_symlink()
+  except OSError as error:
+    raise StoreError(
+      f'{path} cannot be read: {error.strerror}. Choose another folder with '
+      '--results.'
+    ) from error
+  if is_link:
     raise StoreError(f'{path} is a link, which is not followed. Remove it.')
 
 

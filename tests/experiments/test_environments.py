@@ -1,0 +1,159 @@
+"""The program in the environments of the real world."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import experiments
+from experiments import cli
+from experiments.training import machine
+
+_ROOT = Path(experiments.__file__).parents[1]
+_RUN = (
+  'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
+  '--train-size', '200', '--results',
+)  # fmt: skip
+_NOBODY = (
+  'setpriv', '--reuid', '54321', '--regid', '54321', '--clear-groups',
+  '--inh-caps=-all', '--bounding-set=-all',
+)  # fmt: skip
+
+
+def _program(*arguments, cwd=_ROOT, prefix=(), **environment):
+  kept = {'PATH': os.environ['PATH'], 'PYTHONPATH': str(_ROOT)}
+  return subprocess.run(
+    [*prefix, sys.executable, '-m', 'experiments', *map(str, arguments)],
+    cwd=cwd,
+    env=kept | environment,
+    capture_output=True,
+    check=False,
+  )
+
+
+@pytest.mark.parametrize(
+  'environment',
+  [
+    {},  # no HOME
+    {'HOME': '/nonexistent'},
+    {'TERM': 'dumb', 'NO_COLOR': '1'},
+    {'COLUMNS': '40'},
+    {'COLUMNS': '200', 'FORCE_COLOR': '1'},
+    {'LC_ALL': 'C', 'PYTHONIOENCODING': 'ascii'},
+    {'PYTHONIOENCODING': 'cp1252'},
+  ],
+)
+def test_list_and_help(tmp_path, environment):
+  for arguments in (['list'], ['run', '--help']):
+    done = _program(*arguments, cwd=tmp_path, **environment)
+    assert done.returncode == 0
+    assert done.stderr == b''
+    assert len(done.stdout) > 1000
+    if arguments == ['run', '--help'] and 'COLUMNS' in environment:
+      text = re.sub('\x1b.*?m', '', done.stdout.decode())
+      boxes = [line for line in text.splitlines() if line[:1] in ('│', '╭')]
+      assert max(map(len, boxes)) <= int(environment['COLUMNS'])
+
+
+@pytest.mark.parametrize('who', ['somebody', 'nobody'])
+def test_a_run_and_its_report(who):
+  """In an ASCII world, and as a user without name, home or cache folder."""
+  prefix = _NOBODY if who == 'nobody' else ()
+  if prefix and (os.getuid() or not shutil.which('setpriv')):
+    pytest.skip('becoming another user needs the rights of root')
+  with tempfile.TemporaryDirectory() as parent:
+    folder = Path(parent) / 'r\u00e9sultats [x]'
+    folder.mkdir()
+    environment = {
+      'PYTHONIOENCODING': 'ascii',
+      'PYTHONDONTWRITEBYTECODE': '1',
+      'JAX_PLATFORMS': 'cpu',
+      'MPLCONFIGDIR': str(folder),
+    }
+    if prefix:
+      done = _program(*_RUN, folder, prefix=prefix, **environment)
+      assert done.returncode == 2
+      assert b'Permission denied. ' in done.stderr
+      assert b'--results' in done.stderr
+    for path in (folder, folder.parent):
+      os.chmod(path, 0o777)
+    done = _program(*_RUN, folder, prefix=prefix, **environment)
+    assert done.returncode == 0, done.stderr
+    assert rb'r\xe9sultats [x]' in done.stdout
+    assert b'Traceback' not in done.stderr
+    done = _program('report', folder, prefix=prefix, **environment)
+    assert done.returncode == 0, done.stderr
+    assert (folder / 'report' / 'report.html').stat().st_size > 1000
+
+
+def _options() -> set[str]:
+  """All options of all commands, of the benchmark too."""
+  found = {'--help'}
+  for module, commands in (
+    ('experiments', ('demo', 'run', 'plan', 'list', 'data', 'report', 'fold')),
+    ('experiments.bench', ('steps', 'scaling', 'grid', 'store')),
+  ):
+    for command in commands:
+      text = subprocess.run(
+        [sys.executable, '-m', module, command, '--help'],
+        cwd=_ROOT, capture_output=True, text=True, check=True,
+      ).stdout  # fmt: skip
+      found |= set(re.findall(r'--[a-z][a-z-]*', text))
+  return found
+
+
+def test_options_in_messages_and_guides_exist():
+  named = {
+    option
+    for kind in ('py', 'md', 'toml')
+    for path in (_ROOT / 'experiments').rglob(f'*.{kind}')
+    for option in re.findall(
+      r'(?<![\w-])--([a-z]{3,}(?:-[a-z]+)*)(?![\w])', path.read_text()
+    )
+  }
+  others = {'array', 'cpus-per-task', 'requeue', 'signal', 'xla'}
+  known = {option.removeprefix('--') for option in _options()}
+  assert named - known - others == set()
+
+
+_WORDS = st.one_of(
+  st.sampled_from(
+    [
+      '--table', '2', '--condition', 'SGD', 'uSF+BN', '--dataset', 'digits',
+      '--rate', '1', '--seed', '0', '--epochs', '--train-size', '200',
+      '--plugin', '--holdout', '0.5', '--initial-std', '0.01', '--network',
+      '--data-dir', '.', '--reduction', 'sum', '-1', 'nan', 'inf', '1e400',
+      '/', '', '--test-share', '--architecture', 'cifar',
+    ]
+  ),
+  st.text(max_size=8),
+)  # fmt: skip
+
+
+@hypothesis.settings(
+  max_examples=150, deadline=None, derandomize=True, database=None
+)
+@hypothesis.given(
+  command=st.sampled_from(['plan', 'data', 'report', 'claims', 'list', 'fold']),
+  words=st.lists(_WORDS, max_size=8),
+)
+def test_any_command_line_ends_without_a_traceback(command, words):
+  with (
+    mock.patch.object(sys, 'argv', ['experiments', command, *words]),
+    mock.patch.object(machine, 'start_jax'),
+    contextlib.redirect_stdout(io.StringIO()),
+    contextlib.redirect_stderr(io.StringIO()),
+    pytest.raises(SystemExit) as end,
+  ):
+    cli.main()
+  assert end.value.code in (0, 1, 2)
