@@ -249,6 +249,8 @@ def show_data(
   data_dir: Path | None = None,
   show_split: bool = False,
   grid: Path | None = None,
+  architecture: str | None = None,
+  test_share: float | None = None,
 ) -> int:
   """Prepares, checks or shows a dataset: data [prepare|check] NAME.
 
@@ -257,7 +259,10 @@ def show_data(
     data_dir: folder with NAME.npz files or image folders, and for prepared
       ones.
     show_split: print the chosen samples of each class.
-    grid: where `check` draws a grid of labelled pictures (PNG).
+    grid: where `check` draws a grid of labeled pictures (PNG).
+    architecture: network for a dataset of your own.
+    test_share: share of each class to test on, for a dataset of your own
+      without a test part.
   """
   from experiments import datasets
 
@@ -269,14 +274,16 @@ def show_data(
     )
   if action == ['prepare']:
     datasets.prepare(name, data_dir)
+  own = {'architecture': architecture, 'test_share': test_share}
   if action == ['check']:
-    _show_check(datasets.check(name, data_dir, grid=grid))
+    _show_check(datasets.check(name, data_dir, grid=grid, **own))
   elif show_split:
-    for line in datasets.show_split(name, data_dir):
+    for line in datasets.show_split(name, data_dir, **own):
       print(line)
   else:
-    status = datasets.status(name, data_dir)
-    print(f'{datasets.find(name).name}: {status.state}: {status.text}')
+    status = datasets.status(name, data_dir, **own)
+    spec = datasets.find(name, data_dir, **own)
+    print(f'{spec.name}: {status.state}: {status.text}')
   return 0
 
 
