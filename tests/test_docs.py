@@ -1,4 +1,4 @@
-"""The front page can not rot: its examples run, and it names what exists."""
+"""The front page cannot rot: its examples run, and it names what exists."""
 
 import doctest
 import re

@@ -108,7 +108,7 @@ class Table:
   name: str
   title: str
   columns: tuple[str, ...]
-  baseline: str = 'SGD'  # cells are coloured against this column
+  baseline: str = 'SGD'  # cells are colored against this column
 
 
 def _percentages(rule: str) -> tuple[str, ...]:

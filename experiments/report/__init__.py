@@ -74,7 +74,7 @@ def write_report(
 
   results = frame.read(records)
   judged = claims.judge(results)
-  found = (plots.story(results), plots.against_p(results))
+  found = (plots.overview(results), plots.against_p(results))
   overall = [picture for picture in found if picture]
   files = {'RESULTS.md': pages.markdown(results, judged, overall).encode()}
   pictures = {}

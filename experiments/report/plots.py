@@ -189,7 +189,7 @@ def _bests(results: Results, row: Row) -> dict[str, Selection]:
   }
 
 
-def story(results: Results) -> Picture | None:
+def overview(results: Results) -> Picture | None:
   """Error per condition, ours and the paper's, a panel per dataset.
 
   A dataset of several protocols is shown under the one that trains most.
@@ -205,7 +205,7 @@ def story(results: Results) -> Picture | None:
   if not rows:
     return None
   title = 'How much weight symmetry does backpropagation need?'
-  with style('story'):
+  with style('overview'):
     size = 4.0, 0.26 * len(shown) + 1
     figure, all_axes = panels(
       f'{title}\nBest test error by condition', len(rows), size
@@ -234,7 +234,7 @@ def story(results: Results) -> Picture | None:
       ("paper's", {'marker': 'D', 'ls': '', **_PAPER}),
       ('chance', _CHANCE),
     ])  # fmt: skip
-    return picture(figure, 'story', title, png=True)
+    return picture(figure, 'overview', title, png=True)
 
 
 def _legend(

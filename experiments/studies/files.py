@@ -218,7 +218,7 @@ def _read(path: Path) -> list[Record]:
     shared = [[*head[f'{name}s']] for name in _SHARED]
   except _BROKEN as error:
     raise StoreError(
-      f'{path} is not a study file of this version: its first line can not be '
+      f'{path} is not a study file of this version: its first line cannot be '
       f'read ({_words(error)}).'
     ) from error
   records = []

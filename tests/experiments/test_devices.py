@@ -102,7 +102,7 @@ def test_groups_have_their_own_statistics_on_any_number_of_devices():
   _assert_same_lines(lines, same)
   _, whole = _trained(_run('uSF+BN', epochs=1), 1)
   assert abs(lines[0]['train_loss'] - whole[0]['train_loss']) > 0.01
-  # Where nothing is normalised there is nothing to group.
+  # Where nothing is normalized there is nothing to group.
   _, grouped = _trained(_run('SGD', batch_norm_groups=4, epochs=1), 1)
   _, plain = _trained(_run('SGD', epochs=1), 1)
   assert grouped[0] | {'seconds': 0} == plain[0] | {'seconds': 0}

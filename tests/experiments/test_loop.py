@@ -72,7 +72,7 @@ def test_the_compiled_loop_gives_the_same_numbers(condition, rate, share):
 
 
 def _numpy_logits(x, variables):
-  """The network for TIMIT with batch normalisation, in float64."""
+  """The network for TIMIT with batch normalization, in float64."""
   params = jax.tree.map(lambda w: np.asarray(w, np.float64), variables)
   for layer in (0, 1):
     x = x @ params['params'][f'Dense_{layer}']['kernel']
@@ -92,7 +92,7 @@ def test_evaluation_uses_averaged_statistics_of_training_batches(monkeypatch):
   variables = functions.statistics(state['params'], placed.arrays, batches)
 
   # Moving averages (alpha 0.05) of means and standard deviations, over 20
-  # mini-batches, starting from nothing: weights 0.95^(19 - k), normalised.
+  # mini-batches, starting from nothing: weights 0.95^(19 - k), normalized.
   mean = data.x_train[placed.trained].mean(0, dtype=np.float64)
   W = np.asarray(state['params']['Dense_0']['kernel'], np.float64)
   outputs = [(data.x_train[rows] - mean) @ W for rows in batches]

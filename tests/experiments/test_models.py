@@ -111,7 +111,7 @@ def test_shapes_and_parameter_counts(name, batch_norm):
   )
   assert logits.shape == (3, classes)
   leaves = jax.tree.leaves(variables['params'])
-  # In front of batch normalisation there is no bias; affine ones have two.
+  # In front of batch normalization there is no bias; affine ones have two.
   per_hidden_unit = {'none': 1, 'plain': 0, 'affine': 2}[batch_norm]
   assert sum(math.prod(leaf.shape) for leaf in leaves) == (
     counted['weights']
@@ -274,7 +274,7 @@ def test_batch_norm_comes_before_the_rectifier_and_not_last():
   ]  # fmt: skip
   # 500 rectified units of standard normal inputs: mean square 1 / 2 each, so
   # logits of weights N(0, 0.01^2) have a variance of 500 / 2 * 0.01^2. If the
-  # rectifier came first, it would be twice that; normalised logits have 1.
+  # rectifier came first, it would be twice that; normalized logits have 1.
   variance = float(jnp.square(logits).mean())
   assert 0.7 < variance / (250 * 0.01**2) < 1.4
 

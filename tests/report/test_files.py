@@ -78,7 +78,7 @@ def test_markdown_alone_is_that_of_the_whole_report(folder, tmp_path):
   shown = set(re.findall(r'\]\((plots/[^)]*)\)',
                          (tmp_path / 'RESULTS.md').read_text()))  # fmt: skip
   assert names == {'RESULTS.md'} | shown
-  assert shown == {'plots/story.png', 'plots/error-against-p.svg'}
+  assert shown == {'plots/overview.png', 'plots/error-against-p.svg'}
   for name in names:
     assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
@@ -212,7 +212,7 @@ def drawn(monkeypatch, records):
 
   monkeypatch.setattr(plots, 'picture', seen)
   results = frame.read(records)
-  plots.story(results)
+  plots.overview(results)
   plots.against_p(results)
   return found
 
@@ -222,7 +222,7 @@ def drawn(monkeypatch, records):
 )
 def test_legends_are_whole_and_cover_nothing(datasets, monkeypatch):
   figures = drawn(monkeypatch, like_the_paper(datasets))
-  assert set(figures) == {'story', 'error-against-p'}
+  assert set(figures) == {'overview', 'error-against-p'}
   for name, figure in figures.items():
     (legend,) = figure.legends
     box, page = legend.get_window_extent(), figure.bbox
@@ -234,14 +234,14 @@ def test_legends_are_whole_and_cover_nothing(datasets, monkeypatch):
           assert part.get_window_extent().y0 >= box.y1, (name, part)
 
 
-def test_the_story_shows_a_dataset_once_as_it_was_trained_most(monkeypatch):
+def test_the_overview_shows_a_dataset_once_as_it_was_trained_most(monkeypatch):
   figures = drawn(monkeypatch, [
     *like_the_paper(('MNIST', 'CIFAR'), train_size=500),
     *like_the_paper(('MNIST',), epochs=3),
     *like_the_paper(('MNIST',), epochs=5, only=('SGD', 'uSF')),
     *like_the_paper(('MNIST',), epochs=9, weight_decay=0.0),
   ])  # fmt: skip
-  assert [axes.get_title('left') for axes in figures['story'].axes] == [
+  assert [axes.get_title('left') for axes in figures['overview'].axes] == [
     'MNIST\n3 epochs',
     'CIFAR\n4 epochs, 500 images',
   ]
