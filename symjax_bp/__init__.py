@@ -71,7 +71,13 @@ from symjax_bp.feedback import (
   usf,
   weight_mirror,
 )
-from symjax_bp.transform import FeedbackError, FeedbackFunction, redraw
+from symjax_bp.transform import (
+  FeedbackError,
+  FeedbackFunction,
+  combine,
+  partition,
+  redraw,
+)
 
 if typing.TYPE_CHECKING:
   import flax.linen
@@ -87,6 +93,7 @@ __all__ = [
   'FeedbackRule',
   'batch_norm',
   'brsf',
+  'combine',
   'direct',
   'feedback',
   'from_name',
@@ -101,6 +108,7 @@ __all__ = [
   'nnx',
   'nusf',
   'optim',
+  'partition',
   'primitives',
   'product_feedback',
   'redraw',

@@ -30,7 +30,12 @@ import jax.numpy as jnp
 from symjax_bp.feedback import symmetric
 from symjax_bp.kinds import Trait
 from symjax_bp.primitives import Product
-from symjax_bp.transform import FeedbackFunction, Rules, fold_path
+from symjax_bp.transform import (
+  FeedbackFunction,
+  Rules,
+  fold_path,
+  undifferentiated,
+)
 
 __all__ = ['DirectFunction', 'with_direct_feedback']
 
@@ -176,6 +181,9 @@ class DirectFunction:
       return dreals, None, dfeedback, None
 
     call.defvjp(forward, backward)
+    if not self.learns:
+      guard = functools.partial(undifferentiated, 'the feedback matrix B')
+      feedback = jax.tree.map(guard, feedback)
     reals, others = ([leaves[i] for i in each] for each in (real, other))
     return call(reals, others, feedback, targets)
 

@@ -10,8 +10,8 @@ What rules keep is held in variables of type ``Feedback``, in the attribute
 ``feedback`` of each module with weights. They are no ``nnx.Param``, and no
 filter for kernels matches their paths: ``nnx.grad`` and
 ``nnx.Optimizer(..., nnx.Param)`` leave them alone; ``nnx.split``, ``nnx.state``
-and checkpoints carry them. To learn feedback (Kolen-Pollack) use
-``nnx.Any(nnx.Param, Feedback)``. A filter for a whole module, such as
+and checkpoints carry them. What learns (Kolen-Pollack) is a
+``LearnedFeedback``: train ``nnx.Any(nnx.Param, LearnedFeedback)``. A filter for a whole module, such as
 ``nnx.PathContains('layers')``, matches all its variables, feedback too: combine
 it with ``nnx.Param``.
 
@@ -54,6 +54,7 @@ __all__ = [
   'BatchNorm',
   'Conv',
   'Feedback',
+  'LearnedFeedback',
   'Linear',
   'LinearGeneral',
   'feedback_table',
@@ -72,6 +73,11 @@ Model = TypeVar('Model', bound=nnx.Module)
 @nnx.register_variable_name('Feedback')
 class Feedback(nnx.Variable):
   """What a rule keeps for a weight; not a parameter."""
+
+
+@nnx.register_variable_name('LearnedFeedback')
+class LearnedFeedback(Feedback):
+  """Feedback that learns, for an optimizer."""
 
 
 class _Store(nnx.Pytree):
@@ -474,8 +480,12 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
       'rngs=nnx.Rngs(...), for instance nnx.Rngs(feedback=0).'
     )
   state = {rule.state_name: rule.init(fold_path(key, path), W)}
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {transform.path_of(at): Feedback(x, ref=False) for at, x in leaves}
+  variables = {}
+  for keys, x in jax.tree_util.tree_leaves_with_path(state):
+    name = transform.path_of(keys)
+    kind = LearnedFeedback if transform.is_learned(name) else Feedback
+    variables[name] = kind(x, ref=False)
+  return variables
 
 
 def _remove(module: Any) -> None:

@@ -140,14 +140,13 @@ def assert_feedback_matches_params(
 def _check_feedback(model: Any, wrt: Any, params, feedback, rows) -> None:
   params, stored = _by_path(params), {}
   rules = {row.path: row.rule for row in rows if row.rule}
-  trained, learned = params, set()
+  trained = params
   if isinstance(model, nnx.Module):
     trained = _by_path(nnx.state(model, wrt))
-    learned = {each.state_name for each in rules.values() if each.learning}
   problems = [
     f'{path}: feedback is among the trained variables'
     for path in trained
-    if (found := _STATE.search(path)) and found[1] not in learned
+    if _STATE.search(path) and not transform.is_learned(path)
   ]
   for name, leaf in _by_path(feedback).items():
     name = _STATE.sub(r':\1', name)

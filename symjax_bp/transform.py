@@ -10,6 +10,7 @@ they are; a product of a weight and data becomes
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from symjax_bp import kinds
 from symjax_bp.feedback import FeedbackRule
@@ -31,7 +33,9 @@ __all__ = [
   'FeedbackFunction',
   'Row',
   'Rules',
+  'combine',
   'format_table',
+  'partition',
   'redraw',
   'with_feedback',
 ]
@@ -149,6 +153,84 @@ def _check_state(path: str, rule: FeedbackRule, stored: Any) -> Any:
     f'the feedback of {path!r} was made by {" and ".join(stored)}, but its '
     f'rule is {rule!r}: make the feedback anew with init.'
   )
+
+
+# Rules are called 'kolen_pollack()', so no parameter has such a path.
+_LEARNED = re.compile(r'\)/learned(?:/|$)')
+
+
+def is_learned(path: str) -> bool:
+  """Whether an array of a state learns, by its path."""
+  return _LEARNED.search(path) is not None
+
+
+def partition(feedback: Any) -> tuple[Any, Any]:
+  """Splits feedback into what learns, for an optimizer, and what is fixed.
+
+  Weight decay would shrink what no gradient moves, so it is an error to
+  differentiate fixed feedback. Where rules of both kinds, or product feedback,
+  are in a model, hand the learned part to the optimizer:
+
+  >>> import symjax_bp
+  >>> f = symjax_bp.with_feedback(
+  ...   lambda W, x: jnp.tanh(x @ W['a']) @ W['b'],
+  ...   {'a': symjax_bp.rndf(), 'b': symjax_bp.kolen_pollack()},
+  ... )
+  >>> W, x = {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))}, jnp.ones((1, 3))
+  >>> learned, fixed = partition(f.init(jax.random.key(0), W))
+  >>> jax.tree.map(jnp.shape, learned)
+  {'a': {'rndf()': None}, 'b': {'kolen_pollack()': {'learned': (4, 2)}}}
+  >>> def loss(W, learned):
+  ...   return f(W, combine(learned, fixed), x).sum()
+  >>> dW, dR = jax.grad(loss, (0, 1))(W, learned)
+
+  Args:
+    feedback: what ``init`` returned, or a collection ``feedback`` of Linen.
+
+  Returns:
+    Two trees like ``feedback``, each with None in the place of the other's
+    arrays; ``combine`` puts them together.
+  """
+  return tuple(
+    jax.tree_util.tree_map_with_path(
+      lambda keys, x, part=part: (
+        x if is_learned(path_of(keys)) is part else None
+      ),
+      feedback,
+    )
+    for part in (True, False)
+  )
+
+
+def combine(learned: Any, fixed: Any) -> Any:
+  """Puts together what ``partition`` split."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a,
+    learned,
+    fixed,
+    is_leaf=lambda x: x is None,
+  )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def undifferentiated(what: str, x: Any) -> Any:
+  """The identity on fixed feedback, whose derivative is an error."""
+  del what
+  return x
+
+
+def _refuse(what, primals, tangents):
+  if isinstance(tangents[0], SymbolicZero):
+    return primals[0], tangents[0]
+  raise FeedbackError(
+    f'{what} is differentiated, but no loss trains it: weight decay would '
+    'shrink it. Differentiate and optimize what learns alone: learned, fixed = '
+    'symjax_bp.partition(feedback); for NNX the variables of type '
+    'symjax_bp.nnx.LearnedFeedback.'
+  )
+
+
+undifferentiated.defjvp(_refuse, symbolic_zeros=True)
 
 
 def redraw(feedback: Any, step: Any) -> Any:
@@ -664,8 +746,10 @@ class FeedbackFunction:
       **kwargs: further arguments to call the function with.
 
     Returns:
-      A tree like ``feedback``, to be given to an optimizer.
+      A tree like the learned part of ``feedback``, see ``partition``, to be
+      given to an optimizer.
     """
+    learned, fixed = partition(feedback)
 
     def multiply(op, xs, weight, step):
       rule = rules[weight.kind.rule]
@@ -674,23 +758,19 @@ class FeedbackFunction:
       extra = jax.random.key_data(noise)
       return asymmetric(op, xs, weight.x, V, _mirror, extra)
 
-    def total(feedback):
-      outputs = self.evaluate(
-        params, self.states(params, feedback), args, kwargs, multiply
-      )
+    def total(learned):
+      states = self.states(params, combine(learned, fixed))
+      outputs = self.evaluate(params, states, args, kwargs, multiply)
       leaves = filter(_is_array, jax.tree.leaves(outputs))
       return sum(jnp.sum(y.astype(jnp.float32)) for y in leaves)
 
     traced = self._trace(params, None, args, kwargs)
     rules = traced.rules
-    gradient = jax.grad(total, allow_int=True)(feedback)
-
-    def decayed(g, R):
-      if not jnp.issubdtype(R.dtype, jnp.floating):
-        return g
-      return g + jnp.asarray(decay, R.dtype) * R
-
-    return jax.tree.map(decayed, gradient, feedback)
+    return jax.tree.map(
+      lambda g, R: g + jnp.asarray(decay, R.dtype) * R,
+      jax.grad(total)(learned),
+      learned,
+    )
 
   def rows(self, params: Any, *args, **kwargs) -> list[Row]:
     """How each weight is used, in the order of use; biases are left out."""
@@ -892,7 +972,7 @@ class FeedbackFunction:
     has_R = rule.keeps_state and (states is None or path in states)
     if has_R and states is not None:
       W = jnp.asarray(leaf)
-      R = rule.expand(W, states[path])
+      R = rule.expand(W, self._guarded(path, rule, states[path]))
       shape = None if R is None else R.shape
       if shape != W.shape:
         raise FeedbackError(
@@ -901,6 +981,16 @@ class FeedbackFunction:
         )
     kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
     return Value(leaf, R, kind)
+
+  def _guarded(self, path: str, rule: FeedbackRule, state: Any) -> Any:
+    """A state of which only what learns can be differentiated."""
+    what = f'the feedback of {self.prefix + path!r}, which {rule!r} keeps,'
+
+    def guard(keys, x):
+      inside = f'{rule.state_name}/{path_of(keys)}'
+      return x if is_learned(inside) else undifferentiated(what, x)
+
+    return jax.tree_util.tree_map_with_path(guard, state)
 
 
 def _mirror(op, xs, W, V, g, dW, extra):
