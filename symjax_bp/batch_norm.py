@@ -18,6 +18,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jax.core import Tracer
 
+from symjax_bp.transform import separate
+
 __all__ = ['BatchNorm', 'NNXBatchNorm', 'calibrate', 'calibrate_nnx']
 
 # The statistics before the first mini-batch.
@@ -269,8 +271,8 @@ def calibrate(
   statistics = _restart(variables.get('batch_stats', {}))
   for index, inputs in enumerate(_take(batches, num_batches)):
     variables = {**variables, 'batch_stats': statistics}
-    arguments = _partition((inputs, apply_kwargs))
-    statistics = _observe(model, variables, rngs, index, *arguments)
+    arrays, rebuilt = separate((inputs, apply_kwargs), _is_array)
+    statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
   _check_observed(statistics)
   return {**variables, 'batch_stats': statistics}
 
@@ -299,16 +301,20 @@ def calibrate_nnx(
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   nnx.update(trained, _restart(statistics))
   for inputs in _take(batches, num_batches):
-    _observe_nnx(trained, *_partition(inputs))
+    _observe_nnx(trained, *separate(inputs, _is_array))
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   _check_observed(statistics)
   nnx.update(model, statistics)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'static', 'treedef'))
-def _observe(model, variables, rngs, index, traced, static, treedef):
+def _is_array(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype')
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'rebuilt'))
+def _observe(model, variables, rngs, index, arrays, rebuilt):
   """Runs one mini-batch forward and returns the new batch_stats."""
-  inputs, kwargs = _combine(traced, static, treedef)
+  inputs, kwargs = rebuilt(arrays)
   rngs = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
   _, updated = model.apply(
     variables, *inputs, **kwargs, rngs=rngs, mutable=['batch_stats']
@@ -316,23 +322,10 @@ def _observe(model, variables, rngs, index, traced, static, treedef):
   return updated['batch_stats']
 
 
-@functools.partial(nnx.jit, static_argnames=('static', 'treedef'))
-def _observe_nnx(model, traced, static, treedef):
+@functools.partial(nnx.jit, static_argnames='rebuilt')
+def _observe_nnx(model, arrays, rebuilt):
   """Runs one mini-batch forward, which updates the model's statistics."""
-  model(*_combine(traced, static, treedef))
-
-
-def _partition(arguments: Any) -> tuple[list, tuple, Any]:
-  """Splits arguments into arrays, which a jit traces, and static values."""
-  leaves, treedef = jax.tree.flatten(arguments)
-  traced = [leaf if hasattr(leaf, 'dtype') else None for leaf in leaves]
-  static = (None if hasattr(leaf, 'dtype') else leaf for leaf in leaves)
-  return traced, tuple(static), treedef
-
-
-def _combine(traced: list, static: tuple, treedef: Any) -> Any:
-  leaves = map(lambda a, b: b if a is None else a, traced, static)
-  return treedef.unflatten(leaves)
+  model(*rebuilt(arrays))
 
 
 def _take(batches: Iterable[Any], num_batches: int) -> Iterator[tuple]:

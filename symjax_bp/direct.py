@@ -31,9 +31,11 @@ from symjax_bp.feedback import symmetric
 from symjax_bp.kinds import Trait
 from symjax_bp.primitives import Product
 from symjax_bp.transform import (
+  Call,
   FeedbackFunction,
   Rules,
   fold_path,
+  separate,
   undifferentiated,
 )
 
@@ -140,25 +142,17 @@ class DirectFunction:
         f'{self.error!r} and targets {"are not" if targets is None else "are"} '
         'given.'
       )
-    leaves, tree = jax.tree.flatten((params, args, kwargs))
-    real = [i for i, leaf in enumerate(leaves) if _is_real(leaf)]
+    arrays, rebuilt = separate(
+      (params, args, kwargs), lambda leaf: hasattr(leaf, 'dtype')
+    )
     # Integers and keys have no gradient, and must not be closed over.
-    other = [
-      i
-      for i, leaf in enumerate(leaves)
-      if hasattr(leaf, 'dtype') and i not in real
-    ]
-
-    def rebuilt(reals, others):
-      full = dict(enumerate(leaves))
-      full |= dict(zip(real, reals, strict=True))
-      full |= dict(zip(other, others, strict=True))
-      return jax.tree.unflatten(tree, full.values())
+    reals = {i: x for i, x in arrays.items() if _is_real(x)}
+    others = {i: x for i, x in arrays.items() if i not in reals}
 
     @jax.custom_vjp
     def call(reals, others, feedback, targets):
       del feedback, targets
-      params, args, kwargs = rebuilt(reals, others)
+      params, args, kwargs = rebuilt({**reals, **others})
       return self.plain.function(params, *args, **kwargs)
 
     def forward(*operands):
@@ -173,7 +167,7 @@ class DirectFunction:
           B = self._matrix(feedback, path, h)
           return apply(_inject(self.learns, h, B, direct.astype(B.dtype)))
 
-        params, args, kwargs = rebuilt(reals, others)
+        params, args, kwargs = rebuilt({**reals, **others})
         return self._evaluate(params, args, kwargs, inject)
 
       _, pullback = jax.vjp(injected, reals, feedback)
@@ -184,7 +178,6 @@ class DirectFunction:
     if not self.learns:
       guard = functools.partial(undifferentiated, 'the feedback matrix B')
       feedback = jax.tree.map(guard, feedback)
-    reals, others = ([leaves[i] for i in each] for each in (real, other))
     return call(reals, others, feedback, targets)
 
   def _matrix(self, feedback: dict, path: str, h: jax.Array) -> jax.Array:
@@ -215,7 +208,8 @@ class DirectFunction:
 
       return visit(path, jnp.moveaxis(xs[0], axis, 0), apply)
 
-    return self.plain.evaluate(params, {}, args, kwargs, multiply)
+    call = Call(self.plain, params, args, kwargs).plan({})
+    return call.evaluate(multiply)
 
 
 def _batch_axis(op: Product, ndim: int) -> int | None:
@@ -255,7 +249,7 @@ _inject.defvjp(_inject_forward, _inject_backward)
 
 
 def _is_real(leaf: Any) -> bool:
-  return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.inexact)
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def with_direct_feedback(

@@ -9,9 +9,9 @@ A rule knows no layer and no product. It takes and returns arrays, in two steps:
   V     = rule.weights(W, R, fan)  where W meets data in a product
 
 R travels with W through reshapes, transposes, slices and so on, so ``weights``
-sees both as the product does: ``fan`` has the sizes of that very product. Arrays
-of a state that learn are under its key ``'learned'``; no optimizer may see the
-others, see ``symjax_bp.partition``.
+sees both as the product does: ``fan`` has the sizes of that very product.
+What learns in a state is under its key ``'learned'``; no optimizer may see the
+rest, see ``symjax_bp.partition``.
 
 Rules of Liao, Leibo and Poggio (2016, section 2); ``S_p`` is -1 with
 probability ``p_flip`` and 1 otherwise, for each weight on its own:

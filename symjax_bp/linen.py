@@ -32,12 +32,14 @@ from flax.core.scope import LazyRng
 from symjax_bp import metrics
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.transform import (
+  Call,
   FeedbackFunction,
   Row,
   Rules,
   by_path,
   format_table,
   recorded,
+  separate,
   with_others,
 )
 
@@ -107,7 +109,8 @@ def _call(
       return y, repack(inner)
 
     f = FeedbackFunction(function, rules, row_convolution, prefix)
-    params, call = variables.get('params', {}), (rest, rngs, args, kwargs)
+    params = variables.get('params', {})
+    call = Call(f, params, (rest, rngs, args, kwargs), {})
     if initializing:
       key: Any = _key(scope, 'params')
       states = f.init_states(key, params, call)
@@ -117,11 +120,12 @@ def _call(
     stored |= _made_now(scope, f, params, stored, call)
     states = f.check_states(stored)
     _check_unmapped(scope, states)
+    call.plan(states)
     if scope.is_mutable_collection('feedback_weights'):
-      fans = {row.path: row.fan for row in f.rows(params, *call) if row.rule}
+      fans = {row.path: row.fan for row in call.rows() if row.rule}
       V = f.weights_by_path(params, states, fans)
       _put(scope, 'feedback_weights', V)
-    return f.evaluate(params, states, call, {})
+    return call.evaluate()
 
   result_or_states = lift.pack(
     interpret, (True,), (True,), (True,), name='feedback', enable_kwargs=True
@@ -500,12 +504,10 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
   Returns:
     A row for each parameter that is no bias or scale.
   """
-  leaves, tree = jax.tree.flatten((args, kwargs))
-  arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, 'dtype')}
+  arrays, rebuilt = separate((args, kwargs), lambda x: hasattr(x, 'dtype'))
 
   def init(key, arrays):
-    full = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-    args, kwargs = jax.tree.unflatten(tree, full)
+    args, kwargs = rebuilt(arrays)
     method = _retraced(kwargs.pop('method', None))
     return model.init(key, *args, method=method, **kwargs)
 

@@ -11,9 +11,9 @@ What rules keep is held in variables of type ``Feedback``, in the attribute
 filter for kernels matches their paths: ``nnx.grad`` and
 ``nnx.Optimizer(..., nnx.Param)`` leave them alone; ``nnx.split``, ``nnx.state``
 and checkpoints carry them. What learns (Kolen-Pollack) is a
-``LearnedFeedback``: train ``nnx.Any(nnx.Param, LearnedFeedback)``. A filter for a whole module, such as
-``nnx.PathContains('layers')``, matches all its variables, feedback too: combine
-it with ``nnx.Param``.
+``LearnedFeedback``: train ``nnx.Any(nnx.Param, LearnedFeedback)``. A filter for
+a whole module, such as ``nnx.PathContains('layers')``, matches all its
+variables, feedback too: combine it with ``nnx.Param``.
 
 Methods are traced, as by ``jax.jit``: the values of arrays are not known to
 Python in them. ``Net.method(model, ...)`` calls one as it is written.
@@ -40,6 +40,8 @@ from symjax_bp import metrics, transform
 from symjax_bp.batch_norm import NNXBatchNorm as BatchNorm
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.transform import (
+  Call,
+  FeedbackError,
   FeedbackFunction,
   Row,
   Rules,
@@ -47,6 +49,7 @@ from symjax_bp.transform import (
   format_table,
   is_weight,
   recorded,
+  separate,
   with_others,
 )
 
@@ -199,7 +202,14 @@ def _feedback(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
           at, kept = key.split(':', 1)
           where = named[int(at)][0], *kept.split('/')
           states[where] = variable.get_value()
-  return rules, nnx.traversals.unflatten_mapping(states)
+  states = nnx.traversals.unflatten_mapping(states)
+  for path, each in states.items():
+    if len(each) > 1:  # nnx.update adds what it does not find.
+      raise FeedbackError(
+        f'{path!r} has feedback of {" and ".join(each)}: the state of a model '
+        'with other rules was put into this one.'
+      )
+  return rules, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,11 +240,12 @@ class _Opened:
   """
 
   def __init__(self, model: Any, args: Any, kwargs: Any):
-    self._leaves, self._tree = jax.tree.flatten(
-      (model, args, kwargs), is_leaf=_is_object
+    parts, self._static = separate(
+      (model, args, kwargs),
+      lambda x: _is_object(x) or isinstance(x, (jax.Array, np.ndarray)),
+      is_leaf=_is_object,
     )
-    leaves = dict(enumerate(self._leaves))
-    self.nodes = {i: x for i, x in leaves.items() if _is_object(x)}
+    self.nodes = {i: x for i, x in parts.items() if _is_object(x)}
 
     def is_parameter(path, x):
       return path[0] == 0 and (
@@ -253,8 +264,7 @@ class _Opened:
       for path, (each, _) in zip(self._paths, found, strict=True)
       if value not in each
     ]
-    kinds = (jax.Array, np.ndarray)
-    arrays = {i: x for i, x in leaves.items() if isinstance(x, kinds)}
+    arrays = {i: x for i, x in parts.items() if i not in self.nodes}
     self.others = rest, arrays
 
   def copy(self, params: Any, others: Any) -> tuple[Any, Any, Any, Any]:
@@ -263,8 +273,7 @@ class _Opened:
     values = [params[path] for path in self._paths]
     state = jax.tree.unflatten(self._params, values)
     nodes = nnx.merge(self._graph, state, self._feedback, rest, copy=True)
-    leaves = {**dict(enumerate(self._leaves)), **nodes, **arrays}
-    return nodes, *jax.tree.unflatten(self._tree, leaves.values())
+    return nodes, *self._static({**nodes, **arrays})
 
 
 def _content(x: Any) -> tuple[list[Any], Any]:
@@ -373,7 +382,7 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   prefix, _ = vars(model).get(_PREFIX, ('', None))
   f = FeedbackFunction(traced, _Known((), by_path=rules), prefix=prefix)
   states = f.check_states(states)
-  arrays = f.evaluate(opened.params, states, (opened.others,), {})
+  arrays = Call(f, opened.params, (opened.others,), {}).plan(states).evaluate()
   changes, is_stream = calls
   y = changes.carry_out(arrays)
   return iter(y) if is_stream else y

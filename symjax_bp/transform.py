@@ -531,11 +531,6 @@ def recorded() -> Iterator[list['Row']]:
     _RECORD.reset(token)
 
 
-def current_record() -> list['Row'] | None:
-  """The list that ``recorded`` fills at the moment, if any."""
-  return _RECORD.get()
-
-
 class Row(NamedTuple):
   """One parameter in the table of a function.
 
@@ -585,28 +580,222 @@ def format_table(rows: Sequence[Row]) -> str:
   return '\n'.join(lines)
 
 
-def _is_array(leaf: Any) -> bool:
-  return isinstance(
-    leaf, (jax.Array, np.ndarray, np.generic, float, complex)
-  ) and not isinstance(leaf, bool)
-
-
-class _Traced(NamedTuple):
-  """A traced call.
+@dataclasses.dataclass(frozen=True)
+class Static:
+  """A tree without some of its leaves; hashable if the others are.
 
   Attributes:
-    plan: what to evaluate.
-    log: problems and uses.
-    values: the arguments that are arrays.
-    rules: by their numbers in kinds.
-    finish: makes the result of the function from its arrays.
+    leaves: its leaves in order, None in the place of those left out.
+    tree: its structure.
   """
 
-  plan: Plan
+  leaves: tuple[Any, ...]
+  tree: Any
+
+  def __call__(self, parts: Mapping[int, Any]) -> Any:
+    """The tree with leaves for those left out, by position."""
+    leaves = [parts.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+    return jax.tree.unflatten(self.tree, leaves)
+
+
+def separate(
+  tree: Any, take: Callable[[Any], bool], is_leaf: Any = None
+) -> tuple[dict[int, Any], Static]:
+  """Takes some leaves out of a tree, by position, and what puts them back."""
+  leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+  parts = {i: leaf for i, leaf in enumerate(leaves) if take(leaf)}
+  rest = (None if i in parts else leaf for i, leaf in enumerate(leaves))
+  return parts, Static(tuple(rest), structure)
+
+
+def _is_array(leaf: Any) -> bool:
+  kinds = (jax.Array, np.ndarray, np.generic, float, complex)
+  return isinstance(leaf, kinds) and not isinstance(leaf, bool)
+
+
+class Call:
+  """A traced call of a function with feedback; ``plan`` comes first."""
+
   log: kinds.Log
-  values: list[Value]
-  rules: list[FeedbackRule | None]
-  finish: Callable[[Sequence[Any]], Any]
+  _plan: Plan
+  _values: list[Value]
+  _rules: list[FeedbackRule | None]
+  _results: list[int]  # Where arrays stand in the result.
+  _finish: Static
+
+  def __init__(
+    self,
+    f: 'FeedbackFunction',
+    params: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+  ):
+    self._f, self._params = f, by_path(params)
+    self._arrays, rebuilt = separate((params, args, kwargs), _is_array)
+
+    def flat(*arrays):
+      parts = dict(zip(self._arrays, arrays, strict=True))
+      given, positional, named = rebuilt(parts)
+      results = f.function(given, *positional, **named)
+      parts, self._finish = separate(results, _is_array)
+      self._results = list(parts)
+      return list(parts.values())
+
+    self._closed = jax.make_jaxpr(flat)(*self._arrays.values())
+    f.rules.check_used(self._params)
+
+  def plan(
+    self,
+    states: Mapping[str, Any] | None,
+    *,
+    checked: bool = True,
+    mirrored: bool = False,
+  ) -> 'Call':
+    """Decides every equation.
+
+    Args:
+      states: {path: state}; None for a plan as if all were there.
+      checked: whether a problem is an error.
+      mirrored: whether it is the weight mirror's noise phase.
+
+    Returns:
+      This call.
+    """
+    paths = list(self._params)
+    self._rules, self._values = [], []
+    for i, array in self._arrays.items():
+      if i < len(paths):
+        value = self._parameter(paths[i], array, states, mirrored)
+      else:
+        value = Value(array, None, CONSTANT if _is_key(array) else DATA)
+      self._values.append(value)
+    each = [value.kind for value in self._values]
+    self._plan, self.log = kinds.plan(self._closed, each)
+    if checked:
+      self._check(states)
+    return self
+
+  def _parameter(self, path, leaf, states, mirrored) -> Value:
+    """A parameter as a value, with its R."""
+    f, plain = self._f, Value(leaf, None, CONSTANT.having(Trait.HIDDEN))
+    # A complex weight has no feedback: it is followed, to be refused.
+    if not is_weight(path, leaf, jnp.inexact) or f.rules.excludes(path):
+      return plain
+    rule = f.rules.find(path)
+    if rule is None or not is_weight(path, leaf):
+      return Value(leaf, None, Kind(Level.WEIGHT, (path,)))
+    known = (i for i, r in enumerate(self._rules) if _same(r, rule))
+    number = next(known, len(self._rules))
+    if number == len(self._rules):
+      self._rules.append(rule)
+    R = None
+    has_R = rule.keeps_state and (states is None or path in states)
+    if has_R and states is not None:
+      W = jnp.asarray(leaf)
+      learns = mirrored or rule.learning is not None
+      R = rule.expand(W, f.guarded(path, rule, states[path], learns))
+      shape = None if R is None else R.shape
+      if shape != W.shape:
+        raise FeedbackError(
+          f'the feedback of {f.prefix + path!r} has shape {shape}, '
+          f'but the weight has {W.shape}: make the feedback anew with init.'
+        )
+    kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
+    return Value(leaf, R, kind)
+
+  def _check(self, states: Mapping[str, Any] | None) -> None:
+    """Raises if a weight cannot have feedback, or its state is missing."""
+    f, uses = self._f, self.log.uses
+    missing = [
+      f.prefix + path
+      for use in uses
+      for path in use.paths
+      if use.how == 'product' and states is not None and path not in states
+      for rule in (f.rules.find(path),)
+      if rule is not None and rule.keeps_state
+    ]
+    if missing:
+      raise FeedbackError(
+        f'the feedback of {", ".join(map(repr, dict.fromkeys(missing)))} is '
+        'missing: pass what init returned for these parameters and this call.'
+      )
+    found = [*self.log.problems, *self._without_fan()]
+    if found:
+      problems = '\n  '.join(dict.fromkeys(found))
+      inside = f' in {f.prefix[:-1]!r}' if f.prefix else ''
+      raise FeedbackError(
+        f'weights that cannot be given feedback{inside}:\n  {problems}\n'
+        'Exclude them (exclude=PATH) to train them by plain backpropagation, '
+        'or rewrite the operation as a product of a weight and data.'
+      )
+    record = _RECORD.get()
+    if record is not None:
+      for row in self.rows():
+        record.append(row._replace(path=f.prefix + row.path))
+
+  def _without_fan(self) -> Iterator[str]:
+    """Problems of rules that need the sizes of a product that has none."""
+    for use in self.log.uses:
+      rules = [self._f.rules.find(path) for path in use.paths]
+      rule = next((r for r in rules if r is not None and r.needs_fan), None)
+      if use.how == 'product' and rule is not None and _fan(use) is None:
+        yield (
+          f'{" and ".join(map(repr, use.paths))} meets data in an outer '
+          f'product written by hand, which has no fan-in for {rule!r} '
+          f'({kinds.where(use.eqn)})'
+        )
+
+  def rows(self) -> list['Row']:
+    """How each weight is used, in the order of use; biases are left out."""
+    rules = self._f.rules
+    uses: dict[str, list[kinds.Use]] = {}
+    for use in self.log.uses:
+      for path in use.paths:
+        uses.setdefault(path, []).append(use)
+    for path, W in self._params.items():
+      if is_weight(path, W, jnp.inexact):
+        uses.setdefault(path, [])
+    rows = []
+    for path, each in uses.items():
+      how = ', '.join(dict.fromkeys(use.how for use in each))
+      how = how or ('excluded' if rules.excludes(path) else 'unused')
+      row = Row(path, jnp.shape(self._params[path]), None, how)
+      product = next((use for use in each if use.how == 'product'), None)
+      if product is not None:
+        row = row._replace(rule=rules.find(path), fan=_fan(product))
+      rows.append(row)
+    return rows
+
+  def V(self, op: Product, weight: Value) -> jax.Array:
+    """The feedback weights of a product."""
+    rule: Any = self._rules[weight.kind.rule]
+    # A second reverse pass differentiates the first one, with its V. What V
+    # learns is for R alone.
+    W = weight.x if rule.learning is None else lax.stop_gradient(weight.x)
+    return rule.weights(W, weight.R, op.fan(W.shape))
+
+  def _multiply(self, op, xs, weight: Value, step: Step) -> jax.Array:
+    """A product with feedback."""
+    V = self.V(op, weight)
+    op = dataclasses.replace(op, rows=self._f.row_convolution)
+    rule: Any = self._rules[weight.kind.rule]
+    learning, extra, observer = rule.learning, None, _OBSERVER.get()
+    if observer is not None:
+      path = self._f.prefix + ' + '.join(weight.kind.paths)
+      V, learning, extra = observer(path, op, weight.x, V, step.eqn)
+    return asymmetric(op, xs, weight.x, V, learning, extra)
+
+  def evaluate(self, multiply: Multiply | None = None) -> Any:
+    """The result of the call; ``multiply`` evaluates its products."""
+    values = _evaluate(self._plan, self._values, multiply or self._multiply)
+    results = (value.x for value in values)
+    return self._finish(dict(zip(self._results, results, strict=True)))
+
+
+def _fan(use: kinds.Use) -> Fan | None:
+  """Sizes of a product."""
+  shape = use.eqn.invars[use.at].aval.shape
+  return _product(use.eqn, use.at).fan(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -639,21 +828,20 @@ class FeedbackFunction:
       A tree parallel to ``params``. In the place of a weight is
       ``{name of its rule: state}``, or None where the rule keeps nothing.
     """
-    return _parallel(params, self.init_states(key, params, args, kwargs))
+    call = Call(self, params, args, kwargs) if args or kwargs else None
+    return _parallel(params, self.init_states(key, params, call))
 
   def init_states(
-    self, key: jax.Array, params: Any, args=(), kwargs=None
+    self, key: jax.Array, params: Any, call: Call | None = None
   ) -> dict[str, dict[str, Any]]:
     """{path: {name of the rule: state}}; see ``init``."""
     weights = self._weights_of(params)
-    if args or kwargs:
-      uses = self._checked(params, None, args, kwargs or {}).log.uses
-      used, multiplied = (
-        {path for use in each for path in use.paths}
-        for each in (uses, [use for use in uses if use.how == 'product'])
-      )
-      others = used - multiplied
-      weights = {path: W for path, W in weights.items() if path not in others}
+    if call is not None:
+      others, multiplied = set(), set()
+      for use in call.plan(None).log.uses:
+        (multiplied if use.how == 'product' else others).update(use.paths)
+      for path in others - multiplied:
+        weights.pop(path, None)
     states = {}
     for path, W in weights.items():
       rule = self.rules.find(path)
@@ -676,7 +864,7 @@ class FeedbackFunction:
         defined; the message names all of them.
     """
     states = self.states(params, feedback)
-    return self.evaluate(params, states, args, kwargs)
+    return Call(self, params, args, kwargs).plan(states).evaluate()
 
   def weights(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
     """Returns V of each weight, as its rule computes it from the parameter.
@@ -697,7 +885,7 @@ class FeedbackFunction:
     states = self.states(params, feedback)
     fans = None
     if args or kwargs:
-      rows = self._rows(params, self._checked(params, states, args, kwargs))
+      rows = Call(self, params, args, kwargs).plan(states).rows()
       fans = {row.path: row.fan for row in rows if row.rule}
     return _parallel(params, self.weights_by_path(params, states, fans))
 
@@ -751,21 +939,18 @@ class FeedbackFunction:
     """
     learned, fixed = partition(feedback)
 
-    def multiply(op, xs, weight, step):
-      rule = rules[weight.kind.rule]
-      V = self._V(op, rule, weight)
-      noise = fold_path(key, ' '.join(weight.kind.paths))
-      extra = jax.random.key_data(noise)
-      return asymmetric(op, xs, weight.x, V, _mirror, extra)
-
     def total(learned):
       states = self.states(params, combine(learned, fixed))
-      outputs = self.evaluate(params, states, args, kwargs, multiply)
-      leaves = filter(_is_array, jax.tree.leaves(outputs))
+      call = Call(self, params, args, kwargs).plan(states, mirrored=True)
+
+      def multiply(op, xs, weight, step):
+        noise = fold_path(key, ' '.join(weight.kind.paths))
+        V, extra = call.V(op, weight), jax.random.key_data(noise)
+        return asymmetric(op, xs, weight.x, V, _mirror, extra)
+
+      leaves = filter(_is_array, jax.tree.leaves(call.evaluate(multiply)))
       return sum(jnp.sum(y.astype(jnp.float32)) for y in leaves)
 
-    traced = self._trace(params, None, args, kwargs)
-    rules = traced.rules
     return jax.tree.map(
       lambda g, R: g + jnp.asarray(decay, R.dtype) * R,
       jax.grad(total)(learned),
@@ -774,29 +959,7 @@ class FeedbackFunction:
 
   def rows(self, params: Any, *args, **kwargs) -> list[Row]:
     """How each weight is used, in the order of use; biases are left out."""
-    return self._rows(params, self._trace(params, None, args, kwargs))
-
-  def _rows(self, params: Any, traced: '_Traced') -> list[Row]:
-    leaves = by_path(params)
-    weights = {p: W for p, W in leaves.items() if is_weight(p, W, jnp.inexact)}
-    uses: dict[str, list[kinds.Use]] = {}
-    for use in traced.log.uses:
-      for path in use.paths:
-        uses.setdefault(path, []).append(use)
-    rows = []
-    for path in (*uses, *(path for path in weights if path not in uses)):
-      each = uses.get(path, [])
-      how = ', '.join(dict.fromkeys(use.how for use in each))
-      if not how:
-        how = 'excluded' if self.rules.excludes(path) else 'unused'
-      row = Row(path, jnp.shape(weights[path]), None, how)
-      product = next((use for use in each if use.how == 'product'), None)
-      if product is not None:
-        op = _product(product.eqn, product.at)
-        fan = op.fan(product.eqn.invars[product.at].aval.shape)
-        row = row._replace(rule=self.rules.find(path), fan=fan)
-      rows.append(row)
-    return rows
+    return Call(self, params, args, kwargs).plan(None, checked=False).rows()
 
   def table(self, params: Any, *args, **kwargs) -> str:
     """What uses which rule, as text: is it really not backpropagation?
@@ -825,37 +988,18 @@ class FeedbackFunction:
         states[path] = _check_state(self.prefix + path, rule, each)
     return states
 
-  def evaluate(
-    self,
-    params: Any,
-    states: Mapping[str, Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    multiply: Multiply | None = None,
+  def guarded(
+    self, path: str, rule: FeedbackRule, state: Any, learns: bool
   ) -> Any:
-    """Calls the function; ``multiply`` evaluates its products."""
-    traced = self._checked(params, states, args, kwargs)
+    """A state of which only what learns can be differentiated."""
+    what = f'the feedback of {self.prefix + path!r}, which {rule!r} keeps,'
 
-    def with_V(op, xs, weight, step):
-      rule = traced.rules[weight.kind.rule]
-      V = self._V(op, rule, weight)
-      op = dataclasses.replace(op, rows=self.row_convolution)
-      learning, extra = rule.learning, None
-      observer = _OBSERVER.get()
-      if observer is not None:
-        path = self.prefix + ' + '.join(weight.kind.paths)
-        V, learning, extra = observer(path, op, weight.x, V, step.eqn)
-      return asymmetric(op, xs, weight.x, V, learning, extra)
+    def guard(keys, x):
+      name = f'{rule.state_name}/{path_of(keys)}'
+      free = learns and is_learned(name)
+      return x if free else undifferentiated(what, x)
 
-    values = _evaluate(traced.plan, traced.values, multiply or with_V)
-    return traced.finish([value.x for value in values])
-
-  def _V(self, op: Product, rule, weight: Value) -> jax.Array:
-    """The feedback weights of a product."""
-    # A second reverse pass differentiates the first one, with its V. What V
-    # learns is for R alone.
-    W = weight.x if rule.learning is None else lax.stop_gradient(weight.x)
-    return rule.weights(W, weight.R, op.fan(W.shape))
+    return jax.tree_util.tree_map_with_path(guard, state)
 
   def _weights_of(self, params: Any) -> dict[str, Any]:
     """Parameters that can have feedback."""
@@ -866,131 +1010,6 @@ class FeedbackFunction:
       for path, leaf in leaves.items()
       if is_weight(path, leaf) and not self.rules.excludes(path)
     }
-
-  def _checked(self, params, states, args, kwargs) -> _Traced:
-    """A traced call without problems; without states, as if all were there."""
-    traced = self._trace(params, states, args, kwargs)
-    missing = [
-      self.prefix + path
-      for use in traced.log.uses
-      for path in use.paths
-      if use.how == 'product' and states is not None and path not in states
-      for rule in (self.rules.find(path),)
-      if rule is not None and rule.keeps_state
-    ]
-    if missing:
-      raise FeedbackError(
-        f'the feedback of {", ".join(map(repr, dict.fromkeys(missing)))} is '
-        'missing: pass what init returned for these parameters and this call.'
-      )
-    found = [*traced.log.problems, *self._without_fan(traced.log.uses)]
-    if found:
-      problems = '\n  '.join(dict.fromkeys(found))
-      inside = f' in {self.prefix[:-1]!r}' if self.prefix else ''
-      raise FeedbackError(
-        f'weights that cannot be given feedback{inside}:\n  {problems}\n'
-        'Exclude them (exclude=PATH) to train them by plain backpropagation, '
-        'or rewrite the operation as a product of a weight and data.'
-      )
-    record = current_record()
-    if record is not None:
-      rows = self._rows(params, traced)
-      record.extend(row._replace(path=self.prefix + row.path) for row in rows)
-    return traced
-
-  def _without_fan(self, uses: Iterable[kinds.Use]) -> Iterator[str]:
-    """Problems of rules that need the sizes of a product that has none."""
-    for use in uses:
-      rules = [self.rules.find(path) for path in use.paths]
-      rule = next((r for r in rules if r is not None and r.needs_fan), None)
-      if use.how != 'product' or rule is None:
-        continue
-      shape = use.eqn.invars[use.at].aval.shape
-      if _product(use.eqn, use.at).fan(shape) is None:
-        yield (
-          f'{" and ".join(map(repr, use.paths))} meets data in an outer '
-          f'product written by hand, which has no fan-in for {rule!r} '
-          f'({kinds.where(use.eqn)})'
-        )
-
-  def _trace(self, params, states, args, kwargs) -> _Traced:
-    """Traces the function."""
-    leaves, tree = jax.tree.flatten((params, args, kwargs))
-    paths = list(by_path(params))
-    at = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    outputs: list[Any] = []
-
-    def flat(*arrays):
-      full = list(leaves)
-      for i, array in zip(at, arrays, strict=True):
-        full[i] = array
-      given, positional, named = jax.tree.unflatten(tree, full)
-      results, out = jax.tree.flatten(
-        self.function(given, *positional, **named)
-      )
-      arrays = [result for result in results if _is_array(result)]
-      outputs[:] = [out, results]
-      return arrays
-
-    arrays = [leaves[i] for i in at]
-    closed = jax.make_jaxpr(flat)(*arrays)
-    out, results = outputs
-    results = [None if _is_array(result) else result for result in results]
-
-    def finish(arrays):
-      rest = iter(arrays)
-      filled = [next(rest) if r is None else r for r in results]
-      return jax.tree.unflatten(out, filled)
-
-    self.rules.check_used(paths)
-    rules: list[FeedbackRule | None] = []
-    values = []
-    for i, array in zip(at, arrays, strict=True):
-      if i < len(paths):
-        values.append(self._parameter(paths[i], array, states, rules))
-      elif _is_key(array):
-        values.append(Value(array, None, CONSTANT))
-      else:
-        values.append(Value(array, None, DATA))
-    plan, log = kinds.plan(closed, [value.kind for value in values])
-    return _Traced(plan, log, values, rules, finish)
-
-  def _parameter(self, path, leaf, states, rules) -> Value:
-    """A parameter as a value, with its R."""
-    plain = Value(leaf, None, CONSTANT.having(Trait.HIDDEN))
-    # A complex weight has no feedback: it is followed, to be refused.
-    if not is_weight(path, leaf, jnp.inexact) or self.rules.excludes(path):
-      return plain
-    rule = self.rules.find(path)
-    if rule is None or not is_weight(path, leaf):
-      return Value(leaf, None, Kind(Level.WEIGHT, (path,)))
-    number = next((i for i, r in enumerate(rules) if _same(r, rule)), -1)
-    if number < 0:
-      number = len(rules)
-      rules.append(rule)
-    R = None
-    has_R = rule.keeps_state and (states is None or path in states)
-    if has_R and states is not None:
-      W = jnp.asarray(leaf)
-      R = rule.expand(W, self._guarded(path, rule, states[path]))
-      shape = None if R is None else R.shape
-      if shape != W.shape:
-        raise FeedbackError(
-          f'the feedback of {self.prefix + path!r} has shape {shape}, '
-          f'but the weight has {W.shape}: make the feedback anew with init.'
-        )
-    kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
-    return Value(leaf, R, kind)
-
-  def _guarded(self, path: str, rule: FeedbackRule, state: Any) -> Any:
-    """A state of which only what learns can be differentiated."""
-    what = f'the feedback of {self.prefix + path!r}, which {rule!r} keeps,'
-
-    def guard(keys, x):
-      inside = f'{rule.state_name}/{path_of(keys)}'
-      return x if is_learned(inside) else undifferentiated(what, x)
-
-    return jax.tree_util.tree_map_with_path(guard, state)
 
 
 def _mirror(op, xs, W, V, g, dW, extra):

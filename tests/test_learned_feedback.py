@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import lax
 
@@ -98,12 +99,14 @@ def gradients(function, rule, W, x):
   """dW, dR and R of a quadratic loss."""
   f = symjax_bp.with_feedback(function, rule)
   stored = f.init(jax.random.key(1), W)
+  learned, fixed = symjax_bp.partition(stored)
 
-  def loss(W, stored):
+  def loss(W, learned):
+    stored = symjax_bp.combine(learned, fixed)
     return (f(W, stored, x).astype(W.dtype) ** 2).sum()
 
-  dW, dR = jax.jit(jax.grad(loss, (0, 1), allow_int=True))(W, stored)
-  return dW, *(tree[rule.state_name] for tree in (dR, stored))
+  dW, dR = jax.jit(jax.grad(loss, (0, 1)))(W, learned)
+  return dW, dR[rule.state_name]['learned'], stored[rule.state_name]
 
 
 @pytest.mark.parametrize('function, shape', MODELS.values(), ids=MODELS)
@@ -123,16 +126,13 @@ def initial(key, W):
 
 
 LEARNED = {
-  feedback.product_feedback(width=7): lambda dW, R: {
-    'A': R['B'].T @ dW, 'B': 0 * R['B'],
-  },
+  feedback.product_feedback(width=7): lambda dW, R: R['fixed'].T @ dW,
   feedback.low_rank(rank=2): lambda dW, R: {
-    'P': R['Q'].T @ dW, 'Q': dW @ R['P'].T,
+    'P': R['learned']['Q'].T @ dW, 'Q': dW @ R['learned']['P'].T,
   },
   feedback.rule(shifted, initial, learns=True): lambda dW, R: (
-    dW.reshape(R.shape) * np.cos(R)
+    dW.reshape(R['learned'].shape) * np.cos(R['learned'])
   ),
-  feedback.rule(shifted, initial): lambda dW, R: 0 * R,
 }  # fmt: skip
 
 
@@ -154,35 +154,195 @@ def test_gradients_reach_the_state_by_the_chain_rule(rule):
 
 def test_dW_does_not_know_that_V_learns():
   W, x = normal(0, (4, 5)), normal(1, (24, 4))
-  learns, fixed = (
-    gradients(
-      MODELS['tied'][0], feedback.rule(shifted, initial, learns=how), W, x
+
+  def dW_of(learns):
+    rule = feedback.rule(shifted, initial, learns=learns)
+    f = symjax_bp.with_feedback(MODELS['tied'][0], rule)
+    stored = f.init(jax.random.key(1), W)
+    return jax.jit(jax.grad(lambda W: (f(W, stored, x) ** 2).sum()))(W)
+
+  assert_same_bits(dW_of(True), dW_of(False))
+
+
+# --- What an optimizer may see ----------------------------------------------
+
+FIXED = [
+  feedback.frsf(0.3),
+  feedback.rndf(),
+  feedback.frozen_sign(),
+  feedback.frozen_noise(),
+  feedback.tied_norm(),
+  feedback.product_feedback(),
+  feedback.weight_mirror(),
+  feedback.rule(shifted, initial),
+]
+DECAY, RATE, STEPS = 0.3, 0.5, 10
+
+
+def mlp(params, x):
+  return jnp.tanh(x @ params['a']) @ params['b']
+
+
+TRANSFORMED = {
+  'alone': lambda f: f,
+  'jit': jax.jit,
+  'checkpoint': jax.checkpoint,
+  'vmap': lambda f: jax.vmap(f, (None, None, 0)),
+  'scan': lambda f: (
+    lambda *args: lax.scan(lambda x, _: (x, f(*args)), 0, length=2)[1]
+  ),
+}
+
+
+@pytest.mark.parametrize('transform', TRANSFORMED)
+@pytest.mark.parametrize('rule', FIXED, ids=repr)
+def test_what_does_not_learn_is_not_differentiated(rule, transform):
+  """Weight decay would shrink it, and no gradient would bring it back."""
+  params = {'a': normal(0, (4, 5)), 'b': normal(1, (5, 3))}
+  f = symjax_bp.with_feedback(mlp, {'a': feedback.kolen_pollack(), 'b': rule})
+  stored, x = f.init(jax.random.key(0), params), normal(2, (2, 3, 4))
+  call = TRANSFORMED[transform](f)
+
+  def loss(params, stored):
+    return (call(params, stored, x) ** 2).sum()
+
+  jax.grad(loss)(params, stored)
+  message = r"the feedback of 'b', which .* is differentiated.*partition"
+  with pytest.raises(symjax_bp.FeedbackError, match=message):
+    jax.grad(loss, 1)(params, stored)
+
+
+class Pair(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, name='b')(jnp.tanh(nn.Dense(5, name='a')(x)))
+
+
+class NNXPair(nnx.Module):
+  def __init__(self, rngs):
+    self.a = nnx.Linear(4, 5, rngs=rngs)
+    self.b = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.b(jnp.tanh(self.a(x)))
+
+
+def train(loss, trained):
+  """Parameters and learned feedback after some steps with weight decay."""
+  chain = optax.add_decayed_weights(DECAY), optax.sgd(RATE)
+  optimizer = optax.chain(*chain)
+  state = optimizer.init(trained)
+  gradient = jax.jit(jax.grad(loss))
+  for _ in range(STEPS):
+    updates, state = optimizer.update(gradient(trained), state, trained)
+    trained = optax.apply_updates(trained, updates)
+  return trained
+
+
+def trained_function(rules, x):
+  params = {'a': normal(0, (4, 5)), 'b': normal(1, (5, 3))}
+  f = symjax_bp.with_feedback(mlp, rules)
+  before = f.init(jax.random.key(0), params)
+  learned, fixed = symjax_bp.partition(before)
+
+  def loss(both):
+    return (f(both[0], symjax_bp.combine(both[1], fixed), x) ** 2).mean()
+
+  end, learned = train(loss, (params, learned))
+  after = symjax_bp.combine(learned, fixed)
+  return (params, before), (end, after), f.weights
+
+
+def trained_linen(rules, x):
+  model = symjax_bp.with_feedback(Pair(), rules)
+  before = model.init(jax.random.key(0), x)
+  learned, fixed = symjax_bp.partition(before['feedback'])
+
+  def variables(both):
+    stored = symjax_bp.combine(both[1], fixed)
+    return {'params': both[0], 'feedback': stored}
+
+  loss = lambda both: (model.apply(variables(both), x) ** 2).mean()
+  after = variables(train(loss, (before['params'], learned)))
+
+  def V(params, stored):
+    return linen.feedback_weights(
+      model, {'params': params, 'feedback': stored}, x
     )
-    for how in (True, False)
+
+  return (
+    *((each['params'], each['feedback']) for each in (before, after)),
+    V,
   )
-  assert_same_bits(learns[0], fixed[0])
 
 
-@pytest.mark.parametrize(
-  'rule',
-  [
-    feedback.brsf(0.3),
-    feedback.frsf(0.3),
-    feedback.rndf(),
-    feedback.frozen_sign(),
-    feedback.frozen_noise(),
-    feedback.tied_norm(),
-    feedback.weight_mirror(),
-  ],
-  ids=repr,
-)
-def test_what_does_not_learn_has_exactly_no_gradient(rule):
-  W, x = normal(0, (4, 5)), normal(1, (24, 4))
-  _, dR, _ = gradients(MODELS['tied'][0], rule, W, x)
-  if rule.redraws:
-    assert dR.dtype == jax.dtypes.float0
-  else:
-    assert not np.any(dR)
+def trained_nnx(rules, x):
+  plain = NNXPair(nnx.Rngs(0))
+  model = symjax_bp.with_feedback(plain, rules, rngs=nnx.Rngs(feedback=0))
+  wrt = nnx.Any(nnx.Param, symjax_bp.nnx.LearnedFeedback)
+  chain = optax.add_decayed_weights(DECAY), optax.sgd(RATE)
+  optimizer = nnx.Optimizer(model, optax.chain(*chain), wrt=wrt)
+
+  def state():
+    parts = nnx.state(model, nnx.Param, symjax_bp.nnx.Feedback)
+    return tuple(map(nnx.to_pure_dict, parts))
+
+  @nnx.jit
+  def step(model, optimizer):
+    loss = lambda model: (model(x) ** 2).mean()
+    gradient = nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
+    optimizer.update(model, gradient)
+
+  def V(*state):
+    nnx.update(model, *map(nnx.State, state))
+    return symjax_bp.nnx.feedback_weights(model)
+
+  before = jax.tree.map(jnp.copy, state())
+  for _ in range(STEPS):
+    step(model, optimizer)
+  every = nnx.Any(nnx.Param, symjax_bp.nnx.Feedback)
+  with pytest.raises(symjax_bp.FeedbackError, match='LearnedFeedback'):
+    nnx.grad(lambda m: m(x).sum(), argnums=nnx.DiffState(0, every))(model)
+  return before, state(), V
+
+
+@pytest.mark.parametrize('rule', [feedback.frsf(), feedback.product_feedback()])
+@pytest.mark.parametrize('run', [trained_function, trained_linen, trained_nnx])
+def test_weight_decay_reaches_what_learns_alone(run, rule):
+  x = normal(2, (6, 4))
+  rules = {'a': feedback.kolen_pollack(), 'b': rule}
+  (W, stored), (W_end, stored_end), V_of = run(rules, x)
+  _, fixed = symjax_bp.partition(stored)
+  _, fixed_end = symjax_bp.partition(stored_end)
+  assert len(jax.tree.leaves(fixed)) == 1
+  assert_same_bits(fixed_end, fixed)
+  assert all(
+    map(
+      np.any,
+      jax.tree.leaves(
+        jax.tree.map(
+          lambda a, b: a != b,
+          symjax_bp.partition(stored)[0],
+          symjax_bp.partition(stored_end)[0],
+        )
+      ),
+    )
+  )
+  V, V_end = (
+    {k[0]: v for k, v in V_of(*s).items()}
+    for s in ((W, stored), (W_end, stored_end))
+  )
+  W, W_end = (
+    each['a'] if run is trained_function else each['a']['kernel']
+    for each in (W, W_end)
+  )
+  shrunk = (1 - RATE * DECAY) ** STEPS
+  np.testing.assert_allclose(
+    V_end['a'] - W_end, shrunk * (V['a'] - W), rtol=1e-4, atol=1e-6
+  )
+
+
+# --- Local losses -----------------------------------------------------------
 
 
 def transposed(function, x, V, y):
@@ -207,7 +367,8 @@ def test_local_losses_have_their_gradients(name, op, shape):
   with jax.enable_x64(True):
     W, x = normal(0, shape, jnp.float64), normal(1, (24, 4), jnp.float64)
     rule = feedback.local_loss(factors={name: 0.5})
-    _, dV, V = gradients(op, rule, W, x)
+    _, dV, stored = gradients(op, rule, W, x)
+    V = stored['learned']
     expected = jax.jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
     np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
 
@@ -215,7 +376,8 @@ def test_local_losses_have_their_gradients(name, op, shape):
 def test_local_losses_add_up():
   W, x = normal(0, (4, 5)), normal(1, (24, 4))
   rule = feedback.local_loss(factors={'decay': 0.5, 'self': 2})
-  _, dV, V = gradients(lambda W, x: x @ W, rule, W, x)
+  _, dV, stored = gradients(lambda W, x: x @ W, rule, W, x)
+  V = stored['learned']
   np.testing.assert_allclose(dV, 0.5 * V - 2 * W, rtol=1e-6)
 
 

@@ -104,7 +104,7 @@ def test_learned_feedback_that_begins_as_W_remains_W():
   model, x = MODELS['CNN']
   variables = model.init(KEY, x)
   as_feedback = lambda params: {
-    name: {'kernel:kolen_pollack()': layer['kernel']}
+    name: {'kernel:kolen_pollack()': {'learned': layer['kernel']}}
     for name, layer in params.items()
   }
   variables['feedback'] = as_feedback(variables['params'])

@@ -228,7 +228,7 @@ def test_models_in_plain_jax():
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('rule', [sbp.frsf(), sbp.rndf(), sbp.brsf()], ids=str)
+@pytest.mark.parametrize('rule', [sbp.rndf(), sbp.brsf()], ids=str)
 @pytest.mark.parametrize(
   'streams',
   [{'default': 0}, {'params': 0}, {'params': 0, 'feedback': 1}],
@@ -340,7 +340,7 @@ def check_stack(model, plain, x):
   [
     ('Linear', sbp.nusf(), 'threefry2x32'),
     ('Linear', sbp.brsf(), 'rbg'),
-    ('LinearGeneral', sbp.brsf(), 'threefry2x32'),
+    ('LinearGeneral', sbp.nusf(), 'rbg'),
     ('Conv', sbp.nusf(), 'threefry2x32'),
     ('Conv', sbp.rndf(), 'rbg'),
   ],
@@ -355,12 +355,11 @@ def test_every_layer_of_a_stack_has_a_V_of_its_own(layer, rule, impl):
     assert not ((abs(V[0]) == abs(V[1])) & (V[0] != 0)).any()
 
 
-@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
-def test_a_stack_of_our_own_layers_is_redrawn_and_measured(impl):
+def test_a_stack_of_our_own_layers_is_redrawn_and_measured():
   make, shape = STACKS['Linear']
   ours = lambda rngs: asymmetric.Linear(6, 6, feedback=sbp.brsf(), rngs=rngs)
   x = normal(0, shape)
-  with jax.default_prng_impl(impl):
+  with jax.default_prng_impl('rbg'):
     model, plain = Stack(ours), Stack(make)
     first = check_stack(model, plain, x)
     asymmetric.redraw(model, jax.random.key(5))
@@ -379,7 +378,7 @@ def test_a_stack_of_our_own_layers_is_redrawn_and_measured(impl):
 def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes):
   with jax.enable_x64(True):
     layer = asymmetric.Linear(
-      3, 4, feedback=sbp.brsf(0.25), use_bias=False, param_dtype=dtypes[0],
+      3, 4, feedback=sbp.frsf(0.25), use_bias=False, param_dtype=dtypes[0],
       dtype=dtypes[1], rngs=nnx.Rngs(0),
     )  # fmt: skip
     x = jnp.ones(3, dtypes[1])
