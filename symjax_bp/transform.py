@@ -133,9 +133,7 @@ def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   """Whether a parameter can have a rule: floating, no bias, no scale."""
   # Equinox keeps functions among the parameters.
   is_array = hasattr(leaf, 'dtype') or isinstance(leaf, (float, complex))
-  *parents, name = path.split('/')
-  # nnx.WeightNorm keeps its scales in a dictionary of that name.
-  no_weight = name in _NO_WEIGHTS or 'scales' in parents or not is_array
+  no_weight = path.rpartition('/')[2] in _NO_WEIGHTS or not is_array
   return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
 
 
@@ -373,12 +371,18 @@ def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   elif action == 'move':
     Rs = _move(eqn, inputs)
   else:
-    R = next(value.R for value in inputs if value.kind.has_R)
+    R = _kept(step.outputs[0], inputs)
     if action == 'mask':
       R = _mask(R, next(v for v in inputs if not v.kind.has_R))
     Rs = [R] * len(results)
   triples = zip(results, Rs, step.outputs, strict=True)
   return [Value(x, R if kind.has_R else None, kind) for x, R, kind in triples]
+
+
+def _kept(kind: Kind, inputs: Sequence[Value]) -> Any:
+  """The R that arithmetic keeps: that of the weight, not of its scale."""
+  each = [value for value in inputs if value.kind.has_R]
+  return next((v.R for v in each if v.kind.paths == kind.paths), each[0].R)
 
 
 def _product(eqn: Any, at: int) -> Product:

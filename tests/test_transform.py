@@ -551,6 +551,35 @@ def test_V_is_0_where_the_weight_is_masked(mask, rule):
   assert_same(used(f, W, feedback, normal(2, 4)), MASK * V)
 
 
+SCALED = {
+  'a row times W': lambda W, g: g * W,
+  'W times a column': lambda W, g: W * g[:, None],
+  'W over a row': lambda W, g: W / (1 + g**2),
+  'W times a number': lambda W, g: W * g[0, 0],
+  'weight normalization': lambda W, g: (
+    g * W / jnp.sqrt((W**2).sum(0, keepdims=True))
+  ),
+}
+
+
+@pytest.mark.parametrize('rule', DRAWN, ids=str)
+@pytest.mark.parametrize('name', SCALED)
+def test_a_scale_of_a_weight_gives_no_R(name, rule):
+  f = sbp.with_feedback(lambda p, x: x @ SCALED[name](p['W'], p['g']), rule)
+  params = {'W': normal(1, 3, 3), 'g': normal(2, 1, 3) + 9}
+  params['g'] = params['g'].reshape(-1) if 'column' in name else params['g']
+  x = normal(3, 3)
+  feedback = f.init(KEY, params, x)
+  rows = {row.path: row for row in f.rows(params, x)}
+  assert rows['g'].rule is None and rows['g'].use == 'scale'
+  assert rows['W'].use == 'product' and feedback['g'] is None
+  V = rule.weights(
+    SCALED[name](params['W'], params['g']),
+    rule.expand(params['W'], feedback['W'][rule.state_name]),
+  )
+  assert_close(used(f, params, feedback, x), V)
+
+
 def test_a_key_argument_drops_connections_of_V_too():
   """DropConnect: the mask comes from a key, which is no data."""
 
