@@ -190,7 +190,7 @@ def _asymmetric_modules(model: Any) -> list[tuple[str, Any]]:
   ]
 
 
-def _feedback(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def attached(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   """Rules of weights by path, None if excluded, and what they keep."""
   rules, states = {}, {}
   for path, node in nnx.iter_graph(model):
@@ -360,7 +360,7 @@ class _Changes:
 
 def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   """Calls a method of an asymmetric model."""
-  rules, states = ({}, {}) if _INSIDE in vars(model) else _feedback(model)
+  rules, states = ({}, {}) if _INSIDE in vars(model) else attached(model)
   if not rules:
     return function.__get__(model, type(model))(*args, **kwargs)
   opened = _Opened(model, args, kwargs)
@@ -699,7 +699,7 @@ def feedback_weights(
   if args or kwargs:
     rows = layer_rules(model, *args, **kwargs)
     fans = {row.path: row.fan for row in rows if row.rule}
-  rules, states = _feedback(model)
+  rules, states = attached(model)
   f = FeedbackFunction(lambda params: None, _Known((), by_path=rules))
   return f.weights_by_path(_parameters(model), f.check_states(states), fans)
 
@@ -728,7 +728,7 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[Row]:
   """
   parameters = _parameters(model)
   if not (args or kwargs):
-    rules, _ = _feedback(model)
+    rules, _ = attached(model)
     rows = [
       Row(path, parameters[path].shape, rule, '')
       for path, rule in rules.items()

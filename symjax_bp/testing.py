@@ -269,7 +269,7 @@ def _subject(model: Any, variables: Any, args, kwargs) -> tuple[Any, ...]:
 
     twin, params = nnx_layers.plain_twin(model), nnx.state(model, nnx.Param)
     # A tied weight has a state at each of its paths, but one parameter.
-    paths, (_, states) = _by_path(params), nnx_layers._feedback(model)
+    paths, (_, states) = _by_path(params), nnx_layers.attached(model)
     feedback = {path: states[path] for path in states if path in paths}
     rows = nnx_layers.layer_rules(model)
     return call, twin, params, feedback, rows
