@@ -53,12 +53,8 @@ class DirectFunction:
   """What ``with_direct_feedback`` makes of ``function(params, *args)``.
 
   Attributes:
-    plain: the function, its products found by ``symjax_bp.transform``.
-    error: see ``with_direct_feedback``, as the others.
-    shared: see there.
-    density: see there.
-    sigma: see there.
-    learns: see there.
+    plain: the function, its products found by ``symjax_bp.transform``. For the
+      others see ``with_direct_feedback``.
   """
 
   plain: FeedbackFunction
@@ -74,8 +70,7 @@ class DirectFunction:
     Args:
       key: a PRNG key.
       params: the parameters.
-      *args: further arguments of the function; only shapes matter.
-      **kwargs: further arguments of the function.
+      *args, **kwargs: arguments of the function; only shapes matter.
 
     Returns:
       {path of a weight: B} with B of shape (size of the weight's input h for
@@ -131,10 +126,9 @@ class DirectFunction:
     Args:
       params: the parameters.
       feedback: what ``init`` returned.
-      *args: further arguments of the function.
+      *args, **kwargs: further arguments of the function.
       targets: for ``error='target'``: what takes the place of the error, of
         the shape of the output; one-hot labels.
-      **kwargs: further arguments of the function.
     """
     if (targets is None) == (self.error == 'target'):
       raise ValueError(

@@ -824,9 +824,8 @@ class FeedbackFunction:
     Args:
       key: a PRNG key.
       params: the parameters.
-      *args: if given, arguments to call the function with: weights that it
-        uses in no product, such as embeddings, then get no state.
-      **kwargs: further arguments to call the function with.
+      *args, **kwargs: if given, arguments to call the function with: weights
+        that it uses in no product, such as embeddings, then get no state.
 
     Returns:
       A tree parallel to ``params``. In the place of a weight is
@@ -857,11 +856,7 @@ class FeedbackFunction:
   def __call__(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
     """Calls the function; its backward pass uses feedback weights.
 
-    Args:
-      params: the parameters.
-      feedback: what ``init`` returned.
-      *args: further arguments of the function.
-      **kwargs: further arguments of the function.
+    ``feedback`` is what ``init`` returned.
 
     Raises:
       FeedbackError: if a weight is used in a way for which no feedback is
@@ -876,12 +871,6 @@ class FeedbackFunction:
     Where the function masks or normalizes a weight first, the product uses V of
     that. NuSF and scales by name depend on the product: pass arguments to call
     the function with; without them kernels count as in Flax's layout.
-
-    Args:
-      params: the parameters.
-      feedback: what ``init`` returned.
-      *args: optional arguments to call the function with.
-      **kwargs: optional arguments to call the function with.
 
     Returns:
       A tree parallel to ``params``, with None for parameters without feedback.
@@ -933,9 +922,8 @@ class FeedbackFunction:
       key: a PRNG key for the noise.
       params: the parameters.
       feedback: what ``init`` returned.
-      *args: arguments to call the function with, for their shapes.
+      *args, **kwargs: arguments to call the function with, for their shapes.
       decay: weight decay of R; R converges to W / decay.
-      **kwargs: further arguments to call the function with.
 
     Returns:
       A tree like the learned part of ``feedback``, see ``partition``, to be
@@ -966,13 +954,7 @@ class FeedbackFunction:
     return Call(self, params, args, kwargs).plan(None, checked=False).rows()
 
   def table(self, params: Any, *args, **kwargs) -> str:
-    """What uses which rule, as text: is it really not backpropagation?
-
-    Args:
-      params: the parameters.
-      *args: further arguments of the function.
-      **kwargs: further arguments of the function.
-    """
+    """What uses which rule, as text: is it really not backpropagation?"""
     return format_table(self.rows(params, *args, **kwargs))
 
   def states(self, params: Any, feedback: Any) -> dict[str, Any]:
@@ -1057,46 +1039,7 @@ def with_feedback(
   *,
   row_convolution: bool = False,
 ) -> FeedbackFunction:
-  """Makes the backward pass of a function use feedback weights.
-
-  >>> import symjax_bp
-  >>> def mlp(params, x):
-  ...   return jnp.tanh(x @ params['W1']) @ params['W2']
-  >>> f = with_feedback(mlp, symjax_bp.rndf())
-  >>> params = {'W1': jnp.ones((3, 4)), 'W2': jnp.ones((4, 2))}
-  >>> feedback, x = f.init(jax.random.key(0), params), jnp.ones((1, 3))
-  >>> print(f.table(params, x))
-  weight  shape   feedback  use
-  W1      (3, 4)  rndf()    product
-  W2      (4, 2)  rndf()    product
-  2 of 2 weights with feedback: 20 of 20 parameters
-  >>> loss = lambda params: f(params, feedback, x).sum()
-  >>> g = jnp.ones((1, 2)) @ f.weights(params, feedback)['W2'].T
-  >>> dW1 = x.T @ (g * (1 - jnp.tanh(x @ params['W1']) ** 2))
-  >>> print(jnp.allclose(jax.grad(loss)(params)['W1'], dW1))
-  True
-
-  Args:
-    function: ``function(params, *args, **kwargs)``; ``params`` is any pytree.
-      Its other arguments are data, but keys are constants. Arguments that are
-      no arrays are static.
-    rules: a rule for all weights, or {regular expression: rule}. An expression
-      is searched for in a parameter's path, such as ``'encoder/Conv_0/kernel'``
-      (``^`` and ``$`` anchor it); the first that is found wins. Parameters
-      called ``bias`` or ``scale`` have no rule.
-    exclude: one or more regular expressions for the paths of parameters that
-      plain backpropagation trains.
-    row_convolution: see ``symjax_bp.primitives.conv_general_dilated``.
-
-  Returns:
-    An object with ``init(key, params)``, ``__call__(params, feedback, *args)``,
-    ``weights(params, feedback)`` and ``table(params, *args)``.
-
-  Raises:
-    TypeError: if ``function`` is not callable or a rule is none.
-    ValueError: if an expression matches no parameter; when called,
-      ``FeedbackError`` if a weight cannot be given feedback.
-  """
+  """``symjax_bp.with_feedback`` for functions."""
   leaves = jax.tree.leaves(function)
   if not callable(function) or any(isinstance(x, jax.Array) for x in leaves):
     raise TypeError(
