@@ -10,7 +10,7 @@ from flax import serialization
 
 import symjax_bp as sbp
 from symjax_bp import linen
-from tests.cases import RULES, assert_same_bits, normal
+from tests.cases import RULES, assert_same_bits, differ, fast_jit, normal
 from tests.linen_models import (
   CNN,
   IMAGES,
@@ -18,8 +18,6 @@ from tests.linen_models import (
   RNGS,
   Autoencoder,
   X,
-  differ,
-  fast_jit,
   gradient,
   without_feedback,
 )

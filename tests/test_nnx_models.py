@@ -11,7 +11,7 @@ import symjax_bp as sbp
 from symjax_bp import nnx as asymmetric
 from symjax_bp.nnx import Feedback, feedback_weights
 from symjax_bp.transform import by_path
-from tests.cases import assert_same_bits
+from tests.cases import assert_same_bits, differ, fast_jit
 from tests.nnx_models import (
   CNN,
   IMAGES,
@@ -23,8 +23,6 @@ from tests.nnx_models import (
   Net,
   Stack,
   X,
-  differ,
-  fast_jit,
   gradient,
   gradient_and_output,
   params,
