@@ -79,7 +79,12 @@ MODELS = {
   'scan, vmap': (Stack(), X),
   'nested': (Outer(nn.Sequential([nn.Dense(4), jnp.tanh])), X),
   'shared scope': (OneScope(), X[:, :3]),
-  'boxed': (nn.WeightNorm(nn.Dense(2, kernel_init=_boxed)), X),
+  'boxed': (
+    nn.Sequential(
+      [nn.Dense(4), nn.WeightNorm(nn.Dense(2, kernel_init=_boxed))]
+    ),
+    X,
+  ),
 }
 
 

@@ -12,7 +12,7 @@ from jax import lax
 
 import symjax_bp
 from symjax_bp import feedback, linen, metrics
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, fast_jit, normal
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
@@ -105,7 +105,7 @@ def gradients(function, rule, W, x):
     stored = symjax_bp.combine(learned, fixed)
     return (f(W, stored, x).astype(W.dtype) ** 2).sum()
 
-  dW, dR = jax.jit(jax.grad(loss, (0, 1)))(W, learned)
+  dW, dR = fast_jit(jax.grad(loss, (0, 1)))(W, learned)
   return dW, dR[rule.state_name]['learned'], stored[rule.state_name]
 
 
@@ -369,7 +369,7 @@ def test_local_losses_have_their_gradients(name, op, shape):
     rule = feedback.local_loss(factors={name: 0.5})
     _, dV, stored = gradients(op, rule, W, x)
     V = stored['learned']
-    expected = jax.jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
+    expected = fast_jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
     np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import symjax_bp as sbp
 from tests import zoo
+from tests.cases import fast_jit
 from tests.zoo import KEY, normal
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
@@ -217,15 +218,15 @@ def test_feedback_follows_into_the_function(name):
     y = reference(params, V, x)
     return reference(params, V, y) if name == 'fori_loop' else y
 
-  actual = jax.jit(gradient_of(f))(*args)
-  assert_close(actual, gradient_of(expected)(*args))
+  actual = fast_jit(gradient_of(f))(*args)
+  assert_close(actual, fast_jit(gradient_of(expected))(*args))
 
 
 def test_vmap_over_models_is_each_model():
   f, (params, _, x), _ = setup()
   stacked = jax.tree.map(lambda W: jnp.stack([W, 2 * W, W - 1]), params)
   feedback = jax.vmap(f.init)(jax.random.split(KEY, 3), stacked)
-  g = jax.jit(gradient_of(f))
+  g = fast_jit(gradient_of(f))
   actual = jax.vmap(g, (0, 0, None))(stacked, feedback, x)
   for i in range(3):
     pick = lambda tree, i=i: jax.tree.map(lambda a: a[i], tree)
@@ -460,7 +461,7 @@ def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
 
 def used(f, params, feedback, x):
   """V of a function that is linear in one row: the transposed Jacobian."""
-  return jax.jit(jax.jacrev(lambda x: f(params, feedback, x)))(x).T
+  return fast_jit(jax.jacrev(lambda x: f(params, feedback, x)))(x).T
 
 
 def through_stack(W, x):
@@ -505,7 +506,7 @@ def test_micro_batches_add_up_to_the_batch(rule):
   f = sbp.with_feedback(plain, rule)
   _, (params, _, x), _ = setup()
   feedback = f.init(KEY, params)
-  g = jax.jit(gradient_of(f))
+  g = fast_jit(gradient_of(f))
   total, dx = g(params, feedback, x)
   parts = [g(params, feedback, part) for part in jnp.split(x, 4)]
   assert_close(jax.tree.map(lambda *a: sum(a), *[p[0] for p in parts]), total)
