@@ -18,7 +18,7 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jax.core import Tracer
 
-from symjax_bp.transform import separate
+from symjax_bp.transform import path_of, separate
 
 __all__ = ['BatchNorm', 'NNXBatchNorm', 'calibrate', 'calibrate_nnx']
 
@@ -347,11 +347,11 @@ def _restart(statistics: Any) -> Any:
   """Returns the tree with every statistic as before the first mini-batch."""
 
   def restart(path, value):
-    name = _path(path[-1:])
+    name = path_of(path[-1:])
     if name not in _INITIAL:
       raise ValueError(
-        f'batch_stats holds {_path(path)}, but calibrate can restart only the '
-        'averages of the layers of symjax_bp.batch_norm'
+        f'batch_stats holds {path_of(path)}, but calibrate can restart only '
+        'the averages of the layers of symjax_bp.batch_norm'
       )
     return jnp.full_like(value, _INITIAL[name])
 
@@ -366,16 +366,12 @@ def _restart(statistics: Any) -> Any:
 def _check_observed(statistics: Any) -> None:
   """Raises if a layer averaged nothing; under jit the counts are unknown."""
   for path, value in jax.tree.leaves_with_path(statistics):
-    is_known = _path(path[-1:]) == 'count' and not isinstance(value, Tracer)
+    is_known = path_of(path[-1:]) == 'count' and not isinstance(value, Tracer)
     if is_known and not value.all():
       raise ValueError(
-        f'{_path(path)} is 0: this layer did not run in training mode; for '
+        f'{path_of(path)} is 0: this layer did not run in training mode; for '
         'Linen pass what selects it, e.g. train=True'
       )
-
-
-def _path(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _check_options(alpha: float, epsilon: float) -> None:

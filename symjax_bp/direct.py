@@ -29,7 +29,6 @@ import jax.numpy as jnp
 
 from symjax_bp.feedback import symmetric
 from symjax_bp.kinds import Trait
-from symjax_bp.primitives import Product
 from symjax_bp.transform import (
   Call,
   FeedbackFunction,
@@ -190,7 +189,7 @@ class DirectFunction:
     def multiply(op, xs, weight, step):
       if Trait.HIDDEN not in step.inputs[1 - op.at]:
         return op(xs, weight.x)  # The function's own input.
-      path, axis = ' + '.join(weight.kind.paths), _batch_axis(op, xs[0].ndim)
+      path, axis = ' + '.join(weight.kind.paths), op.batch_axis(xs[0].ndim)
       if axis is None:
         raise ValueError(
           f'the input of {path!r} has shape {xs[0].shape} without a batch: '
@@ -204,18 +203,6 @@ class DirectFunction:
 
     call = Call(self.plain, params, args, kwargs).plan({})
     return call.evaluate(multiply)
-
-
-def _batch_axis(op: Product, ndim: int) -> int | None:
-  """The first axis of the input that is not contracted; vmap moves it."""
-  options = dict(op.options)
-  numbers = options.get('dimension_numbers')
-  if 'ragged_dot_dimension_numbers' in options:
-    numbers = options['ragged_dot_dimension_numbers'].dot_dimension_numbers
-  if isinstance(numbers, jax.lax.ConvDimensionNumbers):
-    return numbers.lhs_spec[0] if op.at else 0
-  contracted = numbers[0][1 - op.at] if numbers else ()
-  return next((axis for axis in range(ndim) if axis not in contracted), None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

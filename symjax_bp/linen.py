@@ -7,9 +7,10 @@ The outermost ``with_feedback`` wins.
 
 What a rule keeps is ``variables['feedback']``, never in ``params``: a tree of
 the model's modules, in which ``'kernel:rndf()'`` is what the rule ``rndf()``
-keeps for ``kernel``. Pass it to ``apply`` along with ``params``. For parameters
-that came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])``
-makes it. A rule that redraws (brSF) can also take its seed from
+keeps for ``kernel``. Pass it to ``apply`` along with ``params``; an optimizer
+may have the part that learns, see ``symjax_bp.partition``. For parameters that
+came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])`` makes
+it. A rule that redraws (brSF) can also take its seed from
 ``rngs={'feedback': key}`` alone. ``mutable=['feedback_weights']`` returns V.
 
 Inside ``nn.scan`` and ``nn.vmap`` map asymmetric modules like any others:

@@ -129,36 +129,46 @@ class Product:
     if axes is None:
       return None
     if self._is_conv:
-      numbers = dict(self.options)['dimension_numbers']
-      return (numbers.out_spec[1 if self.at else 0],)
+      return (self._numbers.out_spec[1 if self.at else 0],)
     count = len(axes[1])
     if self.at == 1:
       return tuple(range(y_ndim - count, y_ndim))
     batch = W_ndim - len(axes[0]) - count
     return tuple(range(batch, batch + count))
 
+  def batch_axis(self, x_ndim: int) -> int | None:
+    """The first axis of the input that is not contracted; vmap moves it."""
+    numbers = self._numbers
+    if self._is_conv:
+      return numbers.lhs_spec[0] if self.at else 0
+    contracted = numbers[0][1 - self.at] if numbers else ()
+    return next((i for i in range(x_ndim) if i not in contracted), None)
+
+  @property
+  def _numbers(self) -> Any:
+    options = dict(self.options)
+    ragged = options.get('ragged_dot_dimension_numbers')
+    if ragged is not None:
+      return ragged.dot_dimension_numbers
+    return options.get('dimension_numbers')
+
   @property
   def _is_conv(self) -> bool:
-    numbers = dict(self.options).get('dimension_numbers')
-    return isinstance(numbers, lax.ConvDimensionNumbers)
+    return isinstance(self._numbers, lax.ConvDimensionNumbers)
 
   def _axes(self, W_ndim: int) -> tuple[Sequence[int], ...] | None:
     """Axes of W: contracted, features of y, and window of a convolution."""
-    options = dict(self.options)
-    numbers: Any = options.get('dimension_numbers')
-    groups = ()
+    numbers = self._numbers
     if self._is_conv:
       if self.at == 0:  # A kernel in the place of the image.
         batch, features, *window = numbers.lhs_spec
         return (features,), (batch,), window
       features, inputs, *window = numbers.rhs_spec
       return (inputs,), (features,), window
-    ragged = options.get('ragged_dot_dimension_numbers')
-    if ragged is not None:
-      numbers = ragged.dot_dimension_numbers
-      groups = tuple(ragged.rhs_group_dimensions)
     if numbers is None:
       return None
+    ragged = dict(self.options).get('ragged_dot_dimension_numbers')
+    groups = () if ragged is None else tuple(ragged.rhs_group_dimensions)
     contracted, batch = numbers[0][self.at], numbers[1][self.at]
     others = {*contracted, *batch, *groups}
     return contracted, sorted(set(range(W_ndim)) - others), ()

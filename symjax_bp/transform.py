@@ -509,30 +509,28 @@ _OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
 )
 
 
-@contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-  """Calls the observer at each product with feedback that is traced."""
-  token = _OBSERVER.set(observer)
-  try:
-    yield
-  finally:
-    _OBSERVER.reset(token)
-
-
 _RECORD: contextvars.ContextVar[list['Row'] | None] = contextvars.ContextVar(
   'record', default=None
 )
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list['Row']]:
-  """Collects the rows of all functions with feedback that are traced."""
-  rows: list[Row] = []
-  token = _RECORD.set(rows)
+def _holding(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
+  token = variable.set(value)
   try:
-    yield rows
+    yield value
   finally:
-    _RECORD.reset(token)
+    variable.reset(token)
+
+
+def observed(observer: Observer):
+  """Calls the observer at each product with feedback that is traced."""
+  return _holding(_OBSERVER, observer)
+
+
+def recorded():
+  """Collects the rows of all functions with feedback that are traced."""
+  return _holding(_RECORD, [])
 
 
 class Row(NamedTuple):
