@@ -13,33 +13,6 @@ sees both as the product does: ``fan`` has the sizes of that very product.
 What learns in a state is under its key ``'learned'``; no optimizer may see the
 rest, see ``symjax_bp.partition``.
 
-Rules of Liao, Leibo and Poggio (2016, section 2); ``S_p`` is -1 with
-probability ``p_flip`` and 1 otherwise, for each weight on its own:
-
-=======================  =====================  ===============================
-rule                     V                      R
-=======================  =====================  ===============================
-``symmetric()``          W (backpropagation)    none
-``usf()``                sign(W)                none
-``nusf()``               sign(W) / fan_in       none
-``brsf(p_flip)``         R * sign(W)            M * S_p, M ~ U(0, 1], new with W
-``frsf(p_flip)``         R * sign(W)            the same, drawn once
-``rndf(sigma)``          R                      N(0, sigma^2)
-=======================  =====================  ===============================
-
-Rules of others:
-
-=======================  =====================  ===============================
-``frozen_sign()``        R                      sign(W_0)
-``frozen_noise(sigma)``  R                      W_0 + N(0, sigma^2)
-``tied_norm()``          R * norm(W) / norm(R)  N(0, 1)
-``kolen_pollack()``      R                      learned by dR = dW
-``product_feedback()``   R = B A                A learned by dR = dW, B fixed
-``low_rank(rank=r)``     R = Q P                both learned by dR = dW
-``weight_mirror()``      R                      learned in a phase of its own
-``local_loss(...)``      R                      learned by losses on W and V
-=======================  =====================  ===============================
-
 ``sign(0) = 0``. A rule of your own is ``rule(function)``, or a subclass of
 ``FeedbackRule`` like those here. Their names are in lower case because they are
 written like functions, ``usf()``.
