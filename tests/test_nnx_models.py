@@ -56,8 +56,10 @@ def test_all_but_the_backward_pass_is_plain_flax(make, x):
   assert isinstance(random, type(plain))
   assert_same_bits(state(random), state(plain))
   rows = asymmetric.layer_rules(random, x)
+  # In newer versions of Flax, the scales of WeightNorm are parameters.
+  rows = [row for row in rows if row.use != 'scale']
   assert all(row.rule == sbp.rndf() and 'product' in row.use for row in rows)
-  V = feedback_weights(random)
+  V = feedback_weights(random, x)
   assert {row.path: row.shape for row in rows} == jax.tree.map(jnp.shape, V)
   firsts = [each.ravel()[:4] for each in V.values()]
   assert len(np.unique(firsts, axis=0)) == len(V), 'each has its own draw'
