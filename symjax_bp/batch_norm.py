@@ -141,17 +141,6 @@ class NNXBatchNorm(nnx.Module):
     use_running_average: True to evaluate, False to train; the argument of the
       call takes precedence.
     rngs: The stream ``params`` initializes scale and bias.
-
-  Examples:
-    >>> from symjax_bp.batch_norm import NNXBatchNorm
-    >>> layer = NNXBatchNorm(num_features=2)
-    >>> print(layer(jnp.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])).round(3))
-    [[-1.225  0.   ]
-     [ 0.     0.   ]
-     [ 1.225  0.   ]]
-    >>> layer.eval()
-    >>> print(layer(jnp.array([[7.0, 5.01]])).round(2))
-    [[2.45 1.  ]]
   """
 
   def __init__(
@@ -288,13 +277,6 @@ def calibrate_nnx(
   Args:
     model: An NNX model; an error leaves it unchanged.
     batches, num_batches: As for :func:`calibrate`, as are the errors.
-
-  Examples:
-    >>> from symjax_bp.batch_norm import NNXBatchNorm, calibrate_nnx
-    >>> layer = NNXBatchNorm(num_features=1)
-    >>> calibrate_nnx(layer, [jnp.array([[0.0], [8.0 * k]]) for k in range(20)])
-    >>> print(layer.mean[...].round(3), layer.std[...].round(3))
-    [44.705] [44.705]
   """
   trained = nnx.clone(model)
   trained.train()
