@@ -12,34 +12,13 @@ uses feedback weights V:
   feedback          V  = rule(W, R)
 
 (Liao, Leibo and Poggio, "How Important Is Weight Symmetry in
-Backpropagation?", AAAI 2016). A function or a Flax model becomes asymmetric in
-one line, and an optax chain learns by signs in another:
+Backpropagation?", AAAI 2016).
 
->>> import jax, jax.numpy as jnp, optax, symjax_bp
->>> def mlp(params, x):
-...   return jax.nn.relu(x @ params['W1']) @ params['W2']
->>> f = symjax_bp.with_feedback(mlp, symjax_bp.usf())
->>> optimizer = symjax_bp.optim.batch_manhattan(learning_rate=0.01)
->>> x = jnp.stack([jnp.linspace(-1, 1, 16), jnp.ones(16)], axis=1)
->>> keys = jax.random.split(jax.random.key(0))
->>> params = {
-...   'W1': jax.random.normal(keys[0], (2, 8)) / 2,
-...   'W2': jax.random.normal(keys[1], (8, 1)) / 4,
-... }
->>> feedback = f.init(keys[0], params)
->>> state = optimizer.init(params)
->>> def loss(params):
-...   return jnp.mean((f(params, feedback, x) - x[:, :1] ** 2) ** 2)
->>> for step in range(61):
-...   value, gradient = jax.value_and_grad(loss)(params)
-...   if step % 20 == 0:
-...     print(f'{value:.2f}')
-...   updates, state = optimizer.update(gradient, state, params)
-...   params = optax.apply_updates(params, updates)
-1.59
-0.13
-0.01
-0.00
+>>> import jax, jax.numpy as jnp, symjax_bp
+>>> f = symjax_bp.with_feedback(lambda W, x: x @ W, symjax_bp.usf())
+>>> W, x = jnp.array([[0.5, -3.0]]), jnp.array([[2.0]])
+>>> print(jax.grad(lambda x: f(W, None, x)[0, 1])(x))  # sign(W), not W
+[[-1.]]
 
 Modules: ``feedback`` (the rules), ``transform`` (``with_feedback``),
 ``primitives`` (the products), ``linen`` and ``nnx`` (Flax), ``direct`` (direct
@@ -71,7 +50,13 @@ from symjax_bp.feedback import (
   usf,
   weight_mirror,
 )
-from symjax_bp.transform import FeedbackError, FeedbackFunction, redraw
+from symjax_bp.transform import (
+  FeedbackError,
+  FeedbackFunction,
+  combine,
+  partition,
+  redraw,
+)
 
 if typing.TYPE_CHECKING:
   import flax.linen
@@ -87,6 +72,7 @@ __all__ = [
   'FeedbackRule',
   'batch_norm',
   'brsf',
+  'combine',
   'direct',
   'feedback',
   'from_name',
@@ -101,6 +87,7 @@ __all__ = [
   'nnx',
   'nusf',
   'optim',
+  'partition',
   'primitives',
   'product_feedback',
   'redraw',
@@ -143,16 +130,49 @@ def with_feedback(
 def with_feedback(target, rules, exclude=(), **options):
   """Makes the backward pass of a function or a model use feedback weights.
 
+  Every weight that meets data in a product uses its rule, however the function
+  is written. Parameters, initial values and outputs stay as they are.
+
+  >>> import jax, jax.numpy as jnp
+  >>> def mlp(params, x):
+  ...   return jnp.tanh(x @ params['W1']) @ params['W2']
+  >>> f = with_feedback(mlp, rndf())
+  >>> params = {'W1': jnp.ones((3, 4)), 'W2': jnp.ones((4, 2))}
+  >>> feedback, x = f.init(jax.random.key(0), params), jnp.ones((1, 3))
+  >>> print(f.table(params, x))
+  weight  shape   feedback  use
+  W1      (3, 4)  rndf()    product
+  W2      (4, 2)  rndf()    product
+  2 of 2 weights with feedback: 20 of 20 parameters
+  >>> loss = lambda params: f(params, feedback, x).sum()
+  >>> g = jnp.ones((1, 2)) @ f.weights(params, feedback)['W2'].T
+  >>> dW1 = x.T @ (g * (1 - jnp.tanh(x @ params['W1']) ** 2))
+  >>> print(jnp.allclose(jax.grad(loss)(params)['W1'], dW1))
+  True
+
   Args:
-    target: a function ``f(params, *args, **kwargs)``, a Linen module or an NNX
-      module; see ``symjax_bp.transform.with_feedback``,
-      ``symjax_bp.linen.with_feedback`` and ``symjax_bp.nnx.with_feedback``.
-    rules: a rule for all weights, or {regular expression: rule}. Expressions
-      are searched for in a parameter's path, ``'encoder/Conv_0/kernel'``; the
-      first that is found wins.
-    exclude: regular expressions for the paths of parameters that plain
-      backpropagation trains.
-    **options: of the form for that target.
+    target: a function ``f(params, *args, **kwargs)`` of any pytree of
+      parameters, a Linen module or an NNX module. The other arguments of a
+      function are data, but keys are constants, and what is no array is static.
+    rules: a rule for all weights, or {regular expression: rule}. An expression
+      is searched for in a parameter's path, such as ``'encoder/Conv_0/kernel'``
+      (``^`` and ``$`` anchor it); the first that is found wins. Parameters
+      called ``bias`` or ``scale`` have no rule.
+    exclude: one or more regular expressions for the paths of parameters that
+      plain backpropagation trains.
+    **options: ``row_convolution`` for a function or a Linen module, see
+      ``symjax_bp.primitives.conv_general_dilated``; ``rngs`` for an NNX module,
+      see ``symjax_bp.nnx.with_feedback``.
+
+  Returns:
+    For a function an object with ``init(key, params)``,
+    ``__call__(params, feedback, *args)``, ``weights(params, feedback)`` and
+    ``table(params, *args)``; else a module with the methods of the target.
+
+  Raises:
+    TypeError: if ``target`` is none of these, or a rule is no rule.
+    ValueError: if an expression matches no parameter; when called,
+      ``FeedbackError`` if a weight cannot be given feedback.
   """
   for front_end, flax in (('linen', 'flax.linen'), ('nnx', 'flax.nnx')):
     # A module of Flax exists only if that part of Flax was imported.

@@ -18,6 +18,8 @@ from flax import nnx
 from flax.typing import Dtype, Initializer
 from jax.core import Tracer
 
+from symjax_bp.transform import path_of, separate
+
 __all__ = ['BatchNorm', 'NNXBatchNorm', 'calibrate', 'calibrate_nnx']
 
 # The statistics before the first mini-batch.
@@ -139,17 +141,6 @@ class NNXBatchNorm(nnx.Module):
     use_running_average: True to evaluate, False to train; the argument of the
       call takes precedence.
     rngs: The stream ``params`` initializes scale and bias.
-
-  Examples:
-    >>> from symjax_bp.batch_norm import NNXBatchNorm
-    >>> layer = NNXBatchNorm(num_features=2)
-    >>> print(layer(jnp.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])).round(3))
-    [[-1.225  0.   ]
-     [ 0.     0.   ]
-     [ 1.225  0.   ]]
-    >>> layer.eval()
-    >>> print(layer(jnp.array([[7.0, 5.01]])).round(2))
-    [[2.45 1.  ]]
   """
 
   def __init__(
@@ -269,8 +260,8 @@ def calibrate(
   statistics = _restart(variables.get('batch_stats', {}))
   for index, inputs in enumerate(_take(batches, num_batches)):
     variables = {**variables, 'batch_stats': statistics}
-    arguments = _partition((inputs, apply_kwargs))
-    statistics = _observe(model, variables, rngs, index, *arguments)
+    arrays, rebuilt = separate((inputs, apply_kwargs), _is_array)
+    statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
   _check_observed(statistics)
   return {**variables, 'batch_stats': statistics}
 
@@ -286,29 +277,26 @@ def calibrate_nnx(
   Args:
     model: An NNX model; an error leaves it unchanged.
     batches, num_batches: As for :func:`calibrate`, as are the errors.
-
-  Examples:
-    >>> from symjax_bp.batch_norm import NNXBatchNorm, calibrate_nnx
-    >>> layer = NNXBatchNorm(num_features=1)
-    >>> calibrate_nnx(layer, [jnp.array([[0.0], [8.0 * k]]) for k in range(20)])
-    >>> print(layer.mean[...].round(3), layer.std[...].round(3))
-    [44.705] [44.705]
   """
   trained = nnx.clone(model)
   trained.train()
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   nnx.update(trained, _restart(statistics))
   for inputs in _take(batches, num_batches):
-    _observe_nnx(trained, *_partition(inputs))
+    _observe_nnx(trained, *separate(inputs, _is_array))
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   _check_observed(statistics)
   nnx.update(model, statistics)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'static', 'treedef'))
-def _observe(model, variables, rngs, index, traced, static, treedef):
+def _is_array(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype')
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'rebuilt'))
+def _observe(model, variables, rngs, index, arrays, rebuilt):
   """Runs one mini-batch forward and returns the new batch_stats."""
-  inputs, kwargs = _combine(traced, static, treedef)
+  inputs, kwargs = rebuilt(arrays)
   rngs = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
   _, updated = model.apply(
     variables, *inputs, **kwargs, rngs=rngs, mutable=['batch_stats']
@@ -316,23 +304,10 @@ def _observe(model, variables, rngs, index, traced, static, treedef):
   return updated['batch_stats']
 
 
-@functools.partial(nnx.jit, static_argnames=('static', 'treedef'))
-def _observe_nnx(model, traced, static, treedef):
+@functools.partial(nnx.jit, static_argnames='rebuilt')
+def _observe_nnx(model, arrays, rebuilt):
   """Runs one mini-batch forward, which updates the model's statistics."""
-  model(*_combine(traced, static, treedef))
-
-
-def _partition(arguments: Any) -> tuple[list, tuple, Any]:
-  """Splits arguments into arrays, which a jit traces, and static values."""
-  leaves, treedef = jax.tree.flatten(arguments)
-  traced = [leaf if hasattr(leaf, 'dtype') else None for leaf in leaves]
-  static = (None if hasattr(leaf, 'dtype') else leaf for leaf in leaves)
-  return traced, tuple(static), treedef
-
-
-def _combine(traced: list, static: tuple, treedef: Any) -> Any:
-  leaves = map(lambda a, b: b if a is None else a, traced, static)
-  return treedef.unflatten(leaves)
+  model(*rebuilt(arrays))
 
 
 def _take(batches: Iterable[Any], num_batches: int) -> Iterator[tuple]:
@@ -354,11 +329,11 @@ def _restart(statistics: Any) -> Any:
   """Returns the tree with every statistic as before the first mini-batch."""
 
   def restart(path, value):
-    name = _path(path[-1:])
+    name = path_of(path[-1:])
     if name not in _INITIAL:
       raise ValueError(
-        f'batch_stats holds {_path(path)}, but calibrate can restart only the '
-        'averages of the layers of symjax_bp.batch_norm'
+        f'batch_stats holds {path_of(path)}, but calibrate can restart only '
+        'the averages of the layers of symjax_bp.batch_norm'
       )
     return jnp.full_like(value, _INITIAL[name])
 
@@ -373,16 +348,12 @@ def _restart(statistics: Any) -> Any:
 def _check_observed(statistics: Any) -> None:
   """Raises if a layer averaged nothing; under jit the counts are unknown."""
   for path, value in jax.tree.leaves_with_path(statistics):
-    is_known = _path(path[-1:]) == 'count' and not isinstance(value, Tracer)
+    is_known = path_of(path[-1:]) == 'count' and not isinstance(value, Tracer)
     if is_known and not value.all():
       raise ValueError(
-        f'{_path(path)} is 0: this layer did not run in training mode; for '
+        f'{path_of(path)} is 0: this layer did not run in training mode; for '
         'Linen pass what selects it, e.g. train=True'
       )
-
-
-def _path(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
 def _check_options(alpha: float, epsilon: float) -> None:

@@ -29,8 +29,14 @@ import jax.numpy as jnp
 
 from symjax_bp.feedback import symmetric
 from symjax_bp.kinds import Trait
-from symjax_bp.primitives import Product
-from symjax_bp.transform import FeedbackFunction, Rules, fold_path
+from symjax_bp.transform import (
+  Call,
+  FeedbackFunction,
+  Rules,
+  fold_path,
+  separate,
+  undifferentiated,
+)
 
 __all__ = ['DirectFunction', 'with_direct_feedback']
 
@@ -46,12 +52,8 @@ class DirectFunction:
   """What ``with_direct_feedback`` makes of ``function(params, *args)``.
 
   Attributes:
-    plain: the function, its products found by ``symjax_bp.transform``.
-    error: see ``with_direct_feedback``, as the others.
-    shared: see there.
-    density: see there.
-    sigma: see there.
-    learns: see there.
+    plain: the function, its products found by ``symjax_bp.transform``. For the
+      others see ``with_direct_feedback``.
   """
 
   plain: FeedbackFunction
@@ -67,8 +69,7 @@ class DirectFunction:
     Args:
       key: a PRNG key.
       params: the parameters.
-      *args: further arguments of the function; only shapes matter.
-      **kwargs: further arguments of the function.
+      *args, **kwargs: arguments of the function; only shapes matter.
 
     Returns:
       {path of a weight: B} with B of shape (size of the weight's input h for
@@ -124,10 +125,9 @@ class DirectFunction:
     Args:
       params: the parameters.
       feedback: what ``init`` returned.
-      *args: further arguments of the function.
+      *args, **kwargs: further arguments of the function.
       targets: for ``error='target'``: what takes the place of the error, of
         the shape of the output; one-hot labels.
-      **kwargs: further arguments of the function.
     """
     if (targets is None) == (self.error == 'target'):
       raise ValueError(
@@ -135,25 +135,17 @@ class DirectFunction:
         f'{self.error!r} and targets {"are not" if targets is None else "are"} '
         'given.'
       )
-    leaves, tree = jax.tree.flatten((params, args, kwargs))
-    real = [i for i, leaf in enumerate(leaves) if _is_real(leaf)]
+    arrays, rebuilt = separate(
+      (params, args, kwargs), lambda leaf: hasattr(leaf, 'dtype')
+    )
     # Integers and keys have no gradient, and must not be closed over.
-    other = [
-      i
-      for i, leaf in enumerate(leaves)
-      if hasattr(leaf, 'dtype') and i not in real
-    ]
-
-    def rebuilt(reals, others):
-      full = dict(enumerate(leaves))
-      full |= dict(zip(real, reals, strict=True))
-      full |= dict(zip(other, others, strict=True))
-      return jax.tree.unflatten(tree, full.values())
+    reals = {i: x for i, x in arrays.items() if _is_real(x)}
+    others = {i: x for i, x in arrays.items() if i not in reals}
 
     @jax.custom_vjp
     def call(reals, others, feedback, targets):
       del feedback, targets
-      params, args, kwargs = rebuilt(reals, others)
+      params, args, kwargs = rebuilt({**reals, **others})
       return self.plain.function(params, *args, **kwargs)
 
     def forward(*operands):
@@ -168,7 +160,7 @@ class DirectFunction:
           B = self._matrix(feedback, path, h)
           return apply(_inject(self.learns, h, B, direct.astype(B.dtype)))
 
-        params, args, kwargs = rebuilt(reals, others)
+        params, args, kwargs = rebuilt({**reals, **others})
         return self._evaluate(params, args, kwargs, inject)
 
       _, pullback = jax.vjp(injected, reals, feedback)
@@ -176,7 +168,9 @@ class DirectFunction:
       return dreals, None, dfeedback, None
 
     call.defvjp(forward, backward)
-    reals, others = ([leaves[i] for i in each] for each in (real, other))
+    if not self.learns:
+      guard = functools.partial(undifferentiated, 'the feedback matrix B')
+      feedback = jax.tree.map(guard, feedback)
     return call(reals, others, feedback, targets)
 
   def _matrix(self, feedback: dict, path: str, h: jax.Array) -> jax.Array:
@@ -195,7 +189,7 @@ class DirectFunction:
     def multiply(op, xs, weight, step):
       if Trait.HIDDEN not in step.inputs[1 - op.at]:
         return op(xs, weight.x)  # The function's own input.
-      path, axis = ' + '.join(weight.kind.paths), _batch_axis(op, xs[0].ndim)
+      path, axis = ' + '.join(weight.kind.paths), op.batch_axis(xs[0].ndim)
       if axis is None:
         raise ValueError(
           f'the input of {path!r} has shape {xs[0].shape} without a batch: '
@@ -207,19 +201,8 @@ class DirectFunction:
 
       return visit(path, jnp.moveaxis(xs[0], axis, 0), apply)
 
-    return self.plain.evaluate(params, {}, args, kwargs, multiply)
-
-
-def _batch_axis(op: Product, ndim: int) -> int | None:
-  """The first axis of the input that is not contracted; vmap moves it."""
-  options = dict(op.options)
-  numbers = options.get('dimension_numbers')
-  if 'ragged_dot_dimension_numbers' in options:
-    numbers = options['ragged_dot_dimension_numbers'].dot_dimension_numbers
-  if isinstance(numbers, jax.lax.ConvDimensionNumbers):
-    return numbers.lhs_spec[0] if op.at else 0
-  contracted = numbers[0][1 - op.at] if numbers else ()
-  return next((axis for axis in range(ndim) if axis not in contracted), None)
+    call = Call(self.plain, params, args, kwargs).plan({})
+    return call.evaluate(multiply)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -247,7 +230,7 @@ _inject.defvjp(_inject_forward, _inject_backward)
 
 
 def _is_real(leaf: Any) -> bool:
-  return hasattr(leaf, 'dtype') and jnp.issubdtype(leaf.dtype, jnp.inexact)
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def with_direct_feedback(

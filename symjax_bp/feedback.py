@@ -10,33 +10,8 @@ A rule knows no layer and no product. It takes and returns arrays, in two steps:
 
 R travels with W through reshapes, transposes, slices and so on, so ``weights``
 sees both as the product does: ``fan`` has the sizes of that very product.
-
-Rules of Liao, Leibo and Poggio (2016, section 2); ``S_p`` is -1 with
-probability ``p_flip`` and 1 otherwise, for each weight on its own:
-
-=======================  =====================  ===============================
-rule                     V                      R
-=======================  =====================  ===============================
-``symmetric()``          W (backpropagation)    none
-``usf()``                sign(W)                none
-``nusf()``               sign(W) / fan_in       none
-``brsf(p_flip)``         R * sign(W)            M * S_p, M ~ U(0, 1], new with W
-``frsf(p_flip)``         R * sign(W)            the same, drawn once
-``rndf(sigma)``          R                      N(0, sigma^2)
-=======================  =====================  ===============================
-
-Rules of others:
-
-=======================  =====================  ===============================
-``frozen_sign()``        R                      sign(W_0)
-``frozen_noise(sigma)``  R                      W_0 + N(0, sigma^2)
-``tied_norm()``          R * norm(W) / norm(R)  N(0, 1)
-``kolen_pollack()``      R                      learned by dR = dW
-``product_feedback()``   R = B A                A learned by dR = dW, B fixed
-``low_rank(rank=r)``     R = Q P                both learned by dR = dW
-``weight_mirror()``      R                      learned in a phase of its own
-``local_loss(...)``      R                      learned by losses on W and V
-=======================  =====================  ===============================
+What learns in a state is under its key ``'learned'``; no optimizer may see the
+rest, see ``symjax_bp.partition``.
 
 ``sign(0) = 0``. A rule of your own is ``rule(function)``, or a subclass of
 ``FeedbackRule`` like those here. Their names are in lower case because they are
@@ -153,8 +128,9 @@ class FeedbackRule:
       (sqrt(2 / fan_out), for convolutions). The paper's rules have 1.
     keeps_state: whether ``init`` returns a state.
     redraws: whether that state is a seed from which R is drawn for each W.
-    learning: gives V a gradient, which reaches the state through ``expand``;
-      see ``symjax_bp.primitives``. None for a V that does not learn.
+    learning: gives V a gradient, which reaches ``state['learned']`` through
+      ``expand``; see ``symjax_bp.primitives``. None for a V that does not
+      learn.
   """
 
   scale: Number | str = dataclasses.field(default=1.0, kw_only=True)
@@ -208,6 +184,8 @@ class FeedbackRule:
   def init(self, key: jax.Array, W: Kernel) -> Any:
     """Makes the state for a kernel: arrays, or None for a rule without one.
 
+    What learns is in a dictionary, under ``'learned'``.
+
     Args:
       key: a PRNG key. The same key gives the same state.
       W: the kernel, with its initial values where the rule uses these.
@@ -217,7 +195,7 @@ class FeedbackRule:
   def expand(self, W: jax.Array, state: Any) -> jax.Array | None:
     """Returns R, of the shape of W, or None for a rule without one."""
     del W
-    return state
+    return state['learned'] if isinstance(state, dict) else state
 
   def unscaled(self, W: jax.Array, R: Any, fan: Fan) -> jax.Array:
     """Returns V before it is scaled; see ``weights``."""
@@ -504,7 +482,15 @@ def _as_weight(op, xs, W, V, g, dW, extra):
   return dW, None
 
 
-class kolen_pollack(rndf):
+class _Learned(rndf):
+  """Starts from RndF, and learns."""
+
+  def init(self, key, W):
+    """Draws R."""
+    return {'learned': super().init(key, W)}
+
+
+class kolen_pollack(_Learned):
   r"""Learned feedback, :math:`V = R` with the gradient :math:`dR = dW`.
 
   Give R the optimizer and the weight decay of W, and V converges to W: their
@@ -527,7 +513,7 @@ class product_feedback(rndf):
 
   >>> rule = product_feedback(width=8)
   >>> jax.tree.map(jnp.shape, rule.init(jax.random.key(0), jnp.ones((3, 2))))
-  {'A': (8, 2), 'B': (3, 8)}
+  {'fixed': (3, 8), 'learned': (8, 2)}
 
   Attributes:
     width: rows of A; by default the inputs of W.
@@ -547,12 +533,12 @@ class product_feedback(rndf):
     width = self.width or inputs
     keys = jax.random.split(key)
     B = _normal(keys[0], W, 1 / math.sqrt(width), (inputs, width))
-    return {'A': _normal(keys[1], W, self.sigma, (width, outputs)), 'B': B}
+    A = _normal(keys[1], W, self.sigma, (width, outputs))
+    return {'fixed': B, 'learned': A}
 
   def expand(self, W, state):
     """R = B A."""
-    product = lax.stop_gradient(state['B']) @ state['A']
-    return product.reshape(W.shape)
+    return (state['fixed'] @ state['learned']).reshape(W.shape)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -563,7 +549,7 @@ class low_rank(rndf):
 
   >>> state = low_rank(rank=2).init(jax.random.key(0), jnp.ones((3, 3, 4, 8)))
   >>> jax.tree.map(jnp.shape, state)
-  {'P': (2, 8), 'Q': (36, 2)}
+  {'learned': {'P': (2, 8), 'Q': (36, 2)}}
 
   Attributes:
     rank: number of rows of P.
@@ -581,11 +567,13 @@ class low_rank(rndf):
     inputs, outputs = _matrix(W.shape)
     keys = jax.random.split(key)
     Q = _normal(keys[0], W, 1 / math.sqrt(self.rank), (inputs, self.rank))
-    return {'P': _normal(keys[1], W, self.sigma, (self.rank, outputs)), 'Q': Q}
+    P = _normal(keys[1], W, self.sigma, (self.rank, outputs))
+    return {'learned': {'P': P, 'Q': Q}}
 
   def expand(self, W, state):
     """R = Q P."""
-    return (state['Q'] @ state['P']).reshape(W.shape)
+    factors = state['learned']
+    return (factors['Q'] @ factors['P']).reshape(W.shape)
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -599,7 +587,7 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
   return math.prod(shape[:-1]), shape[-1]
 
 
-class weight_mirror(rndf):
+class weight_mirror(_Learned):
   r"""Weight mirror: :math:`V = R`, learned from noise in a phase of its own.
 
   Training steps leave R alone; ``mirror`` of what ``with_feedback`` returns
@@ -636,7 +624,7 @@ class _LocalGradient:
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class local_loss(rndf):
+class local_loss(_Learned):
   r"""Feedback learned by local losses, after Kunin et al. (2020).
 
   ========= ================================= =============================
@@ -722,7 +710,8 @@ class rule(FeedbackRule):
 
   def init(self, key, W):
     """R = initial(key, W)."""
-    return None if self.initial is None else self.initial(key, W)
+    R = None if self.initial is None else self.initial(key, W)
+    return {'learned': R} if self.learns else R
 
   def unscaled(self, W, R, fan):
     """V = function(W) or function(W, R)."""

@@ -481,15 +481,34 @@ class _Analysis:
     weights = [k for k in kinds if k.level is Level.WEIGHT]
     if not weights:
       return 'bind', _merge(kinds, level=Level.STATISTIC, has_R=False)
-    kind = _merge(kinds, why=f'{self.where(eqn)} combined different rules')
+    weights = self.without_scales(eqn, kinds, weights)
+    kind = _merge(weights, why=f'{self.where(eqn)} combined different rules')
     clear = [k for k in weights if Trait.UNCLEAR not in k]
     if len({(k.paths, k.layout) for k in clear if k.needs_R}) > 1:
       # Of two weights, or two arrangements of one, which R would it be?
       why = f'{self.where(eqn)} combined weights with an R each'
       kind = dataclasses.replace(kind, has_R=False, why=why)
-    alone = len(weights) == 1 and len(kinds) == 2
-    mask = eqn.primitive.name == 'mul' and alone and kind.has_R
+    factors = [k for k in kinds if k.level is Level.CONSTANT]
+    mask = eqn.primitive.name == 'mul' and len(factors) == 1 and kind.has_R
     return 'mask' if mask else 'bind', kind
+
+  def without_scales(
+    self, eqn: Any, kinds: Sequence[Kind], weights: list[Kind]
+  ) -> list[Kind]:
+    """Weights but those broadcast to scale another, as in WeightNorm."""
+    size = _size(eqn.outvars[0])
+    whole = [
+      Trait.WIDE not in kind and _size(var) == size
+      for var, kind in zip(eqn.invars, kinds, strict=True)
+    ]
+    allowed = {'mul': ([True, False], [False, True]), 'div': ([True, False],)}
+    if len(weights) < 2 or whole not in allowed.get(eqn.primitive.name, ()):
+      return weights
+    at = whole.index(True)
+    if kinds[1 - at].may_be_data:
+      return weights
+    self.log.uses.append(Use(kinds[1 - at].paths, 'scale', eqn, 1 - at))
+    return [kinds[at]]
 
   def weight_and_data(
     self, eqn: Any, kinds: tuple[Kind, ...]

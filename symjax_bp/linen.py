@@ -7,9 +7,10 @@ The outermost ``with_feedback`` wins.
 
 What a rule keeps is ``variables['feedback']``, never in ``params``: a tree of
 the model's modules, in which ``'kernel:rndf()'`` is what the rule ``rndf()``
-keeps for ``kernel``. Pass it to ``apply`` along with ``params``. For parameters
-that came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])``
-makes it. A rule that redraws (brSF) can also take its seed from
+keeps for ``kernel``. Pass it to ``apply`` along with ``params``; an optimizer
+may have the part that learns, see ``symjax_bp.partition``. For parameters that
+came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])`` makes
+it. A rule that redraws (brSF) can also take its seed from
 ``rngs={'feedback': key}`` alone. ``mutable=['feedback_weights']`` returns V.
 
 Inside ``nn.scan`` and ``nn.vmap`` map asymmetric modules like any others:
@@ -32,12 +33,14 @@ from flax.core.scope import LazyRng
 from symjax_bp import metrics
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.transform import (
+  Call,
   FeedbackFunction,
   Row,
   Rules,
   by_path,
   format_table,
   recorded,
+  separate,
   with_others,
 )
 
@@ -107,7 +110,8 @@ def _call(
       return y, repack(inner)
 
     f = FeedbackFunction(function, rules, row_convolution, prefix)
-    params, call = variables.get('params', {}), (rest, rngs, args, kwargs)
+    params = variables.get('params', {})
+    call = Call(f, params, (rest, rngs, args, kwargs), {})
     if initializing:
       key: Any = _key(scope, 'params')
       states = f.init_states(key, params, call)
@@ -117,11 +121,12 @@ def _call(
     stored |= _made_now(scope, f, params, stored, call)
     states = f.check_states(stored)
     _check_unmapped(scope, states)
+    call.plan(states)
     if scope.is_mutable_collection('feedback_weights'):
-      fans = {row.path: row.fan for row in f.rows(params, *call) if row.rule}
+      fans = {row.path: row.fan for row in call.rows() if row.rule}
       V = f.weights_by_path(params, states, fans)
       _put(scope, 'feedback_weights', V)
-    return f.evaluate(params, states, call, {})
+    return call.evaluate()
 
   result_or_states = lift.pack(
     interpret, (True,), (True,), (True,), name='feedback', enable_kwargs=True
@@ -289,38 +294,11 @@ class Dense(_Asymmetric, nn.Dense):
 
 
 class DenseGeneral(_Asymmetric, nn.DenseGeneral):
-  """``flax.linen.DenseGeneral`` with feedback weights.
-
-  >>> import jax, jax.numpy as jnp, symjax_bp
-  >>> layer = DenseGeneral((4, 2), axis=(-2, -1), feedback=symjax_bp.rndf())
-  >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 3, 5)))
-  >>> jax.tree.map(jnp.shape, variables['feedback'])
-  {'kernel:rndf()': (3, 5, 4, 2)}
-
-  Attributes:
-    feedback: the rule; all other fields are ``flax.linen.DenseGeneral``'s.
-  """
+  """``flax.linen.DenseGeneral`` with feedback weights; see ``Dense``."""
 
 
 class Conv(_Asymmetric, nn.Conv):
-  """``flax.linen.Conv`` with feedback weights.
-
-  >>> import jax, jax.numpy as jnp, symjax_bp
-  >>> layer = Conv(1, (2, 2), padding='VALID', feedback=symjax_bp.usf())
-  >>> x = jnp.ones((1, 3, 3, 1))
-  >>> variables = layer.init(jax.random.key(0), x)
-  >>> print(jnp.sign(variables['params']['kernel'][..., 0, 0]))
-  [[ 1. -1.]
-   [-1.  1.]]
-  >>> dx = jax.grad(lambda x: layer.apply(variables, x).sum())(x)
-  >>> print(dx[0, :, :, 0])
-  [[ 1.  0. -1.]
-   [ 0.  0.  0.]
-   [-1.  0.  1.]]
-
-  Attributes:
-    feedback: the rule; all other fields are those of ``flax.linen.Conv``.
-  """
+  """``flax.linen.Conv`` with feedback weights; see ``Dense``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,13 +368,11 @@ def with_feedback(
   *,
   row_convolution: bool = False,
 ) -> WithFeedback:
-  """Makes the backward pass of a Linen model use feedback weights.
+  """``symjax_bp.with_feedback`` for Linen models, which are not changed.
 
-  Every weight that meets data in a product uses its rule, however the model is
-  written. The ``params`` tree, its initial values and the outputs stay the
-  model's own.
+  A model that shares a submodule with the one around it is a ValueError.
 
-  >>> import flax.linen as nn, jax, jax.numpy as jnp, symjax_bp
+  >>> import jax, jax.numpy as jnp, symjax_bp
   >>> mlp = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
   >>> model = with_feedback(
   ...   mlp, {'layers_0': symjax_bp.usf(), 'layers_2': symjax_bp.rndf()}
@@ -409,23 +385,6 @@ def with_feedback(
   layers_0/kernel  (4, 3)  usf()     product
   layers_2/kernel  (3, 2)  rndf()    product
   2 of 2 weights with feedback: 18 of 18 parameters
-
-  Args:
-    model: the model; it is not changed.
-    rules: a rule for all weights, or {regular expression: rule}; see
-      ``symjax_bp.with_feedback``.
-    exclude: one or more regular expressions for the paths of parameters that
-      plain backpropagation trains.
-    row_convolution: see ``symjax_bp.primitives.conv_general_dilated``.
-
-  Returns:
-    A module with the methods of the model.
-
-  Raises:
-    TypeError: if ``model`` is no Linen module, or a rule is none.
-    ValueError: if the model shares a submodule with the one around it; when
-      called, if an expression matches no parameter or a weight cannot be given
-      feedback.
   """
   if not isinstance(model, nn.Module):
     raise TypeError(
@@ -474,17 +433,6 @@ def plain_twin(model: nn.Module) -> nn.Module:
   It needs neither the collection nor the key stream ``feedback``, so it is
   also the model to evaluate, and to attack: adversarial examples computed
   through V are weak by construction.
-
-  >>> import jax, jax.numpy as jnp, symjax_bp
-  >>> model = Dense(2, feedback=symjax_bp.brsf())
-  >>> x = jnp.ones((1, 3))
-  >>> variables = model.init(jax.random.key(0), x)
-  >>> y = model.apply(variables, x)
-  >>> bool((plain_twin(model).apply(variables, x) == y).all())
-  True
-
-  Args:
-    model: any Linen model, asymmetric in whole, in part or not at all.
   """
   return WithFeedback(_Detached(model))
 
@@ -494,18 +442,16 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
 
   Args:
     model: any Linen model.
-    *args: arguments to call it with; of arrays only shapes and dtypes matter.
-    **kwargs: further arguments to call it with.
+    *args, **kwargs: arguments to call it with; of arrays only shapes and dtypes
+      matter.
 
   Returns:
     A row for each parameter that is no bias or scale.
   """
-  leaves, tree = jax.tree.flatten((args, kwargs))
-  arrays = {i: a for i, a in enumerate(leaves) if hasattr(a, 'dtype')}
+  arrays, rebuilt = separate((args, kwargs), lambda x: hasattr(x, 'dtype'))
 
   def init(key, arrays):
-    full = [arrays.get(i, leaf) for i, leaf in enumerate(leaves)]
-    args, kwargs = jax.tree.unflatten(tree, full)
+    args, kwargs = rebuilt(arrays)
     method = _retraced(kwargs.pop('method', None))
     return model.init(key, *args, method=method, **kwargs)
 
@@ -515,20 +461,14 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
 
 
 def feedback_table(model: nn.Module, *args, **kwargs) -> str:
-  """What uses which rule, as text: is it really not backpropagation?
-
-  Args:
-    model: any Linen model.
-    *args: arguments to call it with; of arrays only shapes and dtypes matter.
-    **kwargs: further arguments to call it with.
-  """
+  """``layer_rules`` as text: is it really not backpropagation?"""
   return format_table(layer_rules(model, *args, **kwargs))
 
 
 def feedback_weights(
   model: nn.Module, variables: Mapping[str, Any], *args, **kwargs
 ) -> dict[str, jax.Array]:
-  """V of each weight with feedback, by its path; see ``FeedbackFunction``.
+  """V of each weight with feedback, by its path, as it was used.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer, x = Dense(2, feedback=symjax_bp.usf()), jnp.ones((1, 1))
@@ -541,8 +481,7 @@ def feedback_weights(
   Args:
     model: an asymmetric model.
     variables: its variables.
-    *args: arguments to call the model with.
-    **kwargs: further arguments of ``apply``, such as ``rngs``.
+    *args, **kwargs: arguments of ``apply``.
   """
   mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
   _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
@@ -557,9 +496,7 @@ def layer_alignment(
   mutable: Sequence[str] = (),
   **kwargs,
 ) -> dict[str, metrics.Alignment]:
-  """How well each weight's feedback agrees with backpropagation.
-
-  Works under ``jax.jit``.
+  """``symjax_bp.metrics.layer_alignment`` for a Linen model.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer = Dense(2, feedback=symjax_bp.usf())
@@ -573,15 +510,8 @@ def layer_alignment(
     model: an asymmetric model.
     variables: its variables.
     loss: the scalar loss as a function of the model's output.
-    *args: arguments to call the model with.
     mutable: collections that the call changes, such as ``batch_stats``.
-    **kwargs: further arguments of ``apply``, such as ``rngs``.
-
-  Returns:
-    {path of the weight: ``metrics.Alignment``}.
-
-  Raises:
-    ValueError: if nothing in the model has feedback.
+    *args, **kwargs: arguments of ``apply``.
   """
   rest = {name: value for name, value in variables.items() if name != 'params'}
   kwargs['method'] = _retraced(kwargs.get('method'))

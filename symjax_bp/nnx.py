@@ -10,10 +10,10 @@ What rules keep is held in variables of type ``Feedback``, in the attribute
 ``feedback`` of each module with weights. They are no ``nnx.Param``, and no
 filter for kernels matches their paths: ``nnx.grad`` and
 ``nnx.Optimizer(..., nnx.Param)`` leave them alone; ``nnx.split``, ``nnx.state``
-and checkpoints carry them. To learn feedback (Kolen-Pollack) use
-``nnx.Any(nnx.Param, Feedback)``. A filter for a whole module, such as
-``nnx.PathContains('layers')``, matches all its variables, feedback too: combine
-it with ``nnx.Param``.
+and checkpoints carry them. What learns (Kolen-Pollack) is a
+``LearnedFeedback``: train ``nnx.Any(nnx.Param, LearnedFeedback)``. A filter for
+a whole module, such as ``nnx.PathContains('layers')``, matches all its
+variables, feedback too: combine it with ``nnx.Param``.
 
 Methods are traced, as by ``jax.jit``: the values of arrays are not known to
 Python in them. ``Net.method(model, ...)`` calls one as it is written.
@@ -40,6 +40,8 @@ from symjax_bp import metrics, transform
 from symjax_bp.batch_norm import NNXBatchNorm as BatchNorm
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.transform import (
+  Call,
+  FeedbackError,
   FeedbackFunction,
   Row,
   Rules,
@@ -47,6 +49,7 @@ from symjax_bp.transform import (
   format_table,
   is_weight,
   recorded,
+  separate,
   with_others,
 )
 
@@ -54,6 +57,7 @@ __all__ = [
   'BatchNorm',
   'Conv',
   'Feedback',
+  'LearnedFeedback',
   'Linear',
   'LinearGeneral',
   'feedback_table',
@@ -72,6 +76,11 @@ Model = TypeVar('Model', bound=nnx.Module)
 @nnx.register_variable_name('Feedback')
 class Feedback(nnx.Variable):
   """What a rule keeps for a weight; not a parameter."""
+
+
+@nnx.register_variable_name('LearnedFeedback')
+class LearnedFeedback(Feedback):
+  """Feedback that learns, for an optimizer."""
 
 
 class _Store(nnx.Pytree):
@@ -181,7 +190,7 @@ def _asymmetric_modules(model: Any) -> list[tuple[str, Any]]:
   ]
 
 
-def _feedback(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def attached(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   """Rules of weights by path, None if excluded, and what they keep."""
   rules, states = {}, {}
   for path, node in nnx.iter_graph(model):
@@ -193,7 +202,14 @@ def _feedback(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
           at, kept = key.split(':', 1)
           where = named[int(at)][0], *kept.split('/')
           states[where] = variable.get_value()
-  return rules, nnx.traversals.unflatten_mapping(states)
+  states = nnx.traversals.unflatten_mapping(states)
+  for path, each in states.items():
+    if len(each) > 1:  # nnx.update adds what it does not find.
+      raise FeedbackError(
+        f'{path!r} has feedback of {" and ".join(each)}: the state of a model '
+        'with other rules was put into this one.'
+      )
+  return rules, states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,11 +240,12 @@ class _Opened:
   """
 
   def __init__(self, model: Any, args: Any, kwargs: Any):
-    self._leaves, self._tree = jax.tree.flatten(
-      (model, args, kwargs), is_leaf=_is_object
+    parts, self._static = separate(
+      (model, args, kwargs),
+      lambda x: _is_object(x) or isinstance(x, (jax.Array, np.ndarray)),
+      is_leaf=_is_object,
     )
-    leaves = dict(enumerate(self._leaves))
-    self.nodes = {i: x for i, x in leaves.items() if _is_object(x)}
+    self.nodes = {i: x for i, x in parts.items() if _is_object(x)}
 
     def is_parameter(path, x):
       return path[0] == 0 and (
@@ -247,8 +264,7 @@ class _Opened:
       for path, (each, _) in zip(self._paths, found, strict=True)
       if value not in each
     ]
-    kinds = (jax.Array, np.ndarray)
-    arrays = {i: x for i, x in leaves.items() if isinstance(x, kinds)}
+    arrays = {i: x for i, x in parts.items() if i not in self.nodes}
     self.others = rest, arrays
 
   def copy(self, params: Any, others: Any) -> tuple[Any, Any, Any, Any]:
@@ -257,8 +273,7 @@ class _Opened:
     values = [params[path] for path in self._paths]
     state = jax.tree.unflatten(self._params, values)
     nodes = nnx.merge(self._graph, state, self._feedback, rest, copy=True)
-    leaves = {**dict(enumerate(self._leaves)), **nodes, **arrays}
-    return nodes, *jax.tree.unflatten(self._tree, leaves.values())
+    return nodes, *self._static({**nodes, **arrays})
 
 
 def _content(x: Any) -> tuple[list[Any], Any]:
@@ -345,7 +360,7 @@ class _Changes:
 
 def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   """Calls a method of an asymmetric model."""
-  rules, states = ({}, {}) if _INSIDE in vars(model) else _feedback(model)
+  rules, states = ({}, {}) if _INSIDE in vars(model) else attached(model)
   if not rules:
     return function.__get__(model, type(model))(*args, **kwargs)
   opened = _Opened(model, args, kwargs)
@@ -367,7 +382,7 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   prefix, _ = vars(model).get(_PREFIX, ('', None))
   f = FeedbackFunction(traced, _Known((), by_path=rules), prefix=prefix)
   states = f.check_states(states)
-  arrays = f.evaluate(opened.params, states, (opened.others,), {})
+  arrays = Call(f, opened.params, (opened.others,), {}).plan(states).evaluate()
   changes, is_stream = calls
   y = changes.carry_out(arrays)
   return iter(y) if is_stream else y
@@ -474,8 +489,12 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
       'rngs=nnx.Rngs(...), for instance nnx.Rngs(feedback=0).'
     )
   state = {rule.state_name: rule.init(fold_path(key, path), W)}
-  leaves = jax.tree_util.tree_leaves_with_path(state)
-  return {transform.path_of(at): Feedback(x, ref=False) for at, x in leaves}
+  variables = {}
+  for keys, x in jax.tree_util.tree_leaves_with_path(state):
+    name = transform.path_of(keys)
+    kind = LearnedFeedback if transform.is_learned(name) else Feedback
+    variables[name] = kind(x, ref=False)
+  return variables
 
 
 def _remove(module: Any) -> None:
@@ -502,52 +521,23 @@ class Linear(_Layer, _asymmetric(nnx.Linear)):
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer = Linear(3, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
-  >>> x = jnp.ones((1, 3))
-  >>> print(jax.grad(lambda x: layer(x).sum())(x))
+  >>> print(jax.grad(lambda x: layer(x).sum())(jnp.ones((1, 3))))
   [[ 0. -2.  0.]]
   >>> print(jnp.sign(layer.kernel[...]).sum(1))  # = dx
   [ 0. -2.  0.]
 
-  Args:
-    *args: as for ``flax.nnx.Linear``.
-    feedback: the rule.
-    rngs: key streams; a draw comes from ``feedback`` where that is named.
-    **kwargs: as for ``flax.nnx.Linear``.
+  The arguments are those of ``flax.nnx.Linear``, and ``feedback``, the rule.
+  What it keeps is drawn from the stream ``feedback`` of ``rngs`` if there is
+  one.
   """
 
 
 class LinearGeneral(_Layer, _asymmetric(nnx.LinearGeneral)):
-  """``flax.nnx.LinearGeneral`` with feedback weights.
-
-  >>> import symjax_bp
-  >>> layer = LinearGeneral(
-  ...   (3, 4),
-  ...   (5, 2),
-  ...   axis=(-2, -1),
-  ...   feedback=symjax_bp.rndf(),
-  ...   rngs=nnx.Rngs(0),
-  ... )
-  >>> feedback_weights(layer)['kernel'].shape
-  (3, 4, 5, 2)
-
-  The arguments are those of ``flax.nnx.LinearGeneral``, and ``feedback``.
-  """
+  """``flax.nnx.LinearGeneral`` with feedback weights; see ``Linear``."""
 
 
 class Conv(_Layer, _asymmetric(nnx.Conv)):
-  """``flax.nnx.Conv`` with feedback weights.
-
-  >>> import jax, jax.numpy as jnp, symjax_bp
-  >>> layer = Conv(
-  ...   1, 1, (2,), padding='VALID', feedback=symjax_bp.usf(), rngs=nnx.Rngs(0)
-  ... )
-  >>> print(jnp.sign(layer.kernel[...]).ravel())
-  [ 1. -1.]
-  >>> print(jax.grad(lambda x: layer(x).sum())(jnp.ones((1, 4, 1))).ravel())
-  [ 1.  0.  0. -1.]
-
-  The arguments are those of ``flax.nnx.Conv``, and ``feedback``.
-  """
+  """``flax.nnx.Conv`` with feedback weights; see ``Linear``."""
 
 
 def with_feedback(
@@ -557,10 +547,9 @@ def with_feedback(
   *,
   rngs: nnx.Rngs | None = None,
 ) -> Model:
-  """Returns an asymmetric copy of an NNX model.
+  """``symjax_bp.with_feedback`` for NNX models: an asymmetric copy.
 
-  Every weight that meets data in a product uses its rule, however the model is
-  written. What a weight's rule keeps follows from its path and from one key for
+  What a rule keeps follows from the path of its weight and from one key for
   all: the next one of the stream ``feedback``. If ``rngs`` has no such stream,
   from the key and the count of ``params``, which does not advance: two calls
   then draw alike.
@@ -571,11 +560,8 @@ def with_feedback(
   ...   nnx.relu,
   ...   nnx.Linear(3, 2, rngs=nnx.Rngs(1)),
   ... )
-  >>> model = with_feedback(
-  ...   mlp,
-  ...   {'layers/0': symjax_bp.usf(), 'layers/2': symjax_bp.rndf()},
-  ...   rngs=nnx.Rngs(feedback=2),
-  ... )
+  >>> rules = {'layers/0': symjax_bp.usf(), 'layers/2': symjax_bp.rndf()}
+  >>> model = with_feedback(mlp, rules, rngs=nnx.Rngs(feedback=2))
   >>> print(feedback_table(model, jax.numpy.ones((1, 4))))
   weight           shape   feedback  use
   layers/0/kernel  (4, 3)  usf()     product
@@ -584,20 +570,10 @@ def with_feedback(
 
   Args:
     model: the model; it is not changed.
-    rules: a rule for all weights, or {regular expression: rule}. An expression
-      is searched for in a parameter's path, such as ``'layers/0/kernel'``
-      (``^`` and ``$`` anchor it); the first that is found wins.
-    exclude: one or more regular expressions for the paths of parameters that
-      plain backpropagation trains.
-    rngs: key streams such as ``nnx.Rngs(feedback=0)``; needed by rules that
-      keep something.
-
-  Raises:
-    TypeError: if ``model`` is no NNX module, a rule is none, or ``rngs`` no
-      ``nnx.Rngs``.
-    ValueError: if a rule keeps something and there is no ``rngs``, or an
-      expression matches no parameter; when called, if a weight cannot be given
-      feedback.
+    rules: see ``symjax_bp.with_feedback``.
+    exclude: see there.
+    rngs: key streams such as ``nnx.Rngs(feedback=0)``, without which a rule
+      that keeps something is a ValueError.
   """
   if not isinstance(model, nnx.Module):
     raise TypeError(f'model must be an nnx.Module, not {type(model).__name__}.')
@@ -614,18 +590,7 @@ def with_feedback(
 
 
 def plain_twin(model: Model) -> Model:
-  """A copy of a model that is trained by plain backpropagation.
-
-  >>> import symjax_bp
-  >>> layer = Linear(3, 2, feedback=symjax_bp.rndf(), rngs=nnx.Rngs(0))
-  >>> print(feedback_table(plain_twin(layer)))
-  weight  shape   feedback               use
-  kernel  (3, 2)  plain backpropagation  not followed
-  0 of 1 weights with feedback: 0 of 6 parameters
-
-  Args:
-    model: any NNX model, asymmetric in whole, in part or not at all.
-  """
+  """A copy of a model that is trained by plain backpropagation."""
   twin = nnx.clone(model)
   for _, module in list(nnx.iter_modules(twin)):
     _remove(module)
@@ -633,7 +598,7 @@ def plain_twin(model: Model) -> Model:
 
 
 def redraw(model: nnx.Module, key: jax.Array) -> None:
-  """Chooses the draws of rules that redraw by a key; see ``symjax_bp.redraw``.
+  """``symjax_bp.redraw`` for an NNX model, whose feedback it replaces.
 
   >>> import jax, symjax_bp
   >>> layer = Linear(1, 3, feedback=symjax_bp.brsf(), rngs=nnx.Rngs(0))
@@ -642,10 +607,6 @@ def redraw(model: nnx.Module, key: jax.Array) -> None:
   ...   print((10 * abs(feedback_weights(layer)['kernel'])).round())
   [[ 4.  1. 10.]]
   [[8. 5. 8.]]
-
-  Args:
-    model: the model; its feedback is replaced in place.
-    key: a PRNG key, such as one with the number of the step folded in.
   """
   nodes = {
     _joined(*path): node
@@ -660,7 +621,7 @@ def redraw(model: nnx.Module, key: jax.Array) -> None:
 def feedback_weights(
   model: nnx.Module, *args, **kwargs
 ) -> dict[str, jax.Array]:
-  """V of each weight with feedback; see ``FeedbackFunction.weights``.
+  """V of each weight with feedback, by its path, in the parameters' dtype.
 
   >>> import symjax_bp
   >>> layer = Linear(1, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
@@ -669,18 +630,14 @@ def feedback_weights(
 
   Args:
     model: an asymmetric model.
-    *args: optional arguments to call the model with: they make V exact for
-      rules that depend on the product (NuSF).
-    **kwargs: further arguments.
-
-  Returns:
-    {path of the weight: V}, in the dtype of the parameters.
+    *args, **kwargs: optional arguments to call the model with: they make V
+      exact for rules that depend on the product (NuSF).
   """
   fans = None
   if args or kwargs:
     rows = layer_rules(model, *args, **kwargs)
     fans = {row.path: row.fan for row in rows if row.rule}
-  rules, states = _feedback(model)
+  rules, states = attached(model)
   f = FeedbackFunction(lambda params: None, _Known((), by_path=rules))
   return f.weights_by_path(_parameters(model), f.check_states(states), fans)
 
@@ -700,16 +657,15 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[Row]:
 
   Args:
     model: any NNX model.
-    *args: optional arguments to call it with: rows then come in the order of
-      use, and say what the use is.
-    **kwargs: further arguments to call it with.
+    *args, **kwargs: optional arguments to call it with: rows then come in the
+      order of use, and say what the use is.
 
   Returns:
     A row for each parameter that is no bias or scale.
   """
   parameters = _parameters(model)
   if not (args or kwargs):
-    rules, _ = _feedback(model)
+    rules, _ = attached(model)
     rows = [
       Row(path, parameters[path].shape, rule, '')
       for path, rule in rules.items()
@@ -729,22 +685,14 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[Row]:
 
 
 def feedback_table(model: nnx.Module, *args, **kwargs) -> str:
-  """What uses which rule, as text: is it really not backpropagation?
-
-  Args:
-    model: any NNX model.
-    *args: optional arguments to call it with, see ``layer_rules``.
-    **kwargs: further arguments to call it with.
-  """
+  """``layer_rules`` as text: is it really not backpropagation?"""
   return format_table(layer_rules(model, *args, **kwargs))
 
 
 def layer_alignment(
   model: nnx.Module, loss: Callable[[Any], jax.Array], *args, **kwargs
 ) -> dict[str, metrics.Alignment]:
-  """How well each weight's feedback agrees with backpropagation.
-
-  Works under ``nnx.jit``; the model is not changed.
+  """``symjax_bp.metrics.layer_alignment`` for an NNX model, left unchanged.
 
   >>> import jax.numpy as jnp, symjax_bp
   >>> layer = Linear(3, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
@@ -755,14 +703,7 @@ def layer_alignment(
   Args:
     model: an asymmetric model.
     loss: the scalar loss as a function of the model's output.
-    *args: arguments to call the model with.
-    **kwargs: further arguments to call the model with.
-
-  Returns:
-    {path of the weight: ``metrics.Alignment``}.
-
-  Raises:
-    ValueError: if nothing in the model has feedback.
+    *args, **kwargs: arguments to call the model with.
   """
   opened = _Opened(model, args, kwargs)
 

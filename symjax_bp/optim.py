@@ -192,14 +192,6 @@ def sgd(
 
   This is :func:`optax.sgd` after :func:`optax.add_decayed_weights`. Arguments,
   dtypes, errors and source are those of :func:`batch_manhattan`.
-
-  Examples:
-    >>> from symjax_bp import optim
-    >>> optimizer = optim.sgd(learning_rate=0.5, weight_decay=0.25)
-    >>> weights = jnp.array([1.0, -2.0])
-    >>> g, state = jnp.array([3.0, 0.0]), optimizer.init(weights)
-    >>> print(optimizer.update(g, state, weights)[0])
-    [-1.625  0.25 ]
   """
   return batch_manhattan(
     learning_rate, momentum, weight_decay, 0, weight_decay_mask

@@ -24,6 +24,7 @@ to agree with; use ``jax.jacrev(jax.jacrev(f))`` for second derivatives.
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -42,8 +43,6 @@ __all__ = [
   'dense',
   'dot_general',
 ]
-
-Padding = str | Sequence[tuple[int, int]]
 
 
 class Fan(NamedTuple):
@@ -130,36 +129,46 @@ class Product:
     if axes is None:
       return None
     if self._is_conv:
-      numbers = dict(self.options)['dimension_numbers']
-      return (numbers.out_spec[1 if self.at else 0],)
+      return (self._numbers.out_spec[1 if self.at else 0],)
     count = len(axes[1])
     if self.at == 1:
       return tuple(range(y_ndim - count, y_ndim))
     batch = W_ndim - len(axes[0]) - count
     return tuple(range(batch, batch + count))
 
+  def batch_axis(self, x_ndim: int) -> int | None:
+    """The first axis of the input that is not contracted; vmap moves it."""
+    numbers = self._numbers
+    if self._is_conv:
+      return numbers.lhs_spec[0] if self.at else 0
+    contracted = numbers[0][1 - self.at] if numbers else ()
+    return next((i for i in range(x_ndim) if i not in contracted), None)
+
+  @property
+  def _numbers(self) -> Any:
+    options = dict(self.options)
+    ragged = options.get('ragged_dot_dimension_numbers')
+    if ragged is not None:
+      return ragged.dot_dimension_numbers
+    return options.get('dimension_numbers')
+
   @property
   def _is_conv(self) -> bool:
-    numbers = dict(self.options).get('dimension_numbers')
-    return isinstance(numbers, lax.ConvDimensionNumbers)
+    return isinstance(self._numbers, lax.ConvDimensionNumbers)
 
   def _axes(self, W_ndim: int) -> tuple[Sequence[int], ...] | None:
     """Axes of W: contracted, features of y, and window of a convolution."""
-    options = dict(self.options)
-    numbers: Any = options.get('dimension_numbers')
-    groups = ()
+    numbers = self._numbers
     if self._is_conv:
       if self.at == 0:  # A kernel in the place of the image.
         batch, features, *window = numbers.lhs_spec
         return (features,), (batch,), window
       features, inputs, *window = numbers.rhs_spec
       return (inputs,), (features,), window
-    ragged = options.get('ragged_dot_dimension_numbers')
-    if ragged is not None:
-      numbers = ragged.dot_dimension_numbers
-      groups = tuple(ragged.rhs_group_dimensions)
     if numbers is None:
       return None
+    ragged = dict(self.options).get('ragged_dot_dimension_numbers')
+    groups = () if ragged is None else tuple(ragged.rhs_group_dimensions)
     contracted, batch = numbers[0][self.at], numbers[1][self.at]
     others = {*contracted, *batch, *groups}
     return contracted, sorted(set(range(W_ndim)) - others), ()
@@ -243,9 +252,9 @@ def _sharded_like(W, V):
   return lax.pcast(V, tuple(varying), to='varying')
 
 
-def _apply(op: Product, x, W, V) -> jax.Array:
-  """Checks V against W and applies the product."""
-  x, W, V = jnp.asarray(x), jnp.asarray(W), jnp.asarray(V)
+def _apply(function, xWV, args, options, rows=False) -> jax.Array:
+  """Checks V against W and applies a function of JAX, with its arguments."""
+  x, W, V = map(jnp.asarray, xWV)
   if V.shape != W.shape:
     raise ValueError(
       f'V must have the shape of W, {W.shape}, not {V.shape}: one feedback '
@@ -256,18 +265,15 @@ def _apply(op: Product, x, W, V) -> jax.Array:
       'W and V must have real floating dtypes (float32, bfloat16, ...), not '
       f'{W.dtype} and {V.dtype}.'
     )
+  bound = inspect.signature(function).bind(x, W, *args, **options)
+  bound.apply_defaults()
+  named = dict(list(bound.arguments.items())[2:])
+  op = Product.create(function, named, rows=rows)
   return asymmetric(op, (x,), W, V)
 
 
 def dot_general(
-  x: jax.Array,
-  W: jax.Array,
-  V: jax.Array,
-  dimension_numbers,
-  precision=None,
-  preferred_element_type=None,
-  *,
-  out_sharding=None,
+  x: jax.Array, W: jax.Array, V: jax.Array, *args: Any, **options: Any
 ) -> jax.Array:
   r"""``jax.lax.dot_general`` with feedback weights.
 
@@ -286,48 +292,31 @@ def dot_general(
     x: input of any shape.
     W: forward kernel; real floating point.
     V: feedback kernel of the shape of W; takes its dtype and sharding.
-    dimension_numbers: ``((x_contracting, W_contracting), (x_batch, W_batch))``.
-    precision: as in ``jax.lax.dot_general``; also of both transposes.
-    preferred_element_type: as in ``jax.lax.dot_general``.
-    out_sharding: as in ``jax.lax.dot_general``.
+    *args: the arguments of ``jax.lax.dot_general`` after x and W.
+    **options: those by name.
 
   Returns:
-    y, exactly as ``jax.lax.dot_general(x, W, ...)`` returns it.
+    y, exactly as JAX returns it.
 
   Raises:
     ValueError: if V does not have the shape of W.
     TypeError: if W or V is not real floating point.
   """
-  options = {
-    'dimension_numbers': dimension_numbers,
-    'precision': precision,
-    'preferred_element_type': preferred_element_type,
-    'out_sharding': out_sharding,
-  }
-  return _apply(Product.create(lax.dot_general, options), x, W, V)
+  return _apply(lax.dot_general, (x, W, V), args, options)
 
 
 def conv_general_dilated(
   x: jax.Array,
   W: jax.Array,
   V: jax.Array,
-  window_strides: Sequence[int],
-  padding: Padding,
-  lhs_dilation: Sequence[int] | None = None,
-  rhs_dilation: Sequence[int] | None = None,
-  dimension_numbers=None,
-  feature_group_count: int = 1,
-  batch_group_count: int = 1,
-  precision=None,
-  preferred_element_type=None,
-  *,
-  out_sharding=None,
+  *args: Any,
   row_convolution: bool = False,
+  **options: Any,
 ) -> jax.Array:
   """``jax.lax.conv_general_dilated`` with feedback weights.
 
   ``dx`` is the transposed convolution of g with V, ``dW`` the correlation of
-  x with g. Arguments besides V are those of ``jax.lax.conv_general_dilated``.
+  x with g. Operands, arguments and errors are as in ``dot_general``.
 
   >>> x = jnp.arange(4.0).reshape(1, 1, 4)  # NCH, OIH: JAX's own layout
   >>> W, V = jnp.array([[[1.0, 2.0]]]), jnp.array([[[10.0, 100.0]]])
@@ -337,72 +326,27 @@ def conv_general_dilated(
   [ 10. 110. 110. 100.] [3. 6.] [0. 0.]
 
   Args:
-    x: input of n + 2 axes.
-    W: forward kernel of n + 2 axes; real floating point.
-    V: feedback kernel of the shape of W; takes its dtype and sharding.
-    window_strides: n strides.
-    padding: 'SAME', 'VALID', 'SAME_LOWER' or n pairs (low, high).
-    lhs_dilation: n dilations of x.
-    rhs_dilation: n dilations of W.
-    dimension_numbers: layout of x, W and y.
-    feature_group_count: groups of input features.
-    batch_group_count: groups of batch entries.
-    precision: as in JAX; also of both transposes.
-    preferred_element_type: as in JAX.
-    out_sharding: as in JAX.
     row_convolution: on a CPU, computes dx of a large convolution that shrinks
       the image from rows that are stacked as features. This is several times
       faster there and sums in another order.
-
-  Returns:
-    y, exactly as ``jax.lax.conv_general_dilated(x, W, ...)`` returns it.
-
-  Raises:
-    ValueError: if V does not have the shape of W.
-    TypeError: if W or V is not real floating point.
   """
-  options = {
-    'window_strides': window_strides,
-    'padding': padding,
-    'lhs_dilation': lhs_dilation,
-    'rhs_dilation': rhs_dilation,
-    'dimension_numbers': dimension_numbers,
-    'feature_group_count': feature_group_count,
-    'batch_group_count': batch_group_count,
-    'precision': precision,
-    'preferred_element_type': preferred_element_type,
-    'out_sharding': out_sharding,
-  }
-  op = Product.create(lax.conv_general_dilated, options, rows=row_convolution)
-  return _apply(op, x, W, V)
+  function = lax.conv_general_dilated
+  return _apply(function, (x, W, V), args, options, row_convolution)
 
 
 def dense(
-  x: jax.Array, W: jax.Array, V: jax.Array, precision=None
+  x: jax.Array, W: jax.Array, V: jax.Array, **options: Any
 ) -> jax.Array:
-  """Last axis of x times first axis of W, with feedback weights.
+  """Last axis of x times first axis of W; see ``dot_general``.
 
   >>> x, W, V = jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.full((3, 1), 7.0)
   >>> y, vjp = jax.vjp(dense, x, W, V)
   >>> dx, dW, dV = vjp(jnp.ones_like(y))
   >>> print(dx[0], dW.ravel(), dV.ravel())
   [7. 7. 7.] [2. 2. 2.] [0. 0. 0.]
-
-  Args:
-    x: ``(..., in_features)``.
-    W: ``(in_features, ...)``.
-    V: of the shape of W.
-    precision: as in ``jax.lax.dot_general``.
-
-  Returns:
-    y: ``x.shape[:-1] + W.shape[1:]``.
-
-  Raises:
-    ValueError: if V does not have the shape of W.
-    TypeError: if W or V is not real floating point.
   """
   contract = (((jnp.ndim(x) - 1,), (0,)), ((), ()))
-  return dot_general(x, W, V, contract, precision)
+  return dot_general(x, W, V, contract, **options)
 
 
 def conv(
@@ -410,13 +354,10 @@ def conv(
   W: jax.Array,
   V: jax.Array,
   strides: int | Sequence[int] = 1,
-  padding: Padding = 'SAME',
+  padding: str | Sequence[tuple[int, int]] = 'SAME',
   lhs_dilation: int | Sequence[int] = 1,
   rhs_dilation: int | Sequence[int] = 1,
-  feature_group_count: int = 1,
-  precision=None,
-  *,
-  row_convolution: bool = False,
+  **options: Any,
 ) -> jax.Array:
   """Convolution with any number n of spatial axes, features last.
 
@@ -434,9 +375,7 @@ def conv(
     padding: 'SAME', 'VALID', 'SAME_LOWER' or n pairs (low, high).
     lhs_dilation: one number or n; dilation of x.
     rhs_dilation: one number or n; dilation of W.
-    feature_group_count: groups of input features.
-    precision: as in ``jax.lax.conv_general_dilated``.
-    row_convolution: as in ``conv_general_dilated``.
+    **options: of ``conv_general_dilated``.
 
   Returns:
     y: ``(batch, *spatial, features)``.
@@ -451,14 +390,12 @@ def conv(
       'x and W must have the same number of axes, at least 3 (batch, spatial '
       f'axes, features), not {jnp.shape(x)} and {jnp.shape(W)}.'
     )
-  spatial = tuple(range(1, rank - 1))
-  features_last = (0, rank - 1, *spatial)
-  kernel_last = (rank - 1, rank - 2, *range(rank - 2))
+  axes = tuple(range(rank))
+  features_last = (0, rank - 1, *axes[1:-1])
+  kernel_last = (rank - 1, rank - 2, *axes[:-2])
 
   def each(option: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(option, int):
-      return (option,) * len(spatial)
-    return tuple(option)
+    return (option,) * (rank - 2) if isinstance(option, int) else tuple(option)
 
   return conv_general_dilated(
     x,
@@ -469,9 +406,7 @@ def conv(
     each(lhs_dilation),
     each(rhs_dilation),
     lax.ConvDimensionNumbers(features_last, kernel_last, features_last),
-    feature_group_count,
-    precision=precision,
-    row_convolution=row_convolution,
+    **options,
   )
 
 

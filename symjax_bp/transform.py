@@ -10,6 +10,7 @@ they are; a product of a weight and data becomes
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from symjax_bp import kinds
 from symjax_bp.feedback import FeedbackRule
@@ -31,7 +33,9 @@ __all__ = [
   'FeedbackFunction',
   'Row',
   'Rules',
+  'combine',
   'format_table',
+  'partition',
   'redraw',
   'with_feedback',
 ]
@@ -129,9 +133,7 @@ def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   """Whether a parameter can have a rule: floating, no bias, no scale."""
   # Equinox keeps functions among the parameters.
   is_array = hasattr(leaf, 'dtype') or isinstance(leaf, (float, complex))
-  *parents, name = path.split('/')
-  # nnx.WeightNorm keeps its scales in a dictionary of that name.
-  no_weight = name in _NO_WEIGHTS or 'scales' in parents or not is_array
+  no_weight = path.rpartition('/')[2] in _NO_WEIGHTS or not is_array
   return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
 
 
@@ -149,6 +151,84 @@ def _check_state(path: str, rule: FeedbackRule, stored: Any) -> Any:
     f'the feedback of {path!r} was made by {" and ".join(stored)}, but its '
     f'rule is {rule!r}: make the feedback anew with init.'
   )
+
+
+# Rules are called 'kolen_pollack()', so no parameter has such a path.
+_LEARNED = re.compile(r'\)/learned(?:/|$)')
+
+
+def is_learned(path: str) -> bool:
+  """Whether an array of a state learns, by its path."""
+  return _LEARNED.search(path) is not None
+
+
+def partition(feedback: Any) -> tuple[Any, Any]:
+  """Splits feedback into what learns, for an optimizer, and what is fixed.
+
+  Weight decay would shrink what no gradient moves, so it is an error to
+  differentiate fixed feedback. Where rules of both kinds, or product feedback,
+  are in a model, hand the learned part to the optimizer:
+
+  >>> import symjax_bp
+  >>> f = symjax_bp.with_feedback(
+  ...   lambda W, x: jnp.tanh(x @ W['a']) @ W['b'],
+  ...   {'a': symjax_bp.rndf(), 'b': symjax_bp.kolen_pollack()},
+  ... )
+  >>> W, x = {'a': jnp.ones((3, 4)), 'b': jnp.ones((4, 2))}, jnp.ones((1, 3))
+  >>> learned, fixed = partition(f.init(jax.random.key(0), W))
+  >>> jax.tree.map(jnp.shape, learned)
+  {'a': {'rndf()': None}, 'b': {'kolen_pollack()': {'learned': (4, 2)}}}
+  >>> def loss(W, learned):
+  ...   return f(W, combine(learned, fixed), x).sum()
+  >>> dW, dR = jax.grad(loss, (0, 1))(W, learned)
+
+  Args:
+    feedback: what ``init`` returned, or a collection ``feedback`` of Linen.
+
+  Returns:
+    Two trees like ``feedback``, each with None in the place of the other's
+    arrays; ``combine`` puts them together.
+  """
+  return tuple(
+    jax.tree_util.tree_map_with_path(
+      lambda keys, x, part=part: (
+        x if is_learned(path_of(keys)) is part else None
+      ),
+      feedback,
+    )
+    for part in (True, False)
+  )
+
+
+def combine(learned: Any, fixed: Any) -> Any:
+  """Puts together what ``partition`` split."""
+  return jax.tree.map(
+    lambda a, b: b if a is None else a,
+    learned,
+    fixed,
+    is_leaf=lambda x: x is None,
+  )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def undifferentiated(what: str, x: Any) -> Any:
+  """The identity on fixed feedback, whose derivative is an error."""
+  del what
+  return x
+
+
+def _refuse(what, primals, tangents):
+  if isinstance(tangents[0], SymbolicZero):
+    return primals[0], tangents[0]
+  raise FeedbackError(
+    f'{what} is differentiated, but no loss trains it: weight decay would '
+    'shrink it. Differentiate and optimize what learns alone: learned, fixed = '
+    'symjax_bp.partition(feedback); for NNX the variables of type '
+    'symjax_bp.nnx.LearnedFeedback.'
+  )
+
+
+undifferentiated.defjvp(_refuse, symbolic_zeros=True)
 
 
 def redraw(feedback: Any, step: Any) -> Any:
@@ -291,12 +371,18 @@ def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   elif action == 'move':
     Rs = _move(eqn, inputs)
   else:
-    R = next(value.R for value in inputs if value.kind.has_R)
+    R = _kept(step.outputs[0], inputs)
     if action == 'mask':
       R = _mask(R, next(v for v in inputs if not v.kind.has_R))
     Rs = [R] * len(results)
   triples = zip(results, Rs, step.outputs, strict=True)
   return [Value(x, R if kind.has_R else None, kind) for x, R, kind in triples]
+
+
+def _kept(kind: Kind, inputs: Sequence[Value]) -> Any:
+  """The R that arithmetic keeps: that of the weight, not of its scale."""
+  each = [value for value in inputs if value.kind.has_R]
+  return next((v.R for v in each if v.kind.paths == kind.paths), each[0].R)
 
 
 def _product(eqn: Any, at: int) -> Product:
@@ -423,35 +509,28 @@ _OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
 )
 
 
-@contextlib.contextmanager
-def observed(observer: Observer) -> Iterator[None]:
-  """Calls the observer at each product with feedback that is traced."""
-  token = _OBSERVER.set(observer)
-  try:
-    yield
-  finally:
-    _OBSERVER.reset(token)
-
-
 _RECORD: contextvars.ContextVar[list['Row'] | None] = contextvars.ContextVar(
   'record', default=None
 )
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list['Row']]:
-  """Collects the rows of all functions with feedback that are traced."""
-  rows: list[Row] = []
-  token = _RECORD.set(rows)
+def _holding(variable: contextvars.ContextVar, value: Any) -> Iterator[Any]:
+  token = variable.set(value)
   try:
-    yield rows
+    yield value
   finally:
-    _RECORD.reset(token)
+    variable.reset(token)
 
 
-def current_record() -> list['Row'] | None:
-  """The list that ``recorded`` fills at the moment, if any."""
-  return _RECORD.get()
+def observed(observer: Observer):
+  """Calls the observer at each product with feedback that is traced."""
+  return _holding(_OBSERVER, observer)
+
+
+def recorded():
+  """Collects the rows of all functions with feedback that are traced."""
+  return _holding(_RECORD, [])
 
 
 class Row(NamedTuple):
@@ -503,28 +582,222 @@ def format_table(rows: Sequence[Row]) -> str:
   return '\n'.join(lines)
 
 
-def _is_array(leaf: Any) -> bool:
-  return isinstance(
-    leaf, (jax.Array, np.ndarray, np.generic, float, complex)
-  ) and not isinstance(leaf, bool)
-
-
-class _Traced(NamedTuple):
-  """A traced call.
+@dataclasses.dataclass(frozen=True)
+class Static:
+  """A tree without some of its leaves; hashable if the others are.
 
   Attributes:
-    plan: what to evaluate.
-    log: problems and uses.
-    values: the arguments that are arrays.
-    rules: by their numbers in kinds.
-    finish: makes the result of the function from its arrays.
+    leaves: its leaves in order, None in the place of those left out.
+    tree: its structure.
   """
 
-  plan: Plan
+  leaves: tuple[Any, ...]
+  tree: Any
+
+  def __call__(self, parts: Mapping[int, Any]) -> Any:
+    """The tree with leaves for those left out, by position."""
+    leaves = [parts.get(i, leaf) for i, leaf in enumerate(self.leaves)]
+    return jax.tree.unflatten(self.tree, leaves)
+
+
+def separate(
+  tree: Any, take: Callable[[Any], bool], is_leaf: Any = None
+) -> tuple[dict[int, Any], Static]:
+  """Takes some leaves out of a tree, by position, and what puts them back."""
+  leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
+  parts = {i: leaf for i, leaf in enumerate(leaves) if take(leaf)}
+  rest = (None if i in parts else leaf for i, leaf in enumerate(leaves))
+  return parts, Static(tuple(rest), structure)
+
+
+def _is_array(leaf: Any) -> bool:
+  kinds = (jax.Array, np.ndarray, np.generic, float, complex)
+  return isinstance(leaf, kinds) and not isinstance(leaf, bool)
+
+
+class Call:
+  """A traced call of a function with feedback; ``plan`` comes first."""
+
   log: kinds.Log
-  values: list[Value]
-  rules: list[FeedbackRule | None]
-  finish: Callable[[Sequence[Any]], Any]
+  _plan: Plan
+  _values: list[Value]
+  _rules: list[FeedbackRule | None]
+  _results: list[int]  # Where arrays stand in the result.
+  _finish: Static
+
+  def __init__(
+    self,
+    f: 'FeedbackFunction',
+    params: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+  ):
+    self._f, self._params = f, by_path(params)
+    self._arrays, rebuilt = separate((params, args, kwargs), _is_array)
+
+    def flat(*arrays):
+      parts = dict(zip(self._arrays, arrays, strict=True))
+      given, positional, named = rebuilt(parts)
+      results = f.function(given, *positional, **named)
+      parts, self._finish = separate(results, _is_array)
+      self._results = list(parts)
+      return list(parts.values())
+
+    self._closed = jax.make_jaxpr(flat)(*self._arrays.values())
+    f.rules.check_used(self._params)
+
+  def plan(
+    self,
+    states: Mapping[str, Any] | None,
+    *,
+    checked: bool = True,
+    mirrored: bool = False,
+  ) -> 'Call':
+    """Decides every equation.
+
+    Args:
+      states: {path: state}; None for a plan as if all were there.
+      checked: whether a problem is an error.
+      mirrored: whether it is the weight mirror's noise phase.
+
+    Returns:
+      This call.
+    """
+    paths = list(self._params)
+    self._rules, self._values = [], []
+    for i, array in self._arrays.items():
+      if i < len(paths):
+        value = self._parameter(paths[i], array, states, mirrored)
+      else:
+        value = Value(array, None, CONSTANT if _is_key(array) else DATA)
+      self._values.append(value)
+    each = [value.kind for value in self._values]
+    self._plan, self.log = kinds.plan(self._closed, each)
+    if checked:
+      self._check(states)
+    return self
+
+  def _parameter(self, path, leaf, states, mirrored) -> Value:
+    """A parameter as a value, with its R."""
+    f, plain = self._f, Value(leaf, None, CONSTANT.having(Trait.HIDDEN))
+    # A complex weight has no feedback: it is followed, to be refused.
+    if not is_weight(path, leaf, jnp.inexact) or f.rules.excludes(path):
+      return plain
+    rule = f.rules.find(path)
+    if rule is None or not is_weight(path, leaf):
+      return Value(leaf, None, Kind(Level.WEIGHT, (path,)))
+    known = (i for i, r in enumerate(self._rules) if _same(r, rule))
+    number = next(known, len(self._rules))
+    if number == len(self._rules):
+      self._rules.append(rule)
+    R = None
+    has_R = rule.keeps_state and (states is None or path in states)
+    if has_R and states is not None:
+      W = jnp.asarray(leaf)
+      learns = mirrored or rule.learning is not None
+      R = rule.expand(W, f.guarded(path, rule, states[path], learns))
+      shape = None if R is None else R.shape
+      if shape != W.shape:
+        raise FeedbackError(
+          f'the feedback of {f.prefix + path!r} has shape {shape}, '
+          f'but the weight has {W.shape}: make the feedback anew with init.'
+        )
+    kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
+    return Value(leaf, R, kind)
+
+  def _check(self, states: Mapping[str, Any] | None) -> None:
+    """Raises if a weight cannot have feedback, or its state is missing."""
+    f, uses = self._f, self.log.uses
+    missing = [
+      f.prefix + path
+      for use in uses
+      for path in use.paths
+      if use.how == 'product' and states is not None and path not in states
+      for rule in (f.rules.find(path),)
+      if rule is not None and rule.keeps_state
+    ]
+    if missing:
+      raise FeedbackError(
+        f'the feedback of {", ".join(map(repr, dict.fromkeys(missing)))} is '
+        'missing: pass what init returned for these parameters and this call.'
+      )
+    found = [*self.log.problems, *self._without_fan()]
+    if found:
+      problems = '\n  '.join(dict.fromkeys(found))
+      inside = f' in {f.prefix[:-1]!r}' if f.prefix else ''
+      raise FeedbackError(
+        f'weights that cannot be given feedback{inside}:\n  {problems}\n'
+        'Exclude them (exclude=PATH) to train them by plain backpropagation, '
+        'or rewrite the operation as a product of a weight and data.'
+      )
+    record = _RECORD.get()
+    if record is not None:
+      for row in self.rows():
+        record.append(row._replace(path=f.prefix + row.path))
+
+  def _without_fan(self) -> Iterator[str]:
+    """Problems of rules that need the sizes of a product that has none."""
+    for use in self.log.uses:
+      rules = [self._f.rules.find(path) for path in use.paths]
+      rule = next((r for r in rules if r is not None and r.needs_fan), None)
+      if use.how == 'product' and rule is not None and _fan(use) is None:
+        yield (
+          f'{" and ".join(map(repr, use.paths))} meets data in an outer '
+          f'product written by hand, which has no fan-in for {rule!r} '
+          f'({kinds.where(use.eqn)})'
+        )
+
+  def rows(self) -> list['Row']:
+    """How each weight is used, in the order of use; biases are left out."""
+    rules = self._f.rules
+    uses: dict[str, list[kinds.Use]] = {}
+    for use in self.log.uses:
+      for path in use.paths:
+        uses.setdefault(path, []).append(use)
+    for path, W in self._params.items():
+      if is_weight(path, W, jnp.inexact):
+        uses.setdefault(path, [])
+    rows = []
+    for path, each in uses.items():
+      how = ', '.join(dict.fromkeys(use.how for use in each))
+      how = how or ('excluded' if rules.excludes(path) else 'unused')
+      row = Row(path, jnp.shape(self._params[path]), None, how)
+      product = next((use for use in each if use.how == 'product'), None)
+      if product is not None:
+        row = row._replace(rule=rules.find(path), fan=_fan(product))
+      rows.append(row)
+    return rows
+
+  def V(self, op: Product, weight: Value) -> jax.Array:
+    """The feedback weights of a product."""
+    rule: Any = self._rules[weight.kind.rule]
+    # A second reverse pass differentiates the first one, with its V. What V
+    # learns is for R alone.
+    W = weight.x if rule.learning is None else lax.stop_gradient(weight.x)
+    return rule.weights(W, weight.R, op.fan(W.shape))
+
+  def _multiply(self, op, xs, weight: Value, step: Step) -> jax.Array:
+    """A product with feedback."""
+    V = self.V(op, weight)
+    op = dataclasses.replace(op, rows=self._f.row_convolution)
+    rule: Any = self._rules[weight.kind.rule]
+    learning, extra, observer = rule.learning, None, _OBSERVER.get()
+    if observer is not None:
+      path = self._f.prefix + ' + '.join(weight.kind.paths)
+      V, learning, extra = observer(path, op, weight.x, V, step.eqn)
+    return asymmetric(op, xs, weight.x, V, learning, extra)
+
+  def evaluate(self, multiply: Multiply | None = None) -> Any:
+    """The result of the call; ``multiply`` evaluates its products."""
+    values = _evaluate(self._plan, self._values, multiply or self._multiply)
+    results = (value.x for value in values)
+    return self._finish(dict(zip(self._results, results, strict=True)))
+
+
+def _fan(use: kinds.Use) -> Fan | None:
+  """Sizes of a product."""
+  shape = use.eqn.invars[use.at].aval.shape
+  return _product(use.eqn, use.at).fan(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -549,29 +822,27 @@ class FeedbackFunction:
     Args:
       key: a PRNG key.
       params: the parameters.
-      *args: if given, arguments to call the function with: weights that it
-        uses in no product, such as embeddings, then get no state.
-      **kwargs: further arguments to call the function with.
+      *args, **kwargs: if given, arguments to call the function with: weights
+        that it uses in no product, such as embeddings, then get no state.
 
     Returns:
       A tree parallel to ``params``. In the place of a weight is
       ``{name of its rule: state}``, or None where the rule keeps nothing.
     """
-    return _parallel(params, self.init_states(key, params, args, kwargs))
+    call = Call(self, params, args, kwargs) if args or kwargs else None
+    return _parallel(params, self.init_states(key, params, call))
 
   def init_states(
-    self, key: jax.Array, params: Any, args=(), kwargs=None
+    self, key: jax.Array, params: Any, call: Call | None = None
   ) -> dict[str, dict[str, Any]]:
     """{path: {name of the rule: state}}; see ``init``."""
     weights = self._weights_of(params)
-    if args or kwargs:
-      uses = self._checked(params, None, args, kwargs or {}).log.uses
-      used, multiplied = (
-        {path for use in each for path in use.paths}
-        for each in (uses, [use for use in uses if use.how == 'product'])
-      )
-      others = used - multiplied
-      weights = {path: W for path, W in weights.items() if path not in others}
+    if call is not None:
+      others, multiplied = set(), set()
+      for use in call.plan(None).log.uses:
+        (multiplied if use.how == 'product' else others).update(use.paths)
+      for path in others - multiplied:
+        weights.pop(path, None)
     states = {}
     for path, W in weights.items():
       rule = self.rules.find(path)
@@ -583,18 +854,14 @@ class FeedbackFunction:
   def __call__(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
     """Calls the function; its backward pass uses feedback weights.
 
-    Args:
-      params: the parameters.
-      feedback: what ``init`` returned.
-      *args: further arguments of the function.
-      **kwargs: further arguments of the function.
+    ``feedback`` is what ``init`` returned.
 
     Raises:
       FeedbackError: if a weight is used in a way for which no feedback is
         defined; the message names all of them.
     """
     states = self.states(params, feedback)
-    return self.evaluate(params, states, args, kwargs)
+    return Call(self, params, args, kwargs).plan(states).evaluate()
 
   def weights(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
     """Returns V of each weight, as its rule computes it from the parameter.
@@ -603,19 +870,13 @@ class FeedbackFunction:
     that. NuSF and scales by name depend on the product: pass arguments to call
     the function with; without them kernels count as in Flax's layout.
 
-    Args:
-      params: the parameters.
-      feedback: what ``init`` returned.
-      *args: optional arguments to call the function with.
-      **kwargs: optional arguments to call the function with.
-
     Returns:
       A tree parallel to ``params``, with None for parameters without feedback.
     """
     states = self.states(params, feedback)
     fans = None
     if args or kwargs:
-      rows = self._rows(params, self._checked(params, states, args, kwargs))
+      rows = Call(self, params, args, kwargs).plan(states).rows()
       fans = {row.path: row.fan for row in rows if row.rule}
     return _parallel(params, self.weights_by_path(params, states, fans))
 
@@ -659,73 +920,39 @@ class FeedbackFunction:
       key: a PRNG key for the noise.
       params: the parameters.
       feedback: what ``init`` returned.
-      *args: arguments to call the function with, for their shapes.
+      *args, **kwargs: arguments to call the function with, for their shapes.
       decay: weight decay of R; R converges to W / decay.
-      **kwargs: further arguments to call the function with.
 
     Returns:
-      A tree like ``feedback``, to be given to an optimizer.
+      A tree like the learned part of ``feedback``, see ``partition``, to be
+      given to an optimizer.
     """
+    learned, fixed = partition(feedback)
 
-    def multiply(op, xs, weight, step):
-      rule = rules[weight.kind.rule]
-      V = self._V(op, rule, weight)
-      noise = fold_path(key, ' '.join(weight.kind.paths))
-      extra = jax.random.key_data(noise)
-      return asymmetric(op, xs, weight.x, V, _mirror, extra)
+    def total(learned):
+      states = self.states(params, combine(learned, fixed))
+      call = Call(self, params, args, kwargs).plan(states, mirrored=True)
 
-    def total(feedback):
-      outputs = self.evaluate(
-        params, self.states(params, feedback), args, kwargs, multiply
-      )
-      leaves = filter(_is_array, jax.tree.leaves(outputs))
+      def multiply(op, xs, weight, step):
+        noise = fold_path(key, ' '.join(weight.kind.paths))
+        V, extra = call.V(op, weight), jax.random.key_data(noise)
+        return asymmetric(op, xs, weight.x, V, _mirror, extra)
+
+      leaves = filter(_is_array, jax.tree.leaves(call.evaluate(multiply)))
       return sum(jnp.sum(y.astype(jnp.float32)) for y in leaves)
 
-    traced = self._trace(params, None, args, kwargs)
-    rules = traced.rules
-    gradient = jax.grad(total, allow_int=True)(feedback)
-
-    def decayed(g, R):
-      if not jnp.issubdtype(R.dtype, jnp.floating):
-        return g
-      return g + jnp.asarray(decay, R.dtype) * R
-
-    return jax.tree.map(decayed, gradient, feedback)
+    return jax.tree.map(
+      lambda g, R: g + jnp.asarray(decay, R.dtype) * R,
+      jax.grad(total)(learned),
+      learned,
+    )
 
   def rows(self, params: Any, *args, **kwargs) -> list[Row]:
     """How each weight is used, in the order of use; biases are left out."""
-    return self._rows(params, self._trace(params, None, args, kwargs))
-
-  def _rows(self, params: Any, traced: '_Traced') -> list[Row]:
-    leaves = by_path(params)
-    weights = {p: W for p, W in leaves.items() if is_weight(p, W, jnp.inexact)}
-    uses: dict[str, list[kinds.Use]] = {}
-    for use in traced.log.uses:
-      for path in use.paths:
-        uses.setdefault(path, []).append(use)
-    rows = []
-    for path in (*uses, *(path for path in weights if path not in uses)):
-      each = uses.get(path, [])
-      how = ', '.join(dict.fromkeys(use.how for use in each))
-      if not how:
-        how = 'excluded' if self.rules.excludes(path) else 'unused'
-      row = Row(path, jnp.shape(weights[path]), None, how)
-      product = next((use for use in each if use.how == 'product'), None)
-      if product is not None:
-        op = _product(product.eqn, product.at)
-        fan = op.fan(product.eqn.invars[product.at].aval.shape)
-        row = row._replace(rule=self.rules.find(path), fan=fan)
-      rows.append(row)
-    return rows
+    return Call(self, params, args, kwargs).plan(None, checked=False).rows()
 
   def table(self, params: Any, *args, **kwargs) -> str:
-    """What uses which rule, as text: is it really not backpropagation?
-
-    Args:
-      params: the parameters.
-      *args: further arguments of the function.
-      **kwargs: further arguments of the function.
-    """
+    """What uses which rule, as text: is it really not backpropagation?"""
     return format_table(self.rows(params, *args, **kwargs))
 
   def states(self, params: Any, feedback: Any) -> dict[str, Any]:
@@ -745,37 +972,18 @@ class FeedbackFunction:
         states[path] = _check_state(self.prefix + path, rule, each)
     return states
 
-  def evaluate(
-    self,
-    params: Any,
-    states: Mapping[str, Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    multiply: Multiply | None = None,
+  def guarded(
+    self, path: str, rule: FeedbackRule, state: Any, learns: bool
   ) -> Any:
-    """Calls the function; ``multiply`` evaluates its products."""
-    traced = self._checked(params, states, args, kwargs)
+    """A state of which only what learns can be differentiated."""
+    what = f'the feedback of {self.prefix + path!r}, which {rule!r} keeps,'
 
-    def with_V(op, xs, weight, step):
-      rule = traced.rules[weight.kind.rule]
-      V = self._V(op, rule, weight)
-      op = dataclasses.replace(op, rows=self.row_convolution)
-      learning, extra = rule.learning, None
-      observer = _OBSERVER.get()
-      if observer is not None:
-        path = self.prefix + ' + '.join(weight.kind.paths)
-        V, learning, extra = observer(path, op, weight.x, V, step.eqn)
-      return asymmetric(op, xs, weight.x, V, learning, extra)
+    def guard(keys, x):
+      name = f'{rule.state_name}/{path_of(keys)}'
+      free = learns and is_learned(name)
+      return x if free else undifferentiated(what, x)
 
-    values = _evaluate(traced.plan, traced.values, multiply or with_V)
-    return traced.finish([value.x for value in values])
-
-  def _V(self, op: Product, rule, weight: Value) -> jax.Array:
-    """The feedback weights of a product."""
-    # A second reverse pass differentiates the first one, with its V. What V
-    # learns is for R alone.
-    W = weight.x if rule.learning is None else lax.stop_gradient(weight.x)
-    return rule.weights(W, weight.R, op.fan(W.shape))
+    return jax.tree_util.tree_map_with_path(guard, state)
 
   def _weights_of(self, params: Any) -> dict[str, Any]:
     """Parameters that can have feedback."""
@@ -786,121 +994,6 @@ class FeedbackFunction:
       for path, leaf in leaves.items()
       if is_weight(path, leaf) and not self.rules.excludes(path)
     }
-
-  def _checked(self, params, states, args, kwargs) -> _Traced:
-    """A traced call without problems; without states, as if all were there."""
-    traced = self._trace(params, states, args, kwargs)
-    missing = [
-      self.prefix + path
-      for use in traced.log.uses
-      for path in use.paths
-      if use.how == 'product' and states is not None and path not in states
-      for rule in (self.rules.find(path),)
-      if rule is not None and rule.keeps_state
-    ]
-    if missing:
-      raise FeedbackError(
-        f'the feedback of {", ".join(map(repr, dict.fromkeys(missing)))} is '
-        'missing: pass what init returned for these parameters and this call.'
-      )
-    found = [*traced.log.problems, *self._without_fan(traced.log.uses)]
-    if found:
-      problems = '\n  '.join(dict.fromkeys(found))
-      inside = f' in {self.prefix[:-1]!r}' if self.prefix else ''
-      raise FeedbackError(
-        f'weights that cannot be given feedback{inside}:\n  {problems}\n'
-        'Exclude them (exclude=PATH) to train them by plain backpropagation, '
-        'or rewrite the operation as a product of a weight and data.'
-      )
-    record = current_record()
-    if record is not None:
-      rows = self._rows(params, traced)
-      record.extend(row._replace(path=self.prefix + row.path) for row in rows)
-    return traced
-
-  def _without_fan(self, uses: Iterable[kinds.Use]) -> Iterator[str]:
-    """Problems of rules that need the sizes of a product that has none."""
-    for use in uses:
-      rules = [self.rules.find(path) for path in use.paths]
-      rule = next((r for r in rules if r is not None and r.needs_fan), None)
-      if use.how != 'product' or rule is None:
-        continue
-      shape = use.eqn.invars[use.at].aval.shape
-      if _product(use.eqn, use.at).fan(shape) is None:
-        yield (
-          f'{" and ".join(map(repr, use.paths))} meets data in an outer '
-          f'product written by hand, which has no fan-in for {rule!r} '
-          f'({kinds.where(use.eqn)})'
-        )
-
-  def _trace(self, params, states, args, kwargs) -> _Traced:
-    """Traces the function."""
-    leaves, tree = jax.tree.flatten((params, args, kwargs))
-    paths = list(by_path(params))
-    at = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-    outputs: list[Any] = []
-
-    def flat(*arrays):
-      full = list(leaves)
-      for i, array in zip(at, arrays, strict=True):
-        full[i] = array
-      given, positional, named = jax.tree.unflatten(tree, full)
-      results, out = jax.tree.flatten(
-        self.function(given, *positional, **named)
-      )
-      arrays = [result for result in results if _is_array(result)]
-      outputs[:] = [out, results]
-      return arrays
-
-    arrays = [leaves[i] for i in at]
-    closed = jax.make_jaxpr(flat)(*arrays)
-    out, results = outputs
-    results = [None if _is_array(result) else result for result in results]
-
-    def finish(arrays):
-      rest = iter(arrays)
-      filled = [next(rest) if r is None else r for r in results]
-      return jax.tree.unflatten(out, filled)
-
-    self.rules.check_used(paths)
-    rules: list[FeedbackRule | None] = []
-    values = []
-    for i, array in zip(at, arrays, strict=True):
-      if i < len(paths):
-        values.append(self._parameter(paths[i], array, states, rules))
-      elif _is_key(array):
-        values.append(Value(array, None, CONSTANT))
-      else:
-        values.append(Value(array, None, DATA))
-    plan, log = kinds.plan(closed, [value.kind for value in values])
-    return _Traced(plan, log, values, rules, finish)
-
-  def _parameter(self, path, leaf, states, rules) -> Value:
-    """A parameter as a value, with its R."""
-    plain = Value(leaf, None, CONSTANT.having(Trait.HIDDEN))
-    # A complex weight has no feedback: it is followed, to be refused.
-    if not is_weight(path, leaf, jnp.inexact) or self.rules.excludes(path):
-      return plain
-    rule = self.rules.find(path)
-    if rule is None or not is_weight(path, leaf):
-      return Value(leaf, None, Kind(Level.WEIGHT, (path,)))
-    number = next((i for i, r in enumerate(rules) if _same(r, rule)), -1)
-    if number < 0:
-      number = len(rules)
-      rules.append(rule)
-    R = None
-    has_R = rule.keeps_state and (states is None or path in states)
-    if has_R and states is not None:
-      W = jnp.asarray(leaf)
-      R = rule.expand(W, states[path])
-      shape = None if R is None else R.shape
-      if shape != W.shape:
-        raise FeedbackError(
-          f'the feedback of {self.prefix + path!r} has shape {shape}, '
-          f'but the weight has {W.shape}: make the feedback anew with init.'
-        )
-    kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
-    return Value(leaf, R, kind)
 
 
 def _mirror(op, xs, W, V, g, dW, extra):
@@ -944,46 +1037,7 @@ def with_feedback(
   *,
   row_convolution: bool = False,
 ) -> FeedbackFunction:
-  """Makes the backward pass of a function use feedback weights.
-
-  >>> import symjax_bp
-  >>> def mlp(params, x):
-  ...   return jnp.tanh(x @ params['W1']) @ params['W2']
-  >>> f = with_feedback(mlp, symjax_bp.rndf())
-  >>> params = {'W1': jnp.ones((3, 4)), 'W2': jnp.ones((4, 2))}
-  >>> feedback, x = f.init(jax.random.key(0), params), jnp.ones((1, 3))
-  >>> print(f.table(params, x))
-  weight  shape   feedback  use
-  W1      (3, 4)  rndf()    product
-  W2      (4, 2)  rndf()    product
-  2 of 2 weights with feedback: 20 of 20 parameters
-  >>> loss = lambda params: f(params, feedback, x).sum()
-  >>> g = jnp.ones((1, 2)) @ f.weights(params, feedback)['W2'].T
-  >>> dW1 = x.T @ (g * (1 - jnp.tanh(x @ params['W1']) ** 2))
-  >>> print(jnp.allclose(jax.grad(loss)(params)['W1'], dW1))
-  True
-
-  Args:
-    function: ``function(params, *args, **kwargs)``; ``params`` is any pytree.
-      Its other arguments are data, but keys are constants. Arguments that are
-      no arrays are static.
-    rules: a rule for all weights, or {regular expression: rule}. An expression
-      is searched for in a parameter's path, such as ``'encoder/Conv_0/kernel'``
-      (``^`` and ``$`` anchor it); the first that is found wins. Parameters
-      called ``bias`` or ``scale`` have no rule.
-    exclude: one or more regular expressions for the paths of parameters that
-      plain backpropagation trains.
-    row_convolution: see ``symjax_bp.primitives.conv_general_dilated``.
-
-  Returns:
-    An object with ``init(key, params)``, ``__call__(params, feedback, *args)``,
-    ``weights(params, feedback)`` and ``table(params, *args)``.
-
-  Raises:
-    TypeError: if ``function`` is not callable or a rule is none.
-    ValueError: if an expression matches no parameter; when called,
-      ``FeedbackError`` if a weight cannot be given feedback.
-  """
+  """``symjax_bp.with_feedback`` for functions."""
   leaves = jax.tree.leaves(function)
   if not callable(function) or any(isinstance(x, jax.Array) for x in leaves):
     raise TypeError(

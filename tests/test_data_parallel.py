@@ -185,7 +185,7 @@ def test_a_step_is_that_of_one_device(form, devices, axis_name):
     # Made of the summed gradient, and of nothing else.
     jax.tree.map(close, done, update(trained, state, gradient))
     learned = gradient['feedback']['Dense_4']['kernel:kolen_pollack()']
-    close(learned, gradient['params']['Dense_4']['kernel'])
+    close(learned['learned'], gradient['params']['Dense_4']['kernel'])
     trained, state = done
 
 

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 from jax import lax
 
+from symjax_bp import FeedbackError
 from symjax_bp.direct import with_direct_feedback
-from tests.cases import normal
+from tests.cases import fast_jit, normal
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def gradients(f, feedback, params, x, target, **kwargs):
   def loss(params, feedback, x):
     return ((f(params, feedback, x, **kwargs) - target) ** 2).sum() / 2
 
-  gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  argnums = (0, 1, 2) if f.learns else (0, 2)
+  gradient = fast_jit(jax.grad(loss, argnums=argnums))
   return gradient(params, feedback, x)
 
 
@@ -76,7 +78,7 @@ def test_an_mlp_has_the_gradients_of_the_equations(float64, options):
 
   numpy = jax.tree.map(np.asarray, (params, feedback, x, target))
   ((W1, b1), (W2, b2), (W3, b3)), feedback, x, target = numpy
-  shared, learns = options.get('shared'), options.get('learns', False)
+  shared, learns = options.get('shared'), options.get('learns')
   assert list(feedback) == (['shared'] if shared else ['1/0', '2/0'])
   B2, B3 = (feedback['shared'],) * 2 if shared else feedback.values()
   B3 = B3[:5]
@@ -86,14 +88,17 @@ def test_an_mlp_has_the_gradients_of_the_equations(float64, options):
   e = h2 @ W3 + b3 - target
   E = ERRORS[error](e, target)
   d1, d2 = E @ B2.T * (1 - h1**2), E @ B3.T * (1 - h2**2)
-  dB2, dB3 = (learns * h.T @ E for h in (h1, h2))
+  dB2, dB3 = (h.T @ E for h in (h1, h2))
   dB = {'1/0': dB2, '2/0': dB3}
   if shared:
     dB = {'shared': dB2 + np.pad(dB3, ((0, 1), (0, 0)))}
   # The last layer learns by the error itself.
   layers = ((x, d1), (h1, d2), (h2, e))
   dparams = [(h.T @ d, d.sum(0, keepdims=True)) for h, d in layers]
-  assert_close(found, (dparams, dB, d1 @ W1.T))
+  assert_close(found, (dparams, *[dB][: bool(learns)], d1 @ W1.T))
+  if not learns:
+    with pytest.raises(FeedbackError, match='matrix B is differentiated'):
+      jax.grad(lambda B: f(params, B, x, **targets).sum())(feedback)
 
 
 @pytest.mark.parametrize('density, sigma', [(1.0, None), (0.25, 2.0)])
@@ -216,7 +221,7 @@ def test_an_unmodified_model_of_flax(make):
   x, target = normal(1, (4, 6, 6, 2)), normal(2, (4, 2))
   f = with_direct_feedback(function)
   feedback = f.init(jax.random.key(1), params, x)
-  found, _, _ = gradients(f, feedback, params, x, target)
+  found, _ = gradients(f, feedback, params, x, target)
   error, h, names = function(params, x) - target, x, list(params)
   errors = [error @ feedback[f'{name}/kernel'].T for name in names[1:]]
   for name, layer, d in zip(names, LAYERS, [*errors, error], strict=True):
@@ -277,7 +282,7 @@ def test_an_excluded_weight_gets_the_error_of_the_layer_above(float64):
   f = with_direct_feedback(three, '1')
   feedback = f.init(jax.random.key(0), W, x)
   assert list(feedback) == ['2']
-  found, _, _ = gradients(f, feedback, W, x, target)
+  found, _ = gradients(f, feedback, W, x, target)
   upper = jnp.tanh(jnp.tanh(x @ W[0]) @ W[1])
   d = (upper @ W[2] - target) @ feedback['2'].T
   lower = lambda W: jnp.tanh(jnp.tanh(x @ W[0]) @ W[1])

@@ -132,10 +132,13 @@ def test_rules_with_something_of_the_start():
 )
 def test_factored_feedback_is_the_product_of_its_factors(rule):
   state, V = state_and_weights(rule, normal(1, (5, 5, 2, 60)))
-  first, second, rank = ('B', 'A', 50) if 'A' in state else ('Q', 'P', 5)
-  assert state[first].shape == (50, rank)
+  if isinstance(rule, feedback.product_feedback):
+    first, second, rank = state['fixed'], state['learned'], 50
+  else:
+    first, second, rank = state['learned']['Q'], state['learned']['P'], 5
+  assert first.shape == (50, rank)
   V = np.asarray(V, np.float64).reshape(50, 60)
-  first, second = (np.asarray(state[k], np.float64) for k in (first, second))
+  first, second = (np.asarray(each, np.float64) for each in (first, second))
   # Sums of up to 50 products in float32.
   assert np.all(
     abs(V - first @ second) <= 51 * 2**-24 * (abs(first) @ abs(second))

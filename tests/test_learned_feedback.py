@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from flax.traverse_util import flatten_dict
 from jax import lax
 
 import symjax_bp
 from symjax_bp import feedback, linen, metrics
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, fast_jit, normal
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
@@ -98,12 +99,14 @@ def gradients(function, rule, W, x):
   """dW, dR and R of a quadratic loss."""
   f = symjax_bp.with_feedback(function, rule)
   stored = f.init(jax.random.key(1), W)
+  learned, fixed = symjax_bp.partition(stored)
 
-  def loss(W, stored):
+  def loss(W, learned):
+    stored = symjax_bp.combine(learned, fixed)
     return (f(W, stored, x).astype(W.dtype) ** 2).sum()
 
-  dW, dR = jax.jit(jax.grad(loss, (0, 1), allow_int=True))(W, stored)
-  return dW, *(tree[rule.state_name] for tree in (dR, stored))
+  dW, dR = fast_jit(jax.grad(loss, (0, 1)))(W, learned)
+  return dW, dR[rule.state_name]['learned'], stored[rule.state_name]
 
 
 @pytest.mark.parametrize('function, shape', MODELS.values(), ids=MODELS)
@@ -123,16 +126,13 @@ def initial(key, W):
 
 
 LEARNED = {
-  feedback.product_feedback(width=7): lambda dW, R: {
-    'A': R['B'].T @ dW, 'B': 0 * R['B'],
-  },
+  feedback.product_feedback(width=7): lambda dW, R: R['fixed'].T @ dW,
   feedback.low_rank(rank=2): lambda dW, R: {
-    'P': R['Q'].T @ dW, 'Q': dW @ R['P'].T,
+    'P': R['learned']['Q'].T @ dW, 'Q': dW @ R['learned']['P'].T,
   },
   feedback.rule(shifted, initial, learns=True): lambda dW, R: (
-    dW.reshape(R.shape) * np.cos(R)
+    dW.reshape(R['learned'].shape) * np.cos(R['learned'])
   ),
-  feedback.rule(shifted, initial): lambda dW, R: 0 * R,
 }  # fmt: skip
 
 
@@ -154,35 +154,167 @@ def test_gradients_reach_the_state_by_the_chain_rule(rule):
 
 def test_dW_does_not_know_that_V_learns():
   W, x = normal(0, (4, 5)), normal(1, (24, 4))
-  learns, fixed = (
-    gradients(
-      MODELS['tied'][0], feedback.rule(shifted, initial, learns=how), W, x
-    )
-    for how in (True, False)
+
+  def dW_of(learns):
+    rule = feedback.rule(shifted, initial, learns=learns)
+    f = symjax_bp.with_feedback(MODELS['tied'][0], rule)
+    stored = f.init(jax.random.key(1), W)
+    return jax.jit(jax.grad(lambda W: (f(W, stored, x) ** 2).sum()))(W)
+
+  assert_same_bits(dW_of(True), dW_of(False))
+
+
+# --- What an optimizer may see ----------------------------------------------
+
+FIXED = [
+  feedback.frsf(0.3),
+  feedback.rndf(),
+  feedback.frozen_sign(),
+  feedback.frozen_noise(),
+  feedback.tied_norm(),
+  feedback.product_feedback(),
+  feedback.weight_mirror(),
+  feedback.rule(shifted, initial),
+]
+DECAY, RATE, STEPS = 0.3, 0.5, 10
+
+
+def mlp(params, x):
+  return jnp.tanh(x @ params['a']) @ params['b']
+
+
+TRANSFORMED = {
+  'alone': lambda f: f,
+  'jit': jax.jit,
+  'checkpoint': jax.checkpoint,
+  'vmap': lambda f: jax.vmap(f, (None, None, 0)),
+  'scan': lambda f: (
+    lambda *args: lax.scan(lambda x, _: (x, f(*args)), 0, length=2)[1]
+  ),
+}
+
+
+@pytest.mark.parametrize('transform', TRANSFORMED)
+@pytest.mark.parametrize('rule', FIXED, ids=repr)
+def test_what_does_not_learn_is_not_differentiated(rule, transform):
+  """Weight decay would shrink it, and no gradient would bring it back."""
+  params = {'a': normal(0, (4, 5)), 'b': normal(1, (5, 3))}
+  f = symjax_bp.with_feedback(mlp, {'a': feedback.kolen_pollack(), 'b': rule})
+  stored, x = f.init(jax.random.key(0), params), normal(2, (2, 3, 4))
+  call = TRANSFORMED[transform](f)
+
+  def loss(params, stored):
+    return (call(params, stored, x) ** 2).sum()
+
+  jax.grad(loss)(params, stored)
+  message = r"the feedback of 'b', which .* is differentiated.*partition"
+  with pytest.raises(symjax_bp.FeedbackError, match=message):
+    jax.grad(loss, 1)(params, stored)
+
+
+class Pair(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(3, name='b')(jnp.tanh(nn.Dense(5, name='a')(x)))
+
+
+class NNXPair(nnx.Module):
+  def __init__(self, rngs):
+    self.a = nnx.Linear(4, 5, rngs=rngs)
+    self.b = nnx.Linear(5, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.b(jnp.tanh(self.a(x)))
+
+
+OPTIMIZER = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE))
+
+
+def trained(function, params, stored):
+  """Parameters and feedback after some steps with weight decay."""
+  learned, fixed = symjax_bp.partition(stored)
+  both = params, learned
+  state = OPTIMIZER.init(both)
+
+  @jax.jit
+  def step(both, state):
+    def loss(both):
+      return (function(both[0], symjax_bp.combine(both[1], fixed)) ** 2).mean()
+
+    updates, state = OPTIMIZER.update(jax.grad(loss)(both), state, both)
+    return optax.apply_updates(both, updates), state
+
+  for _ in range(STEPS):
+    both, state = step(both, state)
+  return both[0], symjax_bp.combine(both[1], fixed)
+
+
+def trained_function(rules, x):
+  params = {'a': normal(0, (4, 5)), 'b': normal(1, (5, 3))}
+  f = symjax_bp.with_feedback(mlp, rules)
+  start = params, f.init(jax.random.key(0), params)
+  return start, trained(lambda *both: f(*both, x), *start)
+
+
+def trained_linen(rules, x):
+  model = symjax_bp.with_feedback(Pair(), rules)
+  variables = model.init(jax.random.key(0), x)
+  start = variables['params'], variables['feedback']
+  apply = lambda *both: model.apply(
+    dict(zip(('params', 'feedback'), both, strict=True)), x
   )
-  assert_same_bits(learns[0], fixed[0])
+  return start, trained(apply, *start)
 
 
-@pytest.mark.parametrize(
-  'rule',
-  [
-    feedback.brsf(0.3),
-    feedback.frsf(0.3),
-    feedback.rndf(),
-    feedback.frozen_sign(),
-    feedback.frozen_noise(),
-    feedback.tied_norm(),
-    feedback.weight_mirror(),
-  ],
-  ids=repr,
-)
-def test_what_does_not_learn_has_exactly_no_gradient(rule):
-  W, x = normal(0, (4, 5)), normal(1, (24, 4))
-  _, dR, _ = gradients(MODELS['tied'][0], rule, W, x)
-  if rule.redraws:
-    assert dR.dtype == jax.dtypes.float0
-  else:
-    assert not np.any(dR)
+def trained_nnx(rules, x):
+  plain, Feedback = NNXPair(nnx.Rngs(0)), symjax_bp.nnx.Feedback
+  model = symjax_bp.with_feedback(plain, rules, rngs=nnx.Rngs(feedback=0))
+  wrt = nnx.Any(nnx.Param, symjax_bp.nnx.LearnedFeedback)
+  optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=wrt)
+
+  def gradient(model, wrt):
+    loss = lambda model: (model(x) ** 2).mean()
+    return nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
+
+  @nnx.jit
+  def step(model, optimizer):
+    optimizer.update(model, gradient(model, wrt))
+
+  def state():
+    parts = nnx.state(model, nnx.Param, Feedback)
+    return jax.tree.map(jnp.copy, tuple(map(nnx.to_pure_dict, parts)))
+
+  start = state()
+  for _ in range(STEPS):
+    step(model, optimizer)
+  with pytest.raises(symjax_bp.FeedbackError, match='LearnedFeedback'):
+    gradient(model, nnx.Any(nnx.Param, Feedback))
+  return start, state()
+
+
+@pytest.mark.parametrize('rule', [feedback.frsf(), feedback.product_feedback()])
+@pytest.mark.parametrize('run', [trained_function, trained_linen, trained_nnx])
+def test_weight_decay_reaches_what_learns_alone(run, rule):
+  """And it makes V - W of Kolen-Pollack decay as it does W."""
+  rules = {'a': feedback.kolen_pollack(), 'b': rule}
+  (W, stored), (W_end, stored_end) = run(rules, normal(2, (6, 4)))
+  learned, fixed = symjax_bp.partition(stored)
+  learned_end, fixed_end = symjax_bp.partition(stored_end)
+  assert len(jax.tree.leaves(fixed)) == 1
+  assert_same_bits(fixed_end, fixed)
+  R, R_end = (
+    [x for x in jax.tree.leaves(tree) if x.shape == (4, 5)]
+    for tree in (learned, learned_end)
+  )
+  W, W_end = (jax.tree.leaves(each['a'])[-1] for each in (W, W_end))
+  shrunk = (1 - RATE * DECAY) ** STEPS
+  np.testing.assert_allclose(
+    R_end[0] - W_end, shrunk * (R[0] - W), rtol=1e-4, atol=1e-6
+  )
+  assert not np.allclose(W_end, shrunk * W, rtol=1e-2)
+
+
+# --- Local losses -----------------------------------------------------------
 
 
 def transposed(function, x, V, y):
@@ -207,15 +339,17 @@ def test_local_losses_have_their_gradients(name, op, shape):
   with jax.enable_x64(True):
     W, x = normal(0, shape, jnp.float64), normal(1, (24, 4), jnp.float64)
     rule = feedback.local_loss(factors={name: 0.5})
-    _, dV, V = gradients(op, rule, W, x)
-    expected = jax.jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
+    _, dV, stored = gradients(op, rule, W, x)
+    V = stored['learned']
+    expected = fast_jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
     np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_local_losses_add_up():
   W, x = normal(0, (4, 5)), normal(1, (24, 4))
   rule = feedback.local_loss(factors={'decay': 0.5, 'self': 2})
-  _, dV, V = gradients(lambda W, x: x @ W, rule, W, x)
+  _, dV, stored = gradients(lambda W, x: x @ W, rule, W, x)
+  V = stored['learned']
   np.testing.assert_allclose(dV, 0.5 * V - 2 * W, rtol=1e-6)
 
 

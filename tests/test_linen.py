@@ -10,7 +10,7 @@ from flax import serialization
 
 import symjax_bp as sbp
 from symjax_bp import linen
-from tests.cases import RULES, assert_same_bits, normal
+from tests.cases import RULES, assert_same_bits, differ, fast_jit, normal
 from tests.linen_models import (
   CNN,
   IMAGES,
@@ -18,8 +18,6 @@ from tests.linen_models import (
   RNGS,
   Autoencoder,
   X,
-  differ,
-  fast_jit,
   gradient,
   without_feedback,
 )
@@ -113,6 +111,28 @@ def test_feedback_can_be_made_after_the_parameters():
   assert_same_bits(make({**params, **made}, other)[1], made)
   half = {'feedback': {'Conv_0': made['feedback']['Conv_0']}}
   assert_same_bits(make({**params, **half}, RNGS)[1], made)
+
+
+def test_a_call_is_traced_once():
+  """Also where feedback is made on the way, or V or a mirror is asked for."""
+  calls = []
+
+  class Counted(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      calls.append(x)
+      return nn.Dense(2)(x)
+
+  model = linen.with_feedback(Counted(), sbp.rndf())
+  mutable, params = ['feedback', 'feedback_weights'], Counted().init(KEY, X)
+  calls.clear()
+  _, made = model.apply(params, X, rngs=RNGS, mutable=mutable)
+  assert len(calls) == 1 and set(made) == set(mutable)
+  f = sbp.with_feedback(Counted().apply, sbp.weight_mirror())
+  stored = f.init(KEY, params)
+  calls.clear()
+  f.mirror(KEY, params, stored, X)
+  assert len(calls) == 1
 
 
 def test_a_redrawing_rule_follows_its_seed_and_the_weights():

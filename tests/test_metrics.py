@@ -8,7 +8,7 @@ from jax import lax
 
 import symjax_bp
 from symjax_bp import metrics
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, fast_jit, normal
 
 
 def wide(array):
@@ -195,7 +195,7 @@ def test_alignment_is_that_of_the_equations(model):
     f = symjax_bp.with_feedback(function, symjax_bp.rndf())
     feedback = f.init(jax.random.key(0), params)
     loss = loss_of(f, feedback, x, target)
-    found = jax.jit(lambda p: metrics.layer_alignment(loss, p))(params)
+    found = fast_jit(lambda p: metrics.layer_alignment(loss, p))(params)
     V = f.weights(params, feedback)
   x, target = np.asarray(x), np.asarray(target)
   Ws, Vs = (used(np.asarray(A)) for A in (params, V))

@@ -29,16 +29,16 @@ from tests.nnx_models import (
 )
 
 LAYERS = {
-  'Linear': (asymmetric.Linear, nnx.Linear, (4, 5), {}, (3, 4)),
+  'Linear': (sbp.rndf(), nnx.Linear, (4, 5), {}, (3, 4)),
   'Linear, bfloat16': (
-    asymmetric.Linear, nnx.Linear, (4, 5), {'dtype': jnp.bfloat16}, (3, 4)
+    sbp.usf(), nnx.Linear, (4, 5), {'dtype': jnp.bfloat16}, (3, 4)
   ),
   'LinearGeneral': (
-    asymmetric.LinearGeneral, nnx.LinearGeneral, ((4, 5), (3, 2)),
-    {'axis': (1, 2)}, (2, 4, 5),
+    sbp.nusf(), nnx.LinearGeneral, ((4, 5), (3, 2)), {'axis': (1, 2)},
+    (2, 4, 5),
   ),
   'Conv': (
-    asymmetric.Conv, nnx.Conv, (4, 6, (3, 3), 2), {'feature_group_count': 2},
+    sbp.nusf(), nnx.Conv, (4, 6, (3, 3), 2), {'feature_group_count': 2},
     (2, 6, 7, 4),
   ),
 }  # fmt: skip
@@ -51,10 +51,10 @@ def gradients_and_output(model, x):
   return nnx.to_pure_dict(dW), dx, y
 
 
-@pytest.mark.parametrize('rule', [sbp.usf(), sbp.nusf(), sbp.rndf()], ids=str)
-@pytest.mark.parametrize('layer', LAYERS.values(), ids=LAYERS)
-def test_layers_are_those_of_flax_but_for_dx(layer, rule):
-  ours, flax, args, kwargs, shape = layer
+@pytest.mark.parametrize('name', LAYERS)
+def test_layers_are_those_of_flax_but_for_dx(name):
+  rule, flax, args, kwargs, shape = LAYERS[name]
+  ours = getattr(asymmetric, flax.__name__)
   model = ours(*args, feedback=rule, rngs=nnx.Rngs(0), **kwargs)
   plain = flax(*args, rngs=nnx.Rngs(0), **kwargs)
   x, at_V = normal(0, shape), nnx.clone(plain)
@@ -81,13 +81,11 @@ def jitted_step(wrt):
   return step
 
 
-def train(model, steps=3, x=X, tx=None, wrt=nnx.Param, key=None):
+def train(model, steps=3, x=X, tx=None, wrt=nnx.Param):
   """Losses of some steps; the model is changed."""
   optimizer = nnx.Optimizer(model, tx or optax.sgd(0.05, 0.9), wrt=wrt)
   losses = []
-  for number in range(steps):
-    if key is not None:
-      asymmetric.redraw(model, jax.random.fold_in(key, number))
+  for _ in range(steps):
     losses.append(jitted_step(wrt)(model, optimizer, x))
   return losses
 
@@ -131,23 +129,6 @@ def test_optimizers_leave_V_alone(wrt):
     assert (W_after != W[name]['kernel']).all()
     same = abs(after[path]) == abs(V[path])
     assert same.all() if name == 'body' else not same.any()
-
-
-def test_kolen_pollack_is_learned_with_the_parameters():
-  """One optimizer for W and V: their difference decays by 1 - rate * decay."""
-  model = mlp(sbp.kolen_pollack())
-  V, W = feedback_weights(model), params(model)
-  tx = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
-  train(model, 4, tx=tx, wrt=nnx.Any(nnx.Param, Feedback))
-  V_after, W_after = feedback_weights(model), params(model)
-  for path in ('body/kernel', 'head/kernel'):
-    (name, _), decay = path.split('/'), 0.95**4
-    old, new = (each[name]['kernel'] for each in (W, W_after))
-    assert not np.allclose(new, old * decay, rtol=1e-3)
-    # Four steps of float32 on numbers of at most 1.
-    np.testing.assert_allclose(
-      V_after[path] - new, (V[path] - old) * decay, rtol=1e-4, atol=1e-6
-    )
 
 
 def through_pure_dict(model):
@@ -228,7 +209,7 @@ def test_models_in_plain_jax():
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('rule', [sbp.frsf(), sbp.rndf(), sbp.brsf()], ids=str)
+@pytest.mark.parametrize('rule', [sbp.rndf(), sbp.brsf()], ids=str)
 @pytest.mark.parametrize(
   'streams',
   [{'default': 0}, {'params': 0}, {'params': 0, 'feedback': 1}],
@@ -262,19 +243,6 @@ def test_with_feedback_follows_its_key_and_advances_no_other_stream():
   assert not (a['body/kernel'] == b['body/kernel']).any()
 
 
-def test_redrawn_V_changes_when_W_does_and_only_then():
-  model = mlp({'body': sbp.brsf(), '': sbp.frsf()})
-  first = feedback_weights(model)
-  for _ in range(2):  # Two micro-batches.
-    gradient(model, X)
-  assert_same_bits(feedback_weights(model), first)
-  model.body.kernel[0, 0] += 1
-  second = feedback_weights(model)
-  a, b = (abs(V['body/kernel']) for V in (first, second))
-  assert not (a == b).any()
-  assert_same_bits(second['head/kernel'], first['head/kernel'])
-
-
 @pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
 def test_redraw_by_a_key(impl):
   """The same inside and outside of jit; each weight has a V of its own."""
@@ -293,14 +261,6 @@ def test_redraw_by_a_key(impl):
   a, b = (abs(V[path]) for path in ('0/dec/kernel', '1/kernel'))
   assert not (a == b).any()
   assert not (abs(feedback_weights(tied)['1/kernel']) == b).any()
-
-
-def test_training_follows_the_key_of_redraw():
-  a, b, c = (
-    train(mlp(sbp.brsf()), key=jax.random.key(seed)) for seed in (3, 3, 4)
-  )
-  assert_same_bits(a, b)
-  assert a[-1] != c[-1]
 
 
 STACKS = {
@@ -338,11 +298,9 @@ def check_stack(model, plain, x):
 @pytest.mark.parametrize(
   'layer, rule, impl',
   [
-    ('Linear', sbp.nusf(), 'threefry2x32'),
     ('Linear', sbp.brsf(), 'rbg'),
-    ('LinearGeneral', sbp.brsf(), 'threefry2x32'),
-    ('Conv', sbp.nusf(), 'threefry2x32'),
-    ('Conv', sbp.rndf(), 'rbg'),
+    ('LinearGeneral', sbp.nusf(), 'rbg'),
+    ('Conv', sbp.rndf(), 'threefry2x32'),
   ],
 )
 def test_every_layer_of_a_stack_has_a_V_of_its_own(layer, rule, impl):
@@ -355,12 +313,11 @@ def test_every_layer_of_a_stack_has_a_V_of_its_own(layer, rule, impl):
     assert not ((abs(V[0]) == abs(V[1])) & (V[0] != 0)).any()
 
 
-@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
-def test_a_stack_of_our_own_layers_is_redrawn_and_measured(impl):
+def test_a_stack_of_our_own_layers_is_redrawn_and_measured():
   make, shape = STACKS['Linear']
   ours = lambda rngs: asymmetric.Linear(6, 6, feedback=sbp.brsf(), rngs=rngs)
   x = normal(0, shape)
-  with jax.default_prng_impl(impl):
+  with jax.default_prng_impl('rbg'):
     model, plain = Stack(ours), Stack(make)
     first = check_stack(model, plain, x)
     asymmetric.redraw(model, jax.random.key(5))
@@ -379,7 +336,7 @@ def test_a_stack_of_our_own_layers_is_redrawn_and_measured(impl):
 def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes):
   with jax.enable_x64(True):
     layer = asymmetric.Linear(
-      3, 4, feedback=sbp.brsf(0.25), use_bias=False, param_dtype=dtypes[0],
+      3, 4, feedback=sbp.frsf(0.25), use_bias=False, param_dtype=dtypes[0],
       dtype=dtypes[1], rngs=nnx.Rngs(0),
     )  # fmt: skip
     x = jnp.ones(3, dtypes[1])

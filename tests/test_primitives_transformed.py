@@ -53,27 +53,6 @@ def test_vmap_over_any_subset_is_a_loop(float64, name, mapped):
     assert_close([a[i] for a in actual], expected)
 
 
-def test_a_scan_over_checkpointed_layers_is_the_unrolled_loop(float64):
-  W, V, x = wide(0, (3, 4, 4)), wide(1, (3, 4, 4)), wide(2, (5, 4))
-
-  def layer(x, WV):
-    return jnp.tanh(primitives.dense(x, *WV)), None
-
-  def scanned(x, W, V):
-    return lax.scan(jax.checkpoint(layer), x, (W, V))[0].sum()
-
-  def unrolled(x, W, V):
-    for WV in zip(W, V, strict=True):
-      x, _ = layer(x, WV)
-    return x.sum()
-
-  actual, expected = (
-    jax.jit(jax.grad(f, argnums=(0, 1, 2)))(x, W, V)
-    for f in (scanned, unrolled)
-  )
-  assert_close(actual, expected)
-
-
 def plain_conv(x, W):
   return lax.conv_general_dilated(
     x, W, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
@@ -168,19 +147,6 @@ def test_W_and_V_may_lie_differently_on_an_explicit_mesh(float64, split, wrap):
     actual = wrap(gradients)(*map(jax.device_put, xWV, specs))
   assert tuple(a.sharding.spec for a in actual) == specs
   assert_close(map(np.asarray, actual), map(np.asarray, expected))
-
-
-def test_second_order_with_V_equal_to_W_is_that_of_backpropagation(float64):
-  x, W1, W2 = wide(0, (5, 4)), wide(1, (4, 3)), wide(2, (3, 2))
-
-  def hessian(layer):
-    def loss(W1):
-      return (layer(jnp.tanh(layer(x, W1)), W2) ** 2).sum()
-
-    return jax.jit(jax.jacrev(jax.jacrev(loss)))(W1)
-
-  symmetric = lambda x, W: primitives.dense(x, W, W)
-  assert_close([hessian(symmetric)], [hessian(jnp.matmul)])
 
 
 def test_every_reverse_pass_uses_V(float64):

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import symjax_bp as sbp
 from tests import zoo
+from tests.cases import fast_jit
 from tests.zoo import KEY, normal
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
@@ -217,15 +218,15 @@ def test_feedback_follows_into_the_function(name):
     y = reference(params, V, x)
     return reference(params, V, y) if name == 'fori_loop' else y
 
-  actual = jax.jit(gradient_of(f))(*args)
-  assert_close(actual, gradient_of(expected)(*args))
+  actual = fast_jit(gradient_of(f))(*args)
+  assert_close(actual, fast_jit(gradient_of(expected))(*args))
 
 
 def test_vmap_over_models_is_each_model():
   f, (params, _, x), _ = setup()
   stacked = jax.tree.map(lambda W: jnp.stack([W, 2 * W, W - 1]), params)
   feedback = jax.vmap(f.init)(jax.random.split(KEY, 3), stacked)
-  g = jax.jit(gradient_of(f))
+  g = fast_jit(gradient_of(f))
   actual = jax.vmap(g, (0, 0, None))(stacked, feedback, x)
   for i in range(3):
     pick = lambda tree, i=i: jax.tree.map(lambda a: a[i], tree)
@@ -460,7 +461,7 @@ def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
 
 def used(f, params, feedback, x):
   """V of a function that is linear in one row: the transposed Jacobian."""
-  return jax.jit(jax.jacrev(lambda x: f(params, feedback, x)))(x).T
+  return fast_jit(jax.jacrev(lambda x: f(params, feedback, x)))(x).T
 
 
 def through_stack(W, x):
@@ -505,7 +506,7 @@ def test_micro_batches_add_up_to_the_batch(rule):
   f = sbp.with_feedback(plain, rule)
   _, (params, _, x), _ = setup()
   feedback = f.init(KEY, params)
-  g = jax.jit(gradient_of(f))
+  g = fast_jit(gradient_of(f))
   total, dx = g(params, feedback, x)
   parts = [g(params, feedback, part) for part in jnp.split(x, 4)]
   assert_close(jax.tree.map(lambda *a: sum(a), *[p[0] for p in parts]), total)
@@ -521,16 +522,15 @@ def test_tied_weights_in_closed_form(rule):
   W, x, g = normal(1, 3, 5), normal(2, 4, 3), normal(3, 4, 3)
   feedback = f.init(KEY, W)
   loss = lambda W, feedback, x: (f(W, feedback, x) * g).sum()
-  dW, dR, dx = jax.jit(jax.grad(loss, (0, 1, 2)))(W, feedback, x)
-  V = np.sign(W) if feedback is None else np.asarray(feedback[rule.state_name])
+  argnums = (0, 2, 1) if rule.learning else (0, 2)
+  dW, dx, *dR = jax.jit(jax.grad(loss, argnums))(W, feedback, x)
+  V = np.asarray(f.weights(W, feedback))
   W, x, g = map(np.asarray, (W, x, g))
   h = np.tanh(x @ W)
   delta = (g @ V) * (1 - h**2)
   expected = x.T @ delta + g.T @ h
   assert_close((dW, dx), (expected, delta @ V.T))
-  if feedback is not None:
-    learned = rule.name == 'kolen_pollack'
-    assert_close(dR[rule.state_name], expected if learned else 0 * V)
+  assert_close(jax.tree.leaves(dR), [expected] * len(dR))
 
 
 MASK = np.tri(4, 3, dtype=np.float64)
@@ -550,6 +550,35 @@ def test_V_is_0_where_the_weight_is_masked(mask, rule):
   feedback = f.init(KEY, W)
   V = f.weights(W, feedback)
   assert_same(used(f, W, feedback, normal(2, 4)), MASK * V)
+
+
+SCALED = {
+  'a row times W': lambda W, g: g * W,
+  'W times a column': lambda W, g: W * g[:, None],
+  'W over a row': lambda W, g: W / (1 + g**2),
+  'W times a number': lambda W, g: W * g[0, 0],
+  'weight normalization': lambda W, g: (
+    g * W / jnp.sqrt((W**2).sum(0, keepdims=True))
+  ),
+}
+
+
+@pytest.mark.parametrize('rule', DRAWN, ids=str)
+@pytest.mark.parametrize('name', SCALED)
+def test_a_scale_of_a_weight_gives_no_R(name, rule):
+  f = sbp.with_feedback(lambda p, x: x @ SCALED[name](p['W'], p['g']), rule)
+  params = {'W': normal(1, 3, 3), 'g': normal(2, 1, 3) + 9}
+  params['g'] = params['g'].reshape(-1) if 'column' in name else params['g']
+  x = normal(3, 3)
+  feedback = f.init(KEY, params, x)
+  rows = {row.path: row for row in f.rows(params, x)}
+  assert rows['g'].rule is None and rows['g'].use == 'scale'
+  assert rows['W'].use == 'product' and feedback['g'] is None
+  V = rule.weights(
+    SCALED[name](params['W'], params['g']),
+    rule.expand(params['W'], feedback['W'][rule.state_name]),
+  )
+  assert_close(used(f, params, feedback, x), V)
 
 
 def test_a_key_argument_drops_connections_of_V_too():

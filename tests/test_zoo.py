@@ -1,7 +1,5 @@
 """Every model of the zoo: bits of plain JAX, uSF by a reference, its table."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 import symjax_bp as sbp
 from tests import zoo
+from tests.cases import fast_jit
 
 # Rounded in other places, and written with products of its own.
 UNREFERENCED = {'bfloat16', 'eqx GRU'}
@@ -30,6 +29,12 @@ def gradients(function, *args):
   return jax.grad(loss, every, has_aux=True, allow_int=True)(*args)
 
 
+def every_gradient(functions, model):
+  """In one program, which compiles once what is the same."""
+  run = fast_jit(lambda *args: [gradients(f, *args) for f in functions])
+  return run(model.params, *model.args)
+
+
 def by_path(tree):
   """Leaves by path, without those of integers, which have no gradient."""
   return {
@@ -48,10 +53,7 @@ def asymmetric(model, rule):
 def test_symmetric_is_plain_jax_bit_for_bit(name):
   model = zoo.model(name)
   functions = model.function, asymmetric(model, sbp.symmetric())
-  plain, same = (
-    by_path(jax.jit(functools.partial(gradients, f))(model.params, *model.args))
-    for f in functions
-  )
+  plain, same = map(by_path, every_gradient(functions, model))
   assert plain.keys() == same.keys()
   for path, value in plain.items():
     np.testing.assert_array_equal(same[path], value, path)
@@ -68,12 +70,7 @@ def test_usf_is_the_reference_without_custom_vjp(name):
     functions = [model.reference, asymmetric(model, sbp.usf())]
     if name not in zoo.ARITHMETIC:
       functions.append(asymmetric(model, sbp.frozen_sign()))
-    expected, *actual = map(
-      by_path,
-      jax.jit(lambda *args: [gradients(f, *args) for f in functions])(
-        model.params, *model.args
-      ),
-    )
+    expected, *actual = map(by_path, every_gradient(functions, model))
   for each in actual:
     assert each.keys() == expected.keys()
     for path, value in expected.items():
