@@ -39,3 +39,22 @@ def test_the_two_commands_set_everything_up():
   assert all(command in first_screen for command in commands)
   ci = (ROOT / '.ci' / 'run').read_text()
   assert "command_of 'experiments demo'" in ci and 'command_of pytest' in ci
+
+
+@pytest.mark.parametrize(
+  ('name', 'place'),
+  [
+    ('uSF', 'symjax_bp.usf?'),
+    ('batch_manhattan', 'symjax_bp.optim.batch_manhattan?'),
+    ('BatchNorm', 'symjax_bp.batch_norm.BatchNorm or symjax_bp.nnx.BatchNorm?'),
+    ('layer_alignement', 'symjax_bp.metrics.layer_alignment or '),
+    ('kolen_polack', 'symjax_bp.kolen_pollack?'),
+    ('xyzzy', ''),
+  ],
+)
+def test_a_wrong_name_gets_a_hint(name, place):
+  with pytest.raises(AttributeError) as error:
+    getattr(symjax_bp, name)
+  hint = f'; did you mean {place}' if place else ''
+  assert f"has no attribute '{name}'{hint}" in str(error.value)
+  assert ('did you mean' in str(error.value)) == bool(place)
