@@ -11,7 +11,9 @@ TUTORIALS = ROOT / 'experiments' / 'tutorials'
 EPOCHS = {
   '1_alignment': 12,
   '2_rules': 10,
+  '3_direct': 6,
   '4_manhattan': 10,
+  '6_robustness': 12,
 }
 
 
