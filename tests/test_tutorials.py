@@ -13,20 +13,21 @@ EPOCHS = {
   '2_rules': 10,
   '3_direct': 6,
   '4_manhattan': 10,
+  '5_paper': 3,
   '6_robustness': 12,
 }
 
 
 @pytest.mark.parametrize('name', sorted(EPOCHS))
-def test_what_a_tutorial_claims_holds(name, monkeypatch):
+def test_what_a_tutorial_claims_holds(name, monkeypatch, tmp_path):
   notebook = nbformat.read(TUTORIALS / f'{name}.ipynb', as_version=4)
   (index,) = (
     i
     for i, cell in enumerate(notebook.cells)
     if 'parameters' in cell.metadata.get('tags', ())
   )
-  setting = nbformat.v4.new_code_cell(f'EPOCHS = {EPOCHS[name]}')
-  notebook.cells.insert(index + 1, setting)
+  settings = f'EPOCHS, RESULTS = {EPOCHS[name]}, {str(tmp_path)!r}'
+  notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(settings))
   # Kernels are other processes: they import this checkout, and share the cache
   # of compiled programs through the environment that conftest.py sets.
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
