@@ -56,7 +56,7 @@ ACCELERATED = (
   'language model, tied embedding', 'nnx Conv, BatchNorm, Dropout, Linear',
   'eqx Conv2d', 'W + W.T', 'fori_loop', 'while_loop', 'ragged_dot',
 )  # fmt: skip
-FIRST = [
+MARKED = [
   pytest.param(
     name, marks=[pytest.mark.accelerator] if name in ACCELERATED else []
   )
@@ -64,7 +64,7 @@ FIRST = [
 ]
 
 
-@pytest.mark.parametrize('name', FIRST)
+@pytest.mark.parametrize('name', MARKED)
 def test_symmetric_is_plain_jax_bit_for_bit(name):
   model = zoo.model(name)
   functions = model.function, asymmetric(model, sbp.symmetric())

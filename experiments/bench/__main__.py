@@ -5,6 +5,7 @@ Nothing imports JAX before a command has set it up, as in ``experiments.cli``.
 
 import itertools
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,7 @@ def compare_steps(
   steps: int = 15,
   seconds: float = 20.0,
   resume: bool = False,
+  limit: float | None = None,
   out: Path = _OUT,
 ) -> None:  # fmt: skip
   """Training steps of every rule beside plain Flax, torch and biotorch.
@@ -56,7 +58,8 @@ def compare_steps(
     steps: the least number of measured rounds of each program.
     seconds: continue with rounds for this long on each network.
     resume: go on with the measurements in the folder: leave out the networks
-      that are there.
+      that are there, measured on this kind of device.
+    limit: begin with no other network after so many seconds.
     out: folder for the measurements, their tables and their plot.
   """
   machine.start_jax()
@@ -85,7 +88,7 @@ def compare_steps(
   # Compilation is measured, too.
   jax.config.update('jax_enable_compilation_cache', False)
   results = output.read(out, 'bench') if resume else []
-  written = 'nothing: all of it is there already'
+  began, before = time.monotonic(), len(results)
   for workload in workloads:
     described = output.described(workload).items()
     if any(described <= result.items() for result in results):
@@ -99,9 +102,16 @@ def compare_steps(
     times = contenders.take_turns(programs, steps, seconds)
     results.append(output.summarize(workload, programs, times))
     print(output.details(results[-1]), end='\n\n', flush=True)
-    figure = output.steps_figure(results)
-    markdown = output.steps_markdown(results)
-    written = output.write(out, 'bench', {'results': results}, markdown, figure)
+    document = {'results': results}, output.steps_markdown(results)
+    output.write(out, 'bench', *document)
+    if limit is not None and time.monotonic() - began > limit:
+      print('the limit is reached: --resume goes on with the next network.')
+      break
+  if len(results) == before:
+    print('all of it is measured already: nothing to do.')
+    return
+  document = {'results': results}, output.steps_markdown(results)
+  written = output.write(out, 'bench', *document, output.steps_figure(results))
   print(f'written:\n{written}')
 
 

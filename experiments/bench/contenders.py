@@ -45,7 +45,7 @@ class Contender:
   name: str
   step: Callable[[], Any]  # makes one step (or several), waits for its end
   steps: int = 1  # that it makes
-  flops: int = 0  # of a step
+  flops: int = 0  # of a product
   variant: str = ''  # of one name, the fastest variant counts
   compile_seconds: float | None = None
   bytes: int | None = None  # memory of a step at its peak
@@ -195,7 +195,6 @@ def in_jax(workload: Workload, rule: str | None) -> Contender:
     name=rule or FLAX,
     step=step,
     steps=workload.repeat,
-    flops=workload.flops,
     compile_seconds=compile_seconds,
     bytes=memory.temp_size_in_bytes
     + memory.argument_size_in_bytes
@@ -255,7 +254,6 @@ def operations(workload: Workload) -> Contender:
     steps += [forward, dW, dx] if steps else [forward, dW]
   return Contender(
     name=OPERATIONS,
-    flops=workload.flops,
     step=lambda: [jax.block_until_ready(step()) for step in steps],
   )
 

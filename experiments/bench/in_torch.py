@@ -73,7 +73,6 @@ def contenders(workload: Workload) -> Iterator[Contender]:
       variant=layout,
       step=step,
       steps=workload.repeat,
-      flops=workload.flops,
       bytes=torch.cuda.max_memory_allocated() - before if on_gpu else None,
     )
 

@@ -84,7 +84,13 @@ def described(workload: programs.Workload) -> dict[str, Any]:
     'batch': workload.batch,
     'precision': workload.precision,
     'repeat': workload.repeat,
+    'device': device(),
   }
+
+
+def device() -> str:
+  """The kind of device that JAX computes on."""
+  return jax.devices()[0].device_kind
 
 
 def _rival(rule: str) -> str:
@@ -231,29 +237,36 @@ def scaling_figure(points: Sequence[Result], grid: Result) -> Figure:
 
 
 def read(out: Path, name: str) -> list[Result]:
-  """The results in NAME.json, if there is one."""
+  """The results in NAME.json that are of this kind of device."""
   path = out / f'{name}.json'
-  return json.loads(path.read_text())['results'] if path.exists() else []
+  results = json.loads(path.read_text())['results'] if path.exists() else []
+  return [result for result in results if result['device'] == device()]
 
 
 @mpl.rc_context(_STYLE)
 def write(
-  out: Path, name: str, measured: Result, markdown: str, figure: Figure
+  out: Path,
+  name: str,
+  measured: Result,
+  markdown: str,
+  figure: Figure | None = None,
 ) -> str:
   """Writes NAME.json, .md, .svg and .png; returns their paths, one a line.
 
-  The first two also have the command and the machine.
+  The first two, which need no figure, also have the command and the machine.
   """
   command = ['python', '-m', 'experiments.bench', *sys.argv[1:]]
   about = machine.described() | {
     'command': shlex.join(command),
-    'device': jax.devices()[0].device_kind,
+    'device': device(),
   }
   lines = '\n'.join(f'{key}: {value}' for key, value in about.items())
   paths = [out / f'{name}.{kind}' for kind in ('json', 'md', 'svg', 'png')]
   document = json.dumps({'machine': about, **measured}, indent=1)
   write_whole(paths[0], document.encode())
   write_whole(paths[1], f'```\n{lines}\n```\n\n{markdown}\n'.encode())
+  if figure is None:
+    return '\n'.join(map(str, paths[:2]))
   figure.savefig(paths[2], metadata={'Date': None})
   figure.savefig(paths[3])
   return '\n'.join(map(str, paths))
