@@ -5,15 +5,16 @@
 #   accelerator.sh [--dry] STAGE...   tests, steps, grid; without network
 #
 # Read from the environment:
-#   OUT     folder for what the stages write, at most 8 files (build/accelerator)
-#   DATA    folder with mnist.npz, and with what earlier calls wrote to OUT:
-#           the stages go on from that
-#   RESULTS of the grid, while it is trained (results/accelerator)
-#   PYTHON  with JAX for CUDA, Flax, Optax, chex, Orbax and PyTorch (python3)
+#   OUT      folder for what the stages write, 7 files (build/accelerator)
+#   DATA     folder with mnist.npz, and with what earlier calls wrote to OUT:
+#            the stages go on from that
+#   RESULTS  folder of the grid while it is trained (results/accelerator)
+#   PYTHON   with JAX for CUDA, Flax, Optax, chex, Orbax and PyTorch (python3)
 #
 # --dry does the same on tiny sizes on a CPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+script=experiments/bench/accelerator.sh
 out=${OUT:-build/accelerator} data=${DATA:-} python=${PYTHON:-python3}
 wheels=.wheels study=mnist-table-2
 results=${RESULTS:-results/accelerator} # stays on the machine between calls
@@ -149,22 +150,25 @@ if [ "${1:-}" = --dry ]; then
 else
   export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
 fi
-case " $* " in
-  *[!\ ]*) ;;
-  *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit 2 ;;
+export PYTHONUNBUFFERED=1
+if [ $# -gt 1 ]; then # a stage that fails costs no other one
+  status=0
+  for stage in "$@"; do
+    "$BASH" "$script" ${dry:+--dry} "$stage" || status=$?
+  done
+  exit "$status"
+fi
+case "${1:-}" in
+  prepare) prepare ;;
+  tests | steps | grid)
+    mkdir -p "$out"
+    install
+    echo "== $1"
+    "$1"
+    echo "== $1: $SECONDS s"
+    ;;
+  *)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$script" >&2
+    exit 2
+    ;;
 esac
-for stage in "$@"; do
-  case $stage in
-    prepare) prepare ;;
-    tests | steps | grid)
-      mkdir -p "$out"
-      install
-      echo "== $stage"
-      began=$SECONDS
-      "$stage"
-      echo "== $stage: $((SECONDS - began)) s"
-      ;;
-    *) echo "stage must be prepare, tests, steps or grid, not '$stage'." >&2
-      exit 2 ;;
-  esac
-done
