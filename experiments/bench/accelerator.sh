@@ -26,6 +26,7 @@ packages=(
   pandas python-dateutil six
   matplotlib contourpy cycler fonttools kiwisolver packaging pillow pyparsing
   pytest iniconfig pluggy pytest-xdist execnet
+  equinox jaxtyping wadler-lindig
 )
 
 prepare() {
