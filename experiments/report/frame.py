@@ -349,11 +349,11 @@ def _plan(config: Mapping[str, Any]) -> tuple[tuple[int | None, int], ...]:
 
 def _result(result: Any) -> dict[str, Any]:
   fields = {
-    'best': ('paper_error', float, _MISSING),
-    'best_epoch': ('paper_epoch', int, None),
+    'best': ('best_test_error', float, _MISSING),
+    'best_epoch': ('best_epoch', int, None),
     'holdout': ('holdout_error', float, None),
-    'held_out': ('honest_error', float, None),
-    'held_out_epoch': ('honest_epoch', int, None),
+    'held_out': ('held_out_test_error', float, None),
+    'held_out_epoch': ('held_out_epoch', int, None),
     'diverged': ('diverged', bool, _MISSING),
     'chance': ('chance_error', float, _MISSING),
     'train_images': ('train_images', int, _MISSING),

@@ -71,7 +71,7 @@ class Reporter:
     """An epoch has been recorded."""
     lowest = min(self._lowest[run.run_id], line['test_error'])
     self._lowest[run.run_id] = lowest
-    text = f'{describe(run)}: lowest test error {lowest:.2f} %'
+    text = f'{describe(run)}: best test error {lowest:.2f} %'
     if self._progress is not None:
       bar = self._bars[run.run_id]
       self._progress.update(bar, completed=line['epoch'], description=text)
@@ -83,9 +83,9 @@ class Reporter:
 
   def run_finished(self, run: Run, result: dict[str, Any]) -> None:
     """A run has its result."""
-    text = f'lowest test error {result["paper_error"]:.2f} %'
-    if result['honest_error'] is not None:
-      text += f', at the held-out choice {result["honest_error"]:.2f} %'
+    text = f'best test error {result["best_test_error"]:.2f} %'
+    if result['held_out_test_error'] is not None:
+      text += f', held-out test error {result["held_out_test_error"]:.2f} %'
     if result['diverged']:
       text += f', diverged in epoch {result["epochs_run"]}'
     self._ended(run, text)

@@ -187,7 +187,7 @@ def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
   results, study = tmp_path / 'results', tmp_path / 'study.jsonl'
   status, out, _ = main(*_SHORT, '--results', results)
   assert status == 0
-  assert '[1/1] digits SGD, rate x1, seed 0: lowest test error' in out
+  assert '[1/1] digits SGD, rate x1, seed 0: best test error' in out
   assert 'SGD' in out.split('Table 2')[1]
   (run,) = [path for path in results.iterdir() if path.is_dir()]
   (run / 'checkpoints').mkdir()  # left by a process that was killed

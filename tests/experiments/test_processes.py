@@ -101,7 +101,7 @@ def test_an_undisturbed_program(undisturbed):
   contents, output = undisturbed
   assert len(contents) == 2 * 3
   assert '2 of 2 runs to do' in output
-  assert '[1/2] digits SGD, rate x1, seed 0: lowest test error' in output
+  assert '[1/2] digits SGD, rate x1, seed 0: best test error' in output
   assert '[2/2] digits uSF+BN, rate x1, seed 0: lowest test' in output
   assert '\x1b' not in output  # plain lines where there is no terminal
   assert 'set XLA_FLAGS' in output
