@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,6 +215,38 @@ def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
     assert status == 0
     assert f'run {"0" * 20} is left out: ' in out
     assert 'config.json is broken' in out
+
+
+def test_settings_are_printed_on_request_only(main, tmp_path, monkeypatch):
+  monkeypatch.setattr(machine, 'configure', lambda _: ['NAME value'])
+  for at, (option, count) in enumerate([((), 0), (('-v',), 1)]):
+    _, out, _ = main(*_SHORT, *option, '--results', tmp_path / str(at))
+    assert out.count('set NAME value') == count
+
+
+def test_the_demo_ends_with_the_answer_and_commands_that_work(
+  main, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(cli, '_DEMO', Selection(condition=('SGD',), rate=(1.0,)))
+  protocol = Protocol(epochs=1, train_size=200)
+  monkeypatch.setattr(cli, '_DEMO_PROTOCOL', protocol)
+  monkeypatch.setattr(sys, 'executable', str(tmp_path / '.venv/bin/python'))
+  monkeypatch.chdir(tmp_path)
+  status, out, _ = main('demo', '--results', 'demo')
+  assert status == 0
+  assert 'digits SGD: compiling, then training' in out
+  assert 'digits (1 epoch, 200 images): backpropagation ' in out
+  page = re.search('Open the page: (.*)', out)[1]
+  answer = re.search(r'digits \(1 epoch, 200 images\): .*', out)[0]
+  assert f'<li>{answer}</li>' in Path(page).read_text()
+  start = '  .venv/bin/python -m experiments '
+  commands = [line for line in out.splitlines() if line.startswith(start)]
+  assert len(commands) > 3
+  for command in commands:
+    words = command.removeprefix(start).split()
+    if words[0] == 'run' and '--help' not in words:
+      words[0] = 'plan'  # has these options too, and trains nothing
+    assert main(*words)[0] == 0, command
 
 
 def test_list(main):

@@ -39,8 +39,16 @@ def test_no_records_is_an_error_that_says_how_to_make_some(function, tmp_path):
     ('config.batch_plan', KeyError, 'config.batch_plan is missing'),
     ('result', [1], r'result is \[1\], not an object'),
     ('result.best_test_error', KeyError, 'result.best_test_error is missing'),
-    ('result.best_test_error', '5', "result.best_test_error is '5', not a finite"),
-    ('result.best_test_error', None, 'result.best_test_error is None, not a finite'),
+    (
+      'result.best_test_error',
+      '5',
+      "result.best_test_error is '5', not a finite",
+    ),
+    (
+      'result.best_test_error',
+      None,
+      'result.best_test_error is None, not a finite',
+    ),
     ('result.chance_error', None, 'result.chance_error is None'),
     ('result.chance_error', 100.0, 'result.chance_error is 100.0, not an'),
     ('result.train_images', 'all', "result.train_images is 'all'"),
