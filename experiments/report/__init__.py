@@ -99,7 +99,7 @@ def write_report(
       for grid in tables.grids(results)
       for line in grid.lines
     }
-    drawn = (plots.alignment(results, row) for row in results.main_rows)
+    drawn = (plots.alignment(results, row) for row in results.rows.values())
     aligned = [picture for picture in drawn if picture]
     page = pages.html(results, judged, overall, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')

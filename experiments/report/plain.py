@@ -51,10 +51,14 @@ _FROZEN = {
 def answers(results: Results) -> list[str]:
   """A sentence per dataset, from the row with most of what it needs.
 
-  Of equals, the row that was trained most.
+  Of equals, the row that was trained most. Protocols with other settings answer
+  for datasets that have no more usual one.
   """
   chosen: dict[str, tuple[Row, dict[str, Cell]]] = {}
-  for row in results.main_rows:
+  main = results.main_rows
+  known = {row.label for row in main}
+  others = [row for row in results.rows.values() if row.label not in known]
+  for row in (*main, *others):
     cells = _shown(results, row)
     _, before = chosen.get(row.label, (row, {}))
     if _answering(cells) > _answering(before) or (cells and not before):

@@ -1,14 +1,18 @@
 """The commands in this process: their output, and what they refuse."""
 
+import io
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from experiments import cli, datasets
 from experiments.paper.protocol import Protocol
+from experiments.runs.progress import Reporter
 from experiments.runs.selection import Selection
 from experiments.training import cost, machine
 
@@ -247,6 +251,29 @@ def test_the_demo_ends_with_the_answer_and_commands_that_work(
     if words[0] == 'run' and '--help' not in words:
       words[0] = 'plan'  # has these options too, and trains nothing
     assert main(*words)[0] == 0, command
+
+
+def test_the_bar_of_all_runs_counts_parts_of_runs():
+  first, second = Selection(condition=('SGD',), rate=(1.0, 10.0)).runs(
+    Protocol(epochs=4)
+  )
+  output = io.StringIO()
+  bars = Progress(console=Console(file=output))
+  reporter = Reporter(Console(file=output), bars, 2)
+  result = {
+    'best_test_error': 40.0, 'held_out_test_error': 41.0, 'diverged': False,
+  }  # fmt: skip
+  done = []
+  for run in (first, second):
+    reporter.run_started(run, 1)
+    reporter.epoch_finished(run, {'epoch': 1, 'test_error': 50.0})
+    done.append(bars.tasks[0].completed)
+    reporter.run_finished(run, result)
+    done.append(bars.tasks[0].completed)
+  assert done == [0.25, 1, 1.25, 2]
+  assert output.getvalue().count('compiling') == 1
+  text = 'best test error 40.00 %, held-out test error 41.00 %'
+  assert output.getvalue().count(text) == 2
 
 
 def test_list(main):

@@ -54,9 +54,12 @@ def test_an_answer_is_of_the_fullest_row_and_says_what_is_missing():
     *cell('SGD', 5.0, epochs=9),
     *cell('SGD', 7.0)[:3], *cell('uSF', 89.0),
     *cell('uSF', 80.0, dataset='CIFAR'), *cell('uSF', 70.0, epochs=3),
+    *cell('uSF', 1.0, weight_decay=0.0), *cell('SGD', 1.0, weight_decay=0.0),
+    *cell('BM', 2.0, dataset='zoo', weight_decay=0.0),
   ) == [
     'MNIST (4 epochs): uSF stays at chance; backpropagation 7.0 % (3/5 rates).',
     'CIFAR (4 epochs): uSF 80.0 %.',
+    'zoo (4 epochs, weight decay 0): BM 2.0 %.',
   ]  # fmt: skip
 
 
@@ -108,7 +111,16 @@ def test_only_ones_own_rows_and_conditions_are_open(page):
   folded = between(page, "<details><summary>The paper's own", '</details>')
   assert '<th>CIFAR100</th>' in folded
   assert '40.60' in folded  # NuSF on CIFAR, of which there is no run
-  assert 'More runs' not in between(page, 'id="claims"', '<details><summary>4')
+
+
+def test_claims_that_are_decided_are_open_and_others_folded(page):
+  claims = between(page, 'id="claims"', '<h2>')
+  decided, folded = claims.split('<details><summary>4 epochs: ')
+  assert 'Normalization is necessary: uSF without BN and BM fails.' in decided
+  assert 'verdict open' not in decided
+  assert 'Batch Manhattan degrades with small batches.' in folded
+  assert 'Needs all rates of BM-5, BM-100.' in folded
+  assert 'verdict' not in folded
 
 
 def test_a_cell_leads_to_its_runs_and_the_commands_that_repeat_them(page):
