@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from experiments import helptext
 from experiments.paper.protocol import Protocol, Run
 from experiments.runs.selection import Selection, shard_of
 
@@ -152,7 +153,9 @@ def run(
   protocol: Protocol = Protocol(),  # noqa: B008
   execution: Execution = Execution(),  # noqa: B008
   results: Path = Path('results'),
-  verbose: Annotated[bool, tyro.conf.arg(aliases=['-v'])] = False,
+  verbose: Annotated[
+    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=['-v'])
+  ] = False,
 ) -> int:
   """Runs a part of the grid; finished runs are not run again.
 
@@ -514,6 +517,7 @@ def main() -> None:
       description='The paper "How Important Is Weight Symmetry in '
       'Backpropagation?" as a program.',
       config=(tyro.conf.OmitArgPrefixes,),
+      registry=helptext.REGISTRY,
     )
     sys.stdout.flush()
   except ValueError as error:  # DatasetError and StoreError are of that kind

@@ -155,6 +155,10 @@ def test_every_option_is_in_the_help(main):
   ):  # fmt: skip
     assert f'--{option} ' in out or f'--{option},' in out
   assert '0.0005' in out  # defaults are there
+  assert '--train-size INT ' in out
+  assert '--data-dir PATH ' in out
+  for noise in ('default: None', 'default: )', '{None}'):
+    assert noise not in out
 
 
 _SHORT = (
