@@ -108,7 +108,7 @@ def demo(results: Path = Path('results/demo')) -> int:
 
   print(
     f'{len(_DEMO.condition)} conditions at {len(_DEMO.rate)} learning rates, '
-    f"{_DEMO_PROTOCOL.epochs} epochs each, on scikit-learn's handwritten "
+    f"{_DEMO_PROTOCOL.epochs} epochs each, on scikit-learn's\nhandwritten "
     'digits: about a minute on two cores. A demonstration, not the paper.'
   )
   status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
@@ -380,7 +380,7 @@ def claims(
   from experiments import report as reports
   from experiments.studies import load
 
-  print(reports.claims_text(load(results)))
+  print(reports.claims_text(load(results), _width()))
   return 0
 
 

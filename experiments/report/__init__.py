@@ -49,8 +49,12 @@ def answers_text(records: 'Iterable[Record]', width: int = 120) -> str:
   return '\n'.join(pages.filled(answer, width) for answer in found)
 
 
-def claims_text(records: 'Iterable[Record]') -> str:
+def claims_text(records: 'Iterable[Record]', width: int = 120) -> str:
   """The paper's conclusions as text, with effects and verdicts.
+
+  Args:
+    records: from `studies.load`.
+    width: of the terminal, in characters.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
@@ -58,7 +62,7 @@ def claims_text(records: 'Iterable[Record]') -> str:
   from experiments.report import claims, frame, pages
 
   results = frame.read(records)
-  return pages.text_claims(results, claims.judge(results))
+  return pages.text_claims(results, claims.judge(results), width)
 
 
 def write_report(

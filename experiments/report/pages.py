@@ -194,12 +194,27 @@ def _held_out(entry: Entry) -> str:
   return number(entry.held_out.mean) + MARKS[entry.flag_held_out]
 
 
-def text_claims(results: Results, claims: Sequence[Claim]) -> str:
+def text_claims(
+  results: Results, claims: Sequence[Claim], width: int = _WIDTH
+) -> str:
   """Every conclusion of the paper with its verdicts, by protocol."""
-  return _render(
+  text = _render(
     'claims.txt.jinja',
     warnings=results.warnings,
     by_protocol=_by_protocol(claims),
+  )
+  return '\n'.join(_indented(line, width) for line in text.split('\n'))
+
+
+def _indented(line: str, width: int) -> str:
+  """The line, broken where it is too long; its other parts further right."""
+  indent = len(line) - len(line.lstrip()) + 4
+  return textwrap.fill(
+    line,
+    width,
+    subsequent_indent=' ' * indent,
+    break_long_words=False,
+    break_on_hyphens=False,
   )
 
 
