@@ -461,7 +461,8 @@ def _train(
       )
     except launch.Interrupted as stopped:
       listener.message(
-        f'{stopped}; nothing recorded is lost. Resume with: {machine.command()}'
+        f'{stopped}; nothing recorded is lost. Resume with: '
+        f'{_typed(*sys.argv[1:])}'
       )
       return 128 + stopped.signal
   if summary.elsewhere:
