@@ -6,24 +6,22 @@ Nothing here imports JAX before a command needs it, so ``--help`` is quick.
 import contextlib
 import dataclasses
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from experiments import helptext
 from experiments.paper.protocol import Protocol, Run
 from experiments.runs.selection import Selection, shard_of
 
-_DEMO = Selection(
-  condition=(
-    'SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM', 'brSF-50%+BN+BM', 'RndF',
-    'RndF+BN+BM',
-  ),
-  rate=(10.0, 1.0),
-)  # fmt: skip
-_DEMO_PROTOCOL = Protocol(epochs=5)
+# All rates, so that the paper's conclusions on these conditions are decided.
+_DEMO = Selection(condition=('SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM'))
+_DEMO_PROTOCOL = Protocol(epochs=5, layer_metrics=True)
 
 app = tyro.extras.SubcommandApp()
 
@@ -100,20 +98,53 @@ class Execution:
 
 @app.command
 def demo(results: Path = Path('results/demo')) -> int:
-  """From nothing to a table and a report, on embedded data, in a minute.
+  """Trains four conditions on embedded data; writes a report. A minute.
 
   Args:
     results: results folder.
   """
+  from experiments import report as reports
+  from experiments.studies import load
+
+  print(
+    f'{len(_DEMO.condition)} conditions at {len(_DEMO.rate)} learning rates, '
+    f"{_DEMO_PROTOCOL.epochs} epochs each, on scikit-learn's\nhandwritten "
+    'digits: about a minute on two cores. A demonstration, not the paper.'
+  )
   status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
-  if status == 0:
-    status = report(results)
-    print(
-      f"scikit-learn's digits, {_DEMO_PROTOCOL.epochs} epochs and "
-      f'{len(_DEMO.rate)} rates: a demonstration, not the paper. Next: '
-      'python -m experiments list'
+  if status:
+    return status
+  records = load(results)
+  page = results / 'report' / 'report.html'
+  reports.write_report(records, page.parent)
+  print('\n' + reports.text_tables(records, width=_width()))
+  print(reports.answers_text(records, _width()))
+  print(f"""
+Open the page: {page}
+
+Next, from this folder:
+  {_typed('list')}
+      conditions, datasets and tables to choose from
+  {_typed('claims', results)}
+      the paper's conclusions, judged by these runs
+  {
+    _typed(
+      'run',
+      '--condition',
+      'RndF',
+      'RndF+BN+BM',
+      '--epochs',
+      5,
+      '--layer-metrics',
+      '--results',
+      results,
     )
-  return status
+  }
+  {_typed('report', results)}
+      the same page with random feedback too
+  {_typed('run', '--help')}
+      all options""")
+  return 0
 
 
 @app.command
@@ -122,6 +153,9 @@ def run(
   protocol: Protocol = Protocol(),  # noqa: B008
   execution: Execution = Execution(),  # noqa: B008
   results: Path = Path('results'),
+  verbose: Annotated[
+    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=['-v'])
+  ] = False,
 ) -> int:
   """Runs a part of the grid; finished runs are not run again.
 
@@ -130,6 +164,7 @@ def run(
     protocol: what they all share.
     execution: where and how.
     results: results folder.
+    verbose: also print what is set for JAX, XLA and malloc.
   """
   execution.check()
   runs = selection.runs(protocol, execution.devices or 1)
@@ -137,7 +172,7 @@ def run(
   if not runs:
     print(f'shard {execution.shard} has no runs: nothing to do.')
     return 0
-  status = _train(runs, results, selection, execution)
+  status = _train(runs, results, selection, execution, verbose)
   if status in (0, 1):
     from experiments import report as reports
     from experiments.studies import load
@@ -146,8 +181,8 @@ def run(
     records = [record for record in load(results) if record.run_id in ids]
     tables = [table.name for table in selection.tables()]
     if any(record.result for record in records):
-      print(reports.text_tables(records, tables or None))
-    print(f'report: python -m experiments report {results}')
+      print(reports.text_tables(records, tables or None, _width()))
+    print(f'report: {_typed("report", results)}')
   return status
 
 
@@ -322,7 +357,7 @@ def report(
   from experiments.studies import load
 
   records = load(results)
-  print(reports.text_tables(records))
+  print(reports.text_tables(records, width=_width()))
   default = (results if results.is_dir() else results.parent) / 'report'
   paths = reports.write_report(
     records, out or default, markdown_only=markdown_only
@@ -345,7 +380,7 @@ def claims(
   from experiments import report as reports
   from experiments.studies import load
 
-  print(reports.claims_text(load(results)))
+  print(reports.claims_text(load(results), _width()))
   return 0
 
 
@@ -365,6 +400,19 @@ def fold(
   return 0
 
 
+def _width() -> int:
+  """Characters in a line of the terminal, within reason."""
+  return max(40, min(shutil.get_terminal_size((120, 24)).columns, 160))
+
+
+def _typed(*words: object) -> str:
+  """A command of this program that works as typed in the current folder."""
+  python = Path(sys.executable)
+  inside = python.is_relative_to(Path.cwd())
+  name = python.relative_to(Path.cwd()) if inside else 'python'
+  return shlex.join(map(str, (name, '-m', 'experiments', *words)))
+
+
 def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
   """The runs without a result."""
   from experiments.runs.store import RunFolder
@@ -377,6 +425,7 @@ def _train(
   results: Path,
   selection: Selection,
   execution: Execution,
+  verbose: bool = False,
 ) -> int:
   """Trains runs with progress; returns the exit status."""
   from experiments.runs import launch, store
@@ -403,7 +452,8 @@ def _train(
       f'{len(missing)} of {len(runs)} runs to do; results in {results}'
     )
     for line in machine.configure(execution.devices):
-      listener.message(f'set {line}')
+      if verbose:
+        listener.message(f'set {line}')
     launcher = _launcher(execution, options)
     try:
       summary = launch.launch(
@@ -411,7 +461,8 @@ def _train(
       )
     except launch.Interrupted as stopped:
       listener.message(
-        f'{stopped}; nothing recorded is lost. Resume with: {machine.command()}'
+        f'{stopped}; nothing recorded is lost. Resume with: '
+        f'{_typed(*sys.argv[1:])}'
       )
       return 128 + stopped.signal
   if summary.elsewhere:
@@ -467,6 +518,7 @@ def main() -> None:
       description='The paper "How Important Is Weight Symmetry in '
       'Backpropagation?" as a program.',
       config=(tyro.conf.OmitArgPrefixes,),
+      registry=helptext.REGISTRY,
     )
     sys.stdout.flush()
   except ValueError as error:  # DatasetError and StoreError are of that kind

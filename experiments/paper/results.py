@@ -9,9 +9,9 @@ def result(
 ) -> dict[str, Any]:
   """Both results of a run from its lines of metrics.
 
-  The paper's result is the lowest test error of all epochs. The held-out
-  result is the test error of the epoch with the lowest held-out error. The
-  keys are those of `result.json`, which older folders have too.
+  The best test error, which the paper reports, is the lowest of all epochs. The
+  held-out test error is the test error of the epoch with the lowest error on
+  the held-out part of the training set. The keys are those of `result.json`.
 
   Args:
     lines: one per epoch, in order; at least one.
@@ -20,11 +20,11 @@ def result(
   """
   best = min(lines, key=lambda line: line['test_error'])
   summary = {
-    'paper_error': best['test_error'],
-    'paper_epoch': best['epoch'],
+    'best_test_error': best['test_error'],
+    'best_epoch': best['epoch'],
     'holdout_error': None,
-    'honest_epoch': None,
-    'honest_error': None,
+    'held_out_epoch': None,
+    'held_out_test_error': None,
     'epochs_run': len(lines),
     'diverged': not lines[-1]['finite'],
     'chance_error': 100 * (1 - 1 / classes),
@@ -34,7 +34,7 @@ def result(
     chosen = min(lines, key=lambda line: line['holdout_error'])
     summary |= {
       'holdout_error': chosen['holdout_error'],
-      'honest_epoch': chosen['epoch'],
-      'honest_error': chosen['test_error'],
+      'held_out_epoch': chosen['epoch'],
+      'held_out_test_error': chosen['test_error'],
     }
   return summary

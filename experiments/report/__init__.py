@@ -1,8 +1,8 @@
 """The report: reads records of runs; writes tables, claims, plots and a page.
 
 Reading order: `frame` (records, checked, as a data frame and as cells),
-`tables`, `claims`, `plots`, `commands` (that make runs again) and `pages` (all
-of these as text, Markdown and HTML).
+`tables`, `claims`, `plain` (answers in words), `plots`, `commands` (that make
+runs again) and `pages` (all of these as text, Markdown and HTML).
 
 Imports no JAX, and pandas and matplotlib only when they are used.
 """
@@ -17,13 +17,16 @@ if typing.TYPE_CHECKING:
 
 
 def text_tables(
-  records: 'Iterable[Record]', tables: Iterable[str] | None = None
+  records: 'Iterable[Record]',
+  tables: Iterable[str] | None = None,
+  width: int = 120,
 ) -> str:
-  """The paper's tables as text, rows with results only.
+  """The paper's tables as text, cells with runs only.
 
   Args:
     records: from `studies.load`.
     tables: names of tables; None for those that have results.
+    width: of the terminal, in characters.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
@@ -31,11 +34,27 @@ def text_tables(
   """
   from experiments.report import frame, pages
 
-  return pages.text_tables(frame.read(records), tables)
+  return pages.text_tables(frame.read(records), tables, width)
 
 
-def claims_text(records: 'Iterable[Record]') -> str:
+def answers_text(records: 'Iterable[Record]', width: int = 120) -> str:
+  """A plain sentence per dataset: how far each condition gets.
+
+  Raises:
+    EmptyReportError: there is no readable run; says how to make one.
+  """
+  from experiments.report import frame, pages, plain
+
+  found = plain.answers(frame.read(records))
+  return '\n'.join(pages.filled(answer, width) for answer in found)
+
+
+def claims_text(records: 'Iterable[Record]', width: int = 120) -> str:
   """The paper's conclusions as text, with effects and verdicts.
+
+  Args:
+    records: from `studies.load`.
+    width: of the terminal, in characters.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
@@ -43,7 +62,7 @@ def claims_text(records: 'Iterable[Record]') -> str:
   from experiments.report import claims, frame, pages
 
   results = frame.read(records)
-  return pages.text_claims(results, claims.judge(results))
+  return pages.text_claims(results, claims.judge(results), width)
 
 
 def write_report(
@@ -77,14 +96,16 @@ def write_report(
   found = (plots.overview(results), plots.against_p(results))
   overall = [picture for picture in found if picture]
   files = {'RESULTS.md': pages.markdown(results, judged, overall).encode()}
-  pictures = {}
+  pictures, aligned = {}, []
   if not markdown_only:
     pictures = {
       (grid.name, line.title): plots.of_line(results, grid, line)
       for grid in tables.grids(results)
       for line in grid.lines
     }
-    page = pages.html(results, judged, overall, pictures)
+    drawn = (plots.alignment(results, row) for row in results.rows.values())
+    aligned = [picture for picture in drawn if picture]
+    page = pages.html(results, judged, overall, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
     files |= {
       'report.html': page.encode(),
@@ -92,7 +113,11 @@ def write_report(
       'tables.csv': table.encode(),
       'claims.txt': pages.text_claims(results, judged).encode(),
     }
-  for picture in (*overall, *(p for of in pictures.values() for p in of)):
+  for picture in (
+    *overall,
+    *aligned,
+    *(p for of in pictures.values() for p in of),
+  ):
     if picture.png:
       files[f'plots/{picture.name}.png'] = picture.png
     if not (picture.png and markdown_only):

@@ -15,12 +15,23 @@ import pandas as pd
 from experiments.datasets.specs import SPECS
 from experiments.paper.conditions import find
 from experiments.paper.protocol import RATES, Protocol
-from experiments.report.frame import COLUMNS, Results, first_name, words
+from experiments.report.frame import (
+  COLUMNS,
+  Frame,
+  Results,
+  first_name,
+  words,
+)
 
 
 def of_protocol(results: Results, protocol: str) -> list[str]:
   """Commands that make all runs of a protocol, and no other rate or seed."""
-  runs = results.runs[results.runs.protocol == protocol]
+  return of_runs(results.runs[results.runs.protocol == protocol])
+
+
+def of_runs(runs: Frame) -> list[str]:
+  """Commands that make these runs of one protocol, and no others."""
+  fields = runs.fields.iloc[0]
   runs = runs.explode('condition', ignore_index=True)
   runs['condition'] = [first_name(str(name)) for name in runs.condition]
   runs['processes'] = [_processes(about) for about in runs.environment]
@@ -45,7 +56,6 @@ def of_protocol(results: Results, protocol: str) -> list[str]:
     others = [key for key in table.columns if key != column]
     kind = tuple if column == 'condition' else _ordered
     table = table.groupby(others, sort=False, as_index=False)[column].agg(kind)
-  fields = results.protocols[protocol]
   return [
     _command(fields, row.dataset, row.condition, row.rate, row.seed,
              row.processes)

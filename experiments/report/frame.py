@@ -296,11 +296,14 @@ def _run(record: Record) -> dict[str, Any]:
     fields['plugin'] = hashlib.sha256(plugin.encode()).hexdigest()[:8]
   _field(fields, 'config', 'epochs', int)
   _field(fields, 'config', 'train_size', int, None)
-  errors, seconds = [], 0.0
+  errors, layers, seconds = [], {}, 0.0
   for at, line in enumerate(_checked('metrics', record.metrics, list)):
     where = f'metrics[{at}]'
     error = _field(line, where, 'test_error', float)
-    errors.append((_field(line, where, 'epoch', int), float(error)))
+    epoch = _field(line, where, 'epoch', int)
+    errors.append((epoch, float(error)))
+    if found := _layers(line, where):
+      layers[epoch] = found
     seconds += _field(line, where, 'seconds', float, None) or 0.0
   about = {} if record.environment is None else record.environment
   return {
@@ -319,6 +322,7 @@ def _run(record: Record) -> dict[str, Any]:
     'fields': fields,
     'config': config,
     'errors': errors,
+    'layers': layers,
     'seconds': seconds,
     'environment': tuple(sorted(
       (printable(str(name)), _field(about, 'environment', name, str))
@@ -328,6 +332,19 @@ def _run(record: Record) -> dict[str, Any]:
     'finished': record.result is not None,
     **_result(record.result),
   }  # fmt: skip
+
+
+def _layers(line: Any, where: str) -> dict[str, dict[str, float | None]]:
+  """Metrics by layer of an epoch; {} if none were recorded."""
+  found = _field(line, where, 'layers', dict, None) or {}
+  where = f'{where}.layers'
+  return {
+    printable(layer): {
+      name: _field(row, f'{where}.{layer}', name, float, None)
+      for name in _checked(f'{where}.{layer}', row, dict)
+    }
+    for layer, row in found.items()
+  }
 
 
 def _plan(config: Mapping[str, Any]) -> tuple[tuple[int | None, int], ...]:
@@ -349,11 +366,11 @@ def _plan(config: Mapping[str, Any]) -> tuple[tuple[int | None, int], ...]:
 
 def _result(result: Any) -> dict[str, Any]:
   fields = {
-    'best': ('paper_error', float, _MISSING),
-    'best_epoch': ('paper_epoch', int, None),
+    'best': ('best_test_error', float, _MISSING),
+    'best_epoch': ('best_epoch', int, None),
     'holdout': ('holdout_error', float, None),
-    'held_out': ('honest_error', float, None),
-    'held_out_epoch': ('honest_epoch', int, None),
+    'held_out': ('held_out_test_error', float, None),
+    'held_out_epoch': ('held_out_epoch', int, None),
     'diverged': ('diverged', bool, _MISSING),
     'chance': ('chance_error', float, _MISSING),
     'train_images': ('train_images', int, _MISSING),

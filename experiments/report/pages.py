@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import hashlib
 import re
 import textwrap
 import typing
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 import pandas as pd
 
 from experiments.paper import published as paper
-from experiments.report import commands
+from experiments.report import commands, plain
 from experiments.report.claims import Claim
 from experiments.report.frame import (
   DEFAULTS,
@@ -29,6 +31,7 @@ from experiments.report.tables import (
   MARKS,
   Entry,
   Grid,
+  Line,
   compared,
   grids,
   settings,
@@ -47,21 +50,54 @@ HOW = (
   'range. ▲ 3 points or more worse than the baseline of the row (yellow in '
   'the paper), ▼ 3 points or more better (blue).'
 )
+# What a terminal explains of it: the words of those signs that are shown.
+_LEGEND = {
+  '.': 'Best test error in %: the lowest over epochs and rates, as in the '
+  'paper.',
+  ' | ': "ours | the paper's.",
+  'held-out': 'held-out: epoch and rate are chosen on a held-out part of the '
+  'training set.',
+  '[': '[a, b]: 95 % interval over seeds.',
+  '▲': '▲: 3 points or more worse than the baseline of the row.',
+  '▼': '▼: 3 points or more better.',
+}
+_BEST = 'best'
 _WIDTH = 120
+_TEMPLATES = Path(__file__).with_name('templates')
+_SCRIPT = _TEMPLATES / 'page.js'
 
 
-def text_tables(results: Results, names: Iterable[str] | None = None) -> str:
-  """The tables for a terminal, by protocol; see `grids` for the names."""
+def text_tables(
+  results: Results, names: Iterable[str] | None = None, width: int = _WIDTH
+) -> str:
+  """The tables for a terminal of that width, by protocol; see `grids`."""
   names = None if names is None else list(names)
-  parts = [*results.warnings, textwrap.fill(HOW, 80), '']
-  parts += [textwrap.fill(note, _WIDTH) for note in notes(results)]
+  tables = []
   for protocol in results.protocols:
     found = grids(results, names, [protocol])
-    parts += ['', protocol, '=' * len(protocol)]
+    tables += ['', *_underlined(protocol, '=', width)]
     for grid in found:
       title = f'{grid.name}. {grid.table.title}'
-      parts += ['', title, '-' * len(title), *_text_grid(grid)]
-  return '\n'.join(parts).rstrip() + '\n'
+      tables += ['', *_underlined(title, '-', width), *_text_grid(grid, width)]
+  shown = '\n'.join(tables)
+  legend = [words for sign, words in _LEGEND.items() if sign in shown]
+  return '\n'.join([
+    *results.warnings,
+    filled(' '.join(legend), width),
+    *(filled(note, width) for note in notes(results)),
+    *tables,
+  ]).rstrip() + '\n'  # fmt: skip
+
+
+def filled(text: str, width: int) -> str:
+  """Lines of at most that width; names stay whole."""
+  return textwrap.fill(
+    text, width, break_long_words=False, break_on_hyphens=False
+  )
+
+
+def _underlined(title: str, line: str, width: int) -> list[str]:
+  return [filled(title, width), line * min(len(title), width)]
 
 
 def notes(results: Results) -> list[str]:
@@ -82,36 +118,56 @@ def notes(results: Results) -> list[str]:
   return list(dict.fromkeys(lines))
 
 
-def _text_grid(grid: Grid) -> list[str]:
-  lines = [line for line in grid.lines if line.ours]
-  rows = {}
-  for line in lines:
-    for title, cells in (
-      (line.label, [_both(entry) for entry in line.entries]),
-      ('  95 %', [interval(entry) for entry in line.entries]),
-      ('  held-out', [_held_out(entry) for entry in line.entries]),
-      ('  incomplete', [e.cell.mark if e.cell else '' for e in line.entries]),
-    ):
-      if any(cells):
-        rows[line.label, title] = cells
-  if not rows:
+def _text_grid(grid: Grid, width: int) -> list[str]:
+  """One table if it fits, else a list of conditions for every row."""
+  if not grid.rows:
     return ['No results yet.']
-  frame = pd.DataFrame(list(rows.values()), columns=list(grid.table.columns))
-  frame.index = [title for _, title in rows]
-  frame = frame.loc[:, (frame != '').any()]
-  width = max(map(len, frame.index))
-  frame.index = [title.ljust(width) for title in frame.index]
-  text = frame.to_string(line_width=_WIDTH)
-  parts = [part.removesuffix('\\').rstrip() for part in text.split('\n')]
+  found = [(line, _text_line(line, grid.columns)) for line in grid.rows]
+  table = pd.concat([
+    frame.T.set_axis([
+      line.label if what == _BEST else f'  {what}' for what in frame
+    ])
+    for line, frame in found
+  ])  # fmt: skip
+  parts = _lines(table)
+  if max(map(len, parts)) > width:
+    parts = []
+    for line, frame in found:
+      having = [entry.cell is not None for entry in line.of(grid.columns)]
+      rows = _lines(frame[having], width - 2)
+      parts += [line.label, *(f'  {row}' for row in rows)]
   parts += [
-    f'{line.label}, beside the paper: {", ".join(line.agreement)}'
-    for line in lines
+    filled(
+      f'{line.label}, beside the paper: {", ".join(line.agreement)}', width
+    )
+    for line in grid.rows
     if line.agreement
   ]
-  if missing := [line.label for line in grid.lines if not line.ours]:
-    missing = f'No results yet: {", ".join(missing)}.'
-    parts.append(textwrap.fill(missing, _WIDTH, break_on_hyphens=False))
   return parts
+
+
+def _text_line(line: Line, conditions: Sequence[str]) -> Frame:
+  """What a row of a table has: a row per condition, no empty columns."""
+  entries = line.of(conditions)
+  frame = pd.DataFrame(
+    {
+      _BEST: [_both(entry) for entry in entries],
+      '95 %': [interval(entry) for entry in entries],
+      'held-out': [_held_out(entry) for entry in entries],
+      'incomplete': [e.cell.mark if e.cell else '' for e in entries],
+    },
+    index=[entry.condition for entry in entries],
+  )
+  return frame.loc[:, (frame != '').any()]
+
+
+def _lines(frame: Frame, width: int | None = None) -> list[str]:
+  """A frame as lines, names at the left."""
+  names = [str(name) for name in frame.index]
+  longest = max(map(len, names))
+  frame = frame.set_axis([name.ljust(longest) for name in names])
+  text = frame.to_string(line_width=width)
+  return [part.removesuffix('\\').rstrip() for part in text.split('\n')]
 
 
 def number(value: float) -> str:
@@ -138,12 +194,27 @@ def _held_out(entry: Entry) -> str:
   return number(entry.held_out.mean) + MARKS[entry.flag_held_out]
 
 
-def text_claims(results: Results, claims: Sequence[Claim]) -> str:
+def text_claims(
+  results: Results, claims: Sequence[Claim], width: int = _WIDTH
+) -> str:
   """Every conclusion of the paper with its verdicts, by protocol."""
-  return _render(
+  text = _render(
     'claims.txt.jinja',
     warnings=results.warnings,
     by_protocol=_by_protocol(claims),
+  )
+  return '\n'.join(_indented(line, width) for line in text.split('\n'))
+
+
+def _indented(line: str, width: int) -> str:
+  """The line, broken where it is too long; its other parts further right."""
+  indent = len(line) - len(line.lstrip()) + 4
+  return textwrap.fill(
+    line,
+    width,
+    subsequent_indent=' ' * indent,
+    break_long_words=False,
+    break_on_hyphens=False,
   )
 
 
@@ -182,31 +253,47 @@ def html(
   claims: Sequence[Claim],
   overall: 'Sequence[Picture]',
   pictures: 'Mapping[tuple[str, str], Sequence[Picture]]',
+  aligned: 'Sequence[Picture]',
 ) -> str:
-  """One page that needs nothing else: no network, no scripts, no files.
+  """One page that needs nothing else: no network, no files.
+
+  Its script sorts tables, filters cells and opens what a link points to. The
+  page allows no other script: its policy names the digest of this one.
 
   Args:
     results: what `read` returns.
     claims: what `judge` returns.
     overall: pictures of all results.
     pictures: by table and title of a row.
+    aligned: alignment by layer and epoch.
   """
   details = _details(results)
+  shown = grids(results)
+  script = _SCRIPT.read_text(encoding='utf-8')
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
-  def anchor(row: Row, name: str) -> str:
-    return details[row.protocol, row.label, first_name(name)].anchor
+  def detail(row: Row, name: str) -> _Detail:
+    return details[row.protocol, row.label, first_name(name)]
 
   return _render(
     'report.html.jinja',
     **_shared(results, claims),
-    grids=grids(results),
+    grids=shown,
+    glossary=plain.glossary(
+      dict.fromkeys(name for grid in shown for name in grid.columns)
+    ),
     overall=overall,
     pictures=pictures,
+    aligned=aligned,
     claims=_by_protocol(claims),
     details=details.values(),
-    anchor=anchor,
+    detail=detail,
+    of_runs=commands.of_runs,
+    chosen=_chosen,
     marks=MARKS,
     uri=_uri,
+    script=markupsafe.Markup(script),
+    digest=digest,
   )
 
 
@@ -214,6 +301,7 @@ def _shared(results: Results, claims: Iterable[Claim]) -> dict[str, Any]:
   """What both pages show."""
   return {
     'results': results,
+    'answers': plain.answers(results),
     'overview': _overview(results, claims),
     'notes': notes(results),
     'settings': {
@@ -312,6 +400,15 @@ def _details(results: Results) -> dict[CellKey, _Detail]:
   return found
 
 
+def _chosen(cell: Cell) -> str:
+  """Such as '5/5 runs; seed 0: rate 1, epoch 4': what hovering shows."""
+  parts = [f'{cell.present}/{cell.expected} runs']
+  for seed, (rate, epoch) in (cell.best.chosen if cell.best else {}).items():
+    at = '' if epoch is None else f', epoch {epoch}'
+    parts.append(f'seed {seed}: rate {rate:g}{at}')
+  return '; '.join(parts)
+
+
 def _spark(errors: Sequence[tuple[int, float]]) -> str:
   """A learning curve as the points of a drawing of 110 x 24."""
   step = 110 / max(len(errors) - 1, 1)
@@ -343,7 +440,7 @@ def _code(lines: Iterable[str]) -> str:
 def _render(template: str, **values: Any) -> str:
   environment = jinja2.Environment(
     autoescape='html' in template,
-    loader=jinja2.FileSystemLoader(Path(__file__).with_name('templates')),
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
     trim_blocks=True,
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,

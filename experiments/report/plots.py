@@ -1,4 +1,4 @@
-"""Pictures: error by condition, against p, by epoch and by learning rate.
+"""Pictures: errors by condition, p, epoch and rate; alignment by layer.
 
 Figures are made without pyplot, so no window system is ever asked for. Text in
 an SVG stays text; nothing in a name is read as mathematics or markup. The same
@@ -24,7 +24,13 @@ from matplotlib.lines import Line2D
 
 from experiments.paper import published as paper
 from experiments.paper.protocol import RATES
-from experiments.report.frame import Frame, Results, Row, Selection
+from experiments.report.frame import (
+  Frame,
+  Results,
+  Row,
+  Selection,
+  first_name,
+)
 from experiments.report.tables import Grid, Line
 
 # From plain backpropagation to random feedback, top to bottom.
@@ -50,6 +56,13 @@ _OURS: dict[str, Any] = {'color': '#0072B2'}
 _PAPER: dict[str, Any] = {'color': '#B34700', 'mfc': 'white'}
 _CHANCE: dict[str, Any] = {'color': '#777777', 'linestyle': ':', 'linewidth': 1}
 _SGD: dict[str, Any] = {'color': '#0072B2', 'linestyle': '-.', 'linewidth': 1}
+# A layer's metrics, what they are and the largest value.
+_ALIGNMENT = (
+  ('concordance', 'share of equal signs', 1),
+  ('angle', 'angle of V and W (°)', 180),
+  ('update_angle', 'angle of updates (°)', 180),
+  ('error_angle', 'angle of error signals (°)', 180),
+)
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _LOGARITHMIC = 8.0  # ratio of errors from which an axis is logarithmic
 
@@ -314,13 +327,7 @@ def of_line(results: Results, grid: Grid, line: Line) -> list[Picture]:
   if line.row is None:
     return []
   conditions = [entry.condition for entry in line.entries if entry.best]
-  runs = results.runs[results.runs.finished]
-  runs = runs[(runs.protocol == line.row.protocol)
-              & (runs.label == line.row.label)]  # fmt: skip
-  runs = runs.explode('condition')
-  settings = runs.groupby(['condition', 'plan', 'rate'], as_index=False).agg(
-    best=('best', 'mean'), diverged=('diverged', 'any')
-  )
+  runs, settings = _runs_of(results, line.row)
   name = f'{_slug(line.row.label)}-{_slug(line.row.protocol)}'
   name = f'{name}-table-{grid.table.name}'.lower()
   about = f'{_short(line.title, 60)}, {grid.name}'
@@ -328,6 +335,98 @@ def of_line(results: Results, grid: Grid, line: Line) -> list[Picture]:
     _curves(f'{name}-curves', about, conditions, runs, settings),
     _rates(f'{name}-rates', about, conditions, settings),
   ]
+
+
+def _runs_of(results: Results, row: Row) -> tuple[Frame, Frame]:
+  """A row's finished runs by condition, and their means by batch and rate."""
+  runs = results.runs[results.runs.finished]
+  runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
+  runs = runs.explode('condition')
+  settings = runs.groupby(['condition', 'plan', 'rate'], as_index=False).agg(
+    best=('best', 'mean'), diverged=('diverged', 'any')
+  )
+  return runs, settings
+
+
+def _at_best_rate(
+  condition: str, runs: Frame, settings: Frame
+) -> tuple[Frame, bool]:
+  """The runs with the lowest mean error, and whether one diverged."""
+  found = settings[settings.condition == condition]
+  # Ties: the highest rate.
+  best = found[found.best == found.best.min()].sort_values('rate').iloc[-1]
+  mine = runs[(runs.condition == condition) & (runs.rate == best.rate)
+              & (runs.plan == best.plan)]  # fmt: skip
+  return mine, bool(best.diverged)
+
+
+def alignment(results: Results, row: Row) -> Picture | None:
+  """How far feedback is from backpropagation, by layer and epoch.
+
+  Conditions without recorded layers, and those that backpropagate exactly, are
+  left out. At each condition's best rate; means over seeds.
+  """
+  runs, settings = _runs_of(results, row)
+  shown: dict[str, Frame] = {}
+  for (*key, condition), cell in results.cells.items():
+    if tuple(key) == row.key and cell.best and first_name(condition) == (
+      condition
+    ):  # fmt: skip
+      mine, _ = _at_best_rate(condition, runs, settings)
+      table = _layer_table(mine)
+      if len(table) and (table.get('angle', pd.Series([1.0])) > 0).any():
+        shown[condition] = table
+  if not shown:
+    return None
+  name = f'{_slug(row.label)}-{_slug(row.protocol)}-alignment'
+  title = 'Alignment with backpropagation by layer and epoch, best rate'
+  about = f'{_short(row.label)}, {_short(row.protocol)}'
+  layers = list(dict.fromkeys(
+    layer for table in shown.values() for layer in table.index.unique('layer')
+  ))  # fmt: skip
+  with style(name):
+    across = len(_ALIGNMENT)
+    figure, all_axes = panels(
+      f'{title}\n{about}', across * len(shown), (2.3, 1.7), across
+    )
+    for at, axes in enumerate(all_axes):
+      condition, table = list(shown.items())[at // across]
+      key, words, high = _ALIGNMENT[at % across]
+      for place, layer in enumerate(layers):
+        if key in table and layer in table.index.unique('layer'):
+          line = table[key].xs(layer, level='layer')
+          axes.plot(line.index, line.to_numpy(), **look(place))
+      axes.axhline(high / 2, **_CHANCE)
+      axes.set_ylim(-0.04 * high, 1.04 * high)
+      axes.set_yticks([0, high / 2, high])
+      axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+      if at < across:
+        axes.set_title(words)
+      if at >= across * (len(shown) - 1):
+        axes.set_xlabel('epoch')
+      if at % across == 0:
+        axes.set_ylabel(_short(condition, 20))
+    _legend(figure, [
+      *((_short(layer), look(place)) for place, layer in enumerate(layers)),
+      ('unrelated (half the signs, 90°)', _CHANCE),
+    ])  # fmt: skip
+    return picture(figure, name, f'{title}: {about}')
+
+
+def _layer_table(runs: Frame) -> Frame:
+  """Means over runs by epoch and layer; empty if no layers were recorded."""
+  rows = [
+    {'epoch': epoch, 'layer': layer, **row}
+    for layers in runs.layers
+    for epoch, of in layers.items()
+    for layer, row in of.items()
+  ]
+  if not rows:
+    return pd.DataFrame()
+  table: Frame = pd.DataFrame(rows).set_index(['epoch', 'layer'])
+  table = table.astype(float)
+  table = table.groupby(level=['epoch', 'layer'], sort=False).mean()
+  return table.sort_index(level='epoch', sort_remaining=False)
 
 
 def _curves(
@@ -340,13 +439,9 @@ def _curves(
   """Mean test error over seeds by epoch, at each condition's best rate."""
   curves = {}
   for condition in conditions:
-    found = settings[settings.condition == condition]
-    # Ties: the highest rate.
-    best = found[found.best == found.best.min()].sort_values('rate').iloc[-1]
-    mine = runs[(runs.condition == condition) & (runs.rate == best.rate)
-                & (runs.plan == best.plan)]  # fmt: skip
+    mine, diverged = _at_best_rate(condition, runs, settings)
     table = pd.DataFrame([dict(errors) for errors in mine.errors])
-    curves[condition] = table.mean(skipna=False).dropna(), best.diverged
+    curves[condition] = table.mean(skipna=False).dropna(), diverged
   title = 'Test error by epoch, best rate'
   with style(name):
     size = 7.5, max(2.6, 0.17 * len(curves))

@@ -82,6 +82,15 @@ class Line:
     """Whether any of our results is in it."""
     return any(entry.best for entry in self.entries)
 
+  def of(self, conditions: Sequence[str]) -> list[Entry]:
+    """The cells of these conditions."""
+    return [entry for entry in self.entries if entry.condition in conditions]
+
+  @property
+  def published(self) -> bool:
+    """Whether the paper has the row."""
+    return any(entry.paper is not None for entry in self.entries)
+
   @property
   def shared(self) -> list[Entry]:
     """The cells that both we and the paper have."""
@@ -117,6 +126,20 @@ class Grid:
     """Such as 'Table 2'."""
     known = self.table.name in TABLES
     return f'Table {self.table.name}' if known else 'Other conditions'
+
+  @property
+  def rows(self) -> list[Line]:
+    """The rows with results of ours."""
+    return [line for line in self.lines if line.ours]
+
+  @property
+  def columns(self) -> list[str]:
+    """The conditions that these rows have runs of."""
+    return [
+      name
+      for at, name in enumerate(self.table.columns)
+      if any(line.entries[at].cell for line in self.rows)
+    ]
 
 
 def flag(error: float | None, baseline: float | None) -> str:

@@ -1,6 +1,8 @@
 """The progress of runs: live bars on a terminal, plain lines elsewhere."""
 
 import contextlib
+import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -51,6 +53,8 @@ class Reporter:
     self._console, self._progress = console, progress
     self._done, self._total = 0, total
     self._lowest: dict[str, float] = {}  # test errors of the runs in training
+    self._share: dict[str, float] = {}  # of these runs that is trained
+    self._programs: set[Run] = set()  # that were compiled
     self._bars: dict[str, TaskID] = {}
     self._last_line = time.monotonic()
     if progress is not None:
@@ -61,6 +65,12 @@ class Reporter:
     self._lowest[run.run_id] = float('inf')
     if first_epoch > 1:
       self.message(f'{describe(run)}: resumes with epoch {first_epoch}')
+    # Rate and seed are arguments of the program.
+    program = dataclasses.replace(run, rate=1.0, seed=0)
+    if program not in self._programs:
+      self._programs.add(program)
+      name = names_of(run.condition)[0]
+      self.message(f'{run.dataset.name} {name}: compiling, then training')
     if self._progress is not None:
       self._remove_bar(run)
       self._bars[run.run_id] = self._progress.add_task(
@@ -71,10 +81,12 @@ class Reporter:
     """An epoch has been recorded."""
     lowest = min(self._lowest[run.run_id], line['test_error'])
     self._lowest[run.run_id] = lowest
-    text = f'{describe(run)}: lowest test error {lowest:.2f} %'
+    text = f'{describe(run)}: best test error {lowest:.2f} %'
     if self._progress is not None:
       bar = self._bars[run.run_id]
       self._progress.update(bar, completed=line['epoch'], description=text)
+      self._share[run.run_id] = line['epoch'] / run.protocol.epochs
+      self._update_all()
     elif time.monotonic() - self._last_line > _LINE_EVERY:
       self._last_line = time.monotonic()
       self.message(
@@ -83,9 +95,9 @@ class Reporter:
 
   def run_finished(self, run: Run, result: dict[str, Any]) -> None:
     """A run has its result."""
-    text = f'lowest test error {result["paper_error"]:.2f} %'
-    if result['honest_error'] is not None:
-      text += f', at the held-out choice {result["honest_error"]:.2f} %'
+    text = f'best test error {result["best_test_error"]:.2f} %'
+    if result['held_out_test_error'] is not None:
+      text += f', held-out test error {result["held_out_test_error"]:.2f} %'
     if result['diverged']:
       text += f', diverged in epoch {result["epochs_run"]}'
     self._ended(run, text)
@@ -108,11 +120,17 @@ class Reporter:
   def _ended(self, run: Run, text: str) -> None:
     self._done += 1
     self._remove_bar(run)
-    if self._progress is not None:
-      self._progress.update(self._all, completed=self._done)
+    self._update_all()
     self.message(f'[{self._done}/{self._total}] {describe(run)}: {text}')
 
+  def _update_all(self) -> None:
+    """Counts parts of runs too, so that the estimate is there early."""
+    if self._progress is not None:
+      completed = self._done + sum(self._share.values())
+      self._progress.update(self._all, completed=completed)
+
   def _remove_bar(self, run: Run) -> None:
+    self._share.pop(run.run_id, None)
     bar = self._bars.pop(run.run_id, None)
     if self._progress is not None and bar is not None:
       self._progress.remove_task(bar)
@@ -132,5 +150,8 @@ def reporter(total: int) -> Iterator[Reporter]:
     TimeElapsedColumn(),
     TimeRemainingColumn(),
   )
-  with Progress(*columns, console=console) as progress:
+  # An estimate from all that was trained leaps less.
+  with Progress(
+    *columns, console=console, speed_estimate_period=math.inf
+  ) as progress:
     yield Reporter(console, progress, total)

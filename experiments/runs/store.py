@@ -323,7 +323,9 @@ def _result(path: Path) -> dict[str, Any] | None:
   result = read_json(path / 'result.json')
   if result is None:
     return None
-  if not isinstance(result, dict) or not _is_number(result.get('paper_error')):
+  if not isinstance(result, dict) or not _is_number(
+    result.get('best_test_error')
+  ):
     raise StoreError(
       f'{path}/result.json is no result: remove {path} to do that run again.'
     )

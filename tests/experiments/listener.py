@@ -36,7 +36,7 @@ class Listener:
       self._act()
 
   def run_finished(self, run, result):
-    self.events.append(('finished', run.run_id, result['paper_error']))
+    self.events.append(('finished', run.run_id, result['best_test_error']))
 
   def run_failed(self, run, error, again):
     self.events.append(('failed', run.run_id, error, again))

@@ -1,13 +1,18 @@
 """The commands in this process: their output, and what they refuse."""
 
+import io
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from experiments import cli, datasets
 from experiments.paper.protocol import Protocol
+from experiments.runs.progress import Reporter
 from experiments.runs.selection import Selection
 from experiments.training import cost, machine
 
@@ -150,6 +155,10 @@ def test_every_option_is_in_the_help(main):
   ):  # fmt: skip
     assert f'--{option} ' in out or f'--{option},' in out
   assert '0.0005' in out  # defaults are there
+  assert '--train-size INT ' in out
+  assert '--data-dir PATH ' in out
+  for noise in ('default: None', 'default: )', '{None}'):
+    assert noise not in out
 
 
 _SHORT = (
@@ -187,7 +196,7 @@ def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
   results, study = tmp_path / 'results', tmp_path / 'study.jsonl'
   status, out, _ = main(*_SHORT, '--results', results)
   assert status == 0
-  assert '[1/1] digits SGD, rate x1, seed 0: lowest test error' in out
+  assert '[1/1] digits SGD, rate x1, seed 0: best test error' in out
   assert 'SGD' in out.split('Table 2')[1]
   (run,) = [path for path in results.iterdir() if path.is_dir()]
   (run / 'checkpoints').mkdir()  # left by a process that was killed
@@ -214,6 +223,61 @@ def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
     assert status == 0
     assert f'run {"0" * 20} is left out: ' in out
     assert 'config.json is broken' in out
+
+
+def test_settings_are_printed_on_request_only(main, tmp_path, monkeypatch):
+  monkeypatch.setattr(machine, 'configure', lambda _: ['NAME value'])
+  for at, (option, count) in enumerate([((), 0), (('-v',), 1)]):
+    _, out, _ = main(*_SHORT, *option, '--results', tmp_path / str(at))
+    assert out.count('set NAME value') == count
+
+
+def test_the_demo_ends_with_the_answer_and_commands_that_work(
+  main, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(cli, '_DEMO', Selection(condition=('SGD',), rate=(1.0,)))
+  protocol = Protocol(epochs=1, train_size=200)
+  monkeypatch.setattr(cli, '_DEMO_PROTOCOL', protocol)
+  monkeypatch.setattr(sys, 'executable', str(tmp_path / '.venv/bin/python'))
+  monkeypatch.chdir(tmp_path)
+  status, out, _ = main('demo', '--results', 'demo')
+  assert status == 0
+  assert 'digits SGD: compiling, then training' in out
+  assert 'digits (1 epoch, 200 images): backpropagation ' in out
+  page = re.search('Open the page: (.*)', out)[1]
+  answer = re.search(r'digits \(1 epoch, 200 images\): .*', out)[0]
+  assert f'<li>{answer}</li>' in Path(page).read_text()
+  start = '  .venv/bin/python -m experiments '
+  commands = [line for line in out.splitlines() if line.startswith(start)]
+  assert len(commands) > 3
+  for command in commands:
+    words = command.removeprefix(start).split()
+    if words[0] == 'run' and '--help' not in words:
+      words[0] = 'plan'  # has these options too, and trains nothing
+    assert main(*words)[0] == 0, command
+
+
+def test_the_bar_of_all_runs_counts_parts_of_runs():
+  first, second = Selection(condition=('SGD',), rate=(1.0, 10.0)).runs(
+    Protocol(epochs=4)
+  )
+  output = io.StringIO()
+  bars = Progress(console=Console(file=output))
+  reporter = Reporter(Console(file=output), bars, 2)
+  result = {
+    'best_test_error': 40.0, 'held_out_test_error': 41.0, 'diverged': False,
+  }  # fmt: skip
+  done = []
+  for run in (first, second):
+    reporter.run_started(run, 1)
+    reporter.epoch_finished(run, {'epoch': 1, 'test_error': 50.0})
+    done.append(bars.tasks[0].completed)
+    reporter.run_finished(run, result)
+    done.append(bars.tasks[0].completed)
+  assert done == [0.25, 1, 1.25, 2]
+  assert output.getvalue().count('compiling') == 1
+  text = 'best test error 40.00 %, held-out test error 41.00 %'
+  assert output.getvalue().count(text) == 2
 
 
 def test_list(main):

@@ -154,7 +154,7 @@ def test_a_diverged_run_ends_and_is_a_result():
   found = result(lines, classes=tiny.CLASSES, train_images=200)
   assert found['diverged'] is True
   assert found['chance_error'] == 90.0
-  assert found['paper_error'] == found['honest_error'] == 90.0
+  assert found['best_test_error'] == found['held_out_test_error'] == 90.0
   assert found['epochs_run'] == 1
 
 
@@ -222,11 +222,11 @@ def test_both_results():
   ]  # fmt: skip
   counts = {'classes': 4, 'train_images': 36}
   assert result(lines, **counts) == {
-    'paper_error': 5.0,
-    'paper_epoch': 2,
+    'best_test_error': 5.0,
+    'best_epoch': 2,
     'holdout_error': 4.0,
-    'honest_epoch': 3,
-    'honest_error': 6.0,
+    'held_out_epoch': 3,
+    'held_out_test_error': 6.0,
     'epochs_run': 4,
     'diverged': False,
     'chance_error': 75.0,
@@ -236,9 +236,9 @@ def test_both_results():
   diverged[2] |= {'finite': False, 'test_error': 90.0, 'holdout_error': 90.0}
   found = result(diverged, **counts)
   assert found['diverged'] is True
-  assert (found['paper_error'], found['honest_error']) == (5.0, 5.0)
+  assert (found['best_test_error'], found['held_out_test_error']) == (5.0, 5.0)
   for line in lines:
     del line['holdout_error']
   found = result(lines, **counts)
-  assert found['paper_error'] == 5.0
-  assert found['honest_error'] is found['honest_epoch'] is None
+  assert found['best_test_error'] == 5.0
+  assert found['held_out_test_error'] is found['held_out_epoch'] is None

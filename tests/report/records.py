@@ -72,9 +72,9 @@ def record(
   found = result(
     metrics, classes=round(100 / (100 - chance)), train_images=train_images
   )
-  given = {'honest_error': held_out, 'holdout_error': holdout}
+  given = {'held_out_test_error': held_out, 'holdout_error': holdout}
   found |= {key: value for key, value in given.items() if value is not None}
-  found['paper_error'], found['chance_error'] = error, chance
+  found['best_test_error'], found['chance_error'] = error, chance
   return Record(run_id(config), config, metrics, found)
 
 

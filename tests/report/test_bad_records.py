@@ -38,14 +38,22 @@ def test_no_records_is_an_error_that_says_how_to_make_some(function, tmp_path):
     ('config.batch_plan', 'xy', "config.batch_plan is 'xy', not a list"),
     ('config.batch_plan', KeyError, 'config.batch_plan is missing'),
     ('result', [1], r'result is \[1\], not an object'),
-    ('result.paper_error', KeyError, 'result.paper_error is missing'),
-    ('result.paper_error', '5', "result.paper_error is '5', not a finite"),
-    ('result.paper_error', None, 'result.paper_error is None, not a finite'),
+    ('result.best_test_error', KeyError, 'result.best_test_error is missing'),
+    (
+      'result.best_test_error',
+      '5',
+      "result.best_test_error is '5', not a finite",
+    ),
+    (
+      'result.best_test_error',
+      None,
+      'result.best_test_error is None, not a finite',
+    ),
     ('result.chance_error', None, 'result.chance_error is None'),
     ('result.chance_error', 100.0, 'result.chance_error is 100.0, not an'),
     ('result.train_images', 'all', "result.train_images is 'all'"),
     ('result.diverged', 'no', "result.diverged is 'no', not true or false"),
-    ('result.honest_epoch', 1.5, 'result.honest_epoch is 1.5, not an int'),
+    ('result.held_out_epoch', 1.5, 'result.held_out_epoch is 1.5, not an int'),
     ('metrics', 'torn', "metrics is 'torn', not a list"),
     ('metrics.epoch', KeyError, r'metrics\[0\].epoch is missing'),
     ('metrics.test_error', 'x', r"metrics\[0\].test_error is 'x', not a"),
@@ -81,7 +89,7 @@ def test_many_warnings_are_counted():
 
 def test_warnings_are_in_every_file_as_text(tmp_path):
   bad = record('BM', 5.0)
-  bad.result['paper_error'] = '<b>5</b>'
+  bad.result['best_test_error'] = '<b>5</b>'
   report.write_report([bad, *cell('SGD', 2.0)], tmp_path)
   for name in ('report.html', 'RESULTS.md', 'tables.txt', 'claims.txt'):
     assert bad.run_id in (tmp_path / name).read_text(), name

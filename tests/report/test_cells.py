@@ -61,7 +61,9 @@ def test_both_results_and_completeness(records, best, held_out, mark):
 
 def test_without_a_held_out_part_there_is_no_held_out_result():
   made = record('SGD', 4.0)
-  made.result.update(holdout_error=None, honest_error=None, honest_epoch=None)
+  made.result.update(
+    holdout_error=None, held_out_test_error=None, held_out_epoch=None
+  )
   found = cells([made])['MNIST', 'SGD']
   assert found.held_out is None
   assert found.best.mean == 4.0

@@ -219,3 +219,10 @@ def test_text_names_verdicts_and_what_is_missing():
   assert 'paper, same datasets: holds (MNIST), 0.32 points' in shown
   assert 'paper, all datasets:  holds (14 of 15 datasets)' in shown
   assert 'needs SGD, uSF' in shown
+
+
+@pytest.mark.parametrize('width', [60, 80, 120])
+def test_claims_fit_the_terminal(width):
+  lines = report.claims_text(like_the_paper(), width).splitlines()
+  assert max(map(len, lines)) <= width
+  assert len(lines) > 100

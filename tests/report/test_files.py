@@ -1,6 +1,8 @@
 """Files: the same bytes from the same runs, and nothing but text in names."""
 
+import base64
 import dataclasses
+import hashlib
 import html.parser
 import re
 import subprocess
@@ -102,12 +104,23 @@ class _Reader(html.parser.HTMLParser):
     self.words.append(data)
 
 
+def assert_only_our_script(text, page):
+  """One script, which the page's policy names by its digest."""
+  assert page.tags.count('script') == 1
+  (script,) = re.findall('<script>(.*?)</script>', text, re.DOTALL)
+  digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+  assert "default-src 'none'; style-src 'unsafe-inline'; img-src data:; " in (
+    text
+  )
+  assert f"script-src 'sha256-{digest}'\"" in text
+
+
 def test_the_page_has_names_as_text_and_every_run_and_needs_nothing_else(
   folder,
 ):
   text = (folder / 'report.html').read_text()
   page = _Reader(text)
-  assert 'script' not in page.tags
+  assert_only_our_script(text, page)
   for name in (SCRIPT.replace('\x1b', '�'), '<b>no memory</b>', '<i>lossy</i>'):
     assert any(name in words for words in page.words), name
   assert len(page.links) > 20
@@ -131,7 +144,7 @@ def test_a_name_that_is_markup_is_shown_as_text_everywhere(tmp_path, field):
   for path in report.write_report(records, tmp_path):
     if path.suffix == '.html':
       page = _Reader(path.read_text())
-      assert 'script' not in page.tags
+      assert_only_our_script(path.read_text(), page)
       assert any(name in words for words in page.words)
     elif path.suffix == '.md':
       text = re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL)

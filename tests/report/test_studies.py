@@ -26,7 +26,7 @@ def some_records():
     del line['holdout_error']
   for line in made[3].metrics:
     line['layers'] = {'conv': {'angle': 1.25, 'norm_ratio': None}}
-  for key in ('holdout_error', 'honest_error', 'honest_epoch'):
+  for key in ('holdout_error', 'held_out_test_error', 'held_out_epoch'):
     made[0].result[key] = None
   return [dataclasses.replace(run, environment=MACHINE) for run in made]
 
@@ -76,7 +76,7 @@ def test_what_runs_share_is_stored_once_and_what_follows_is_not(file):
   assert [len(head[f'{of}s']) for of in ('dataset', 'protocol')] == [3, 2]
   assert head['environments'] == [MACHINE]
   assert len(lines) == 4
-  for name in ('run_id', 'paper_error', '"epoch"', 'momentum', 'processor'):
+  for name in ('run_id', 'best_test_error', '"epoch"', 'momentum', 'processor'):
     assert name not in ''.join(lines)
 
 
@@ -99,7 +99,7 @@ def test_runs_that_are_there_stay_and_other_numbers_are_refused(
   'part, text, message',
   [
     ('result.json', None, 'is not finished'),
-    ('result.json', '{"paper_error": 1.0}', 'does not follow'),
+    ('result.json', '{"best_test_error": 1.0}', 'does not follow'),
     ('result.json', '[', 'is broken'),
     ('config.json', '[1]', 'config.json is not of version'),
     ('', '', 'does not follow'),

@@ -1,0 +1,150 @@
+"""Plain words: the answer of a dataset in a sentence, a condition in a line."""
+
+from collections.abc import Iterable
+
+from experiments.paper.conclusions import POINTS
+from experiments.paper.conditions import BATCH_100, find
+from experiments.report.frame import Cell, Results, Row, first_name
+
+# How much symmetry is needed, in the order of a sentence.
+_FAMILIES = (
+  ('uSF', ('uSF', 'uSF+BN', 'uSF+BM', 'uSF+BN+BM')),
+  ('random feedback', ('RndF', 'RndF+BN', 'RndF+BM', 'RndF+BN+BM')),
+  ('backpropagation', ('SGD',)),
+)
+_ADDED = {
+  'BN': 'with batch norm',
+  'BM': 'with Batch Manhattan',
+  'BN+BM': 'with batch norm and Batch Manhattan',
+}
+_ANSWERING = {name for _, names in _FAMILIES for name in names}
+
+_RULES = {
+  'BP': 'errors travel back through the weights (backpropagation)',
+  'uSF': 'feedback is the signs of the weights, each of magnitude 1',
+  'NuSF': 'feedback is the signs of the weights, divided by the fan-in',
+  'brSF': 'feedback has random magnitudes, redrawn at every update, and the '
+  'signs of the weights',
+  'frSF': 'feedback has random magnitudes, drawn once, and the signs of the '
+  'weights',
+  'RndF': 'feedback is random, drawn once (feedback alignment)',
+}
+_NORMS = {
+  'none': '',
+  'plain': 'batch norm without learnable parameters',
+  'affine': 'batch norm with learnable parameters',
+}
+_UPDATES = {
+  0: '',
+  1: 'Batch Manhattan: the update uses only the signs of the gradient',
+  2: 'Batch Manhattan, setting 2: the sign is also taken after momentum and '
+  'fed back',
+  3: 'Batch Manhattan, setting 3: the sign is also taken after momentum',
+}
+_FROZEN = {
+  'nothing': '',
+  'last layer': 'the last layer is frozen',
+  'before last layer': 'only the last layer learns',
+}
+
+
+def answers(results: Results) -> list[str]:
+  """A sentence per dataset, from the row with most of what it needs.
+
+  Of equals, the row that was trained most. Protocols with other settings answer
+  for datasets that have no more usual one.
+  """
+  chosen: dict[str, tuple[Row, dict[str, Cell]]] = {}
+  main = results.main_rows
+  known = {row.label for row in main}
+  others = [row for row in results.rows.values() if row.label not in known]
+  for row in (*main, *others):
+    cells = _shown(results, row)
+    _, before = chosen.get(row.label, (row, {}))
+    if _answering(cells) > _answering(before) or (cells and not before):
+      chosen[row.label] = row, cells
+  return [
+    f'{row.label} ({row.protocol}): {_answer(row, cells)}.'
+    for row, cells in chosen.values()
+  ]
+
+
+def _answering(cells: Iterable[str]) -> int:
+  """How many of the conditions of the sentence are there."""
+  return len(_ANSWERING & set(cells))
+
+
+def _shown(results: Results, row: Row) -> dict[str, Cell]:
+  """The row's cells with a result, each once."""
+  return {
+    name: cell
+    for (*key, name), cell in results.cells.items()
+    if tuple(key) == row.key and cell.best and first_name(name) == name
+  }
+
+
+def _answer(row: Row, cells: dict[str, Cell]) -> str:
+  parts = []
+  for subject, names in _FAMILIES:
+    found = [name for name in names if name in cells]
+    for at, name in enumerate(found):
+      added = _ADDED.get(name.partition('+')[2], '')
+      alone = 'alone' if not added and len(found) > 1 else added
+      whose = f'{subject} {alone}'.strip() if at == 0 else added
+      parts.append(f'{whose} {_error(row, cells[name])}')
+  if not parts:
+    name = min(cells, key=lambda name: _mean(cells[name]))
+    error = _error(row, cells[name])
+    if len(cells) == 1:
+      return f'{name} {error}'
+    return f'of {len(cells)} conditions {name} has the lowest error: {error}'
+  return '; '.join(parts)
+
+
+def _mean(cell: Cell) -> float:
+  assert cell.best is not None  # see `_shown`
+  return cell.best.mean
+
+
+def _error(row: Row, cell: Cell) -> str:
+  mean = _mean(cell)
+  mark = f' ({cell.mark})' if cell.mark else ''
+  if row.chance is not None and row.chance - mean < POINTS:
+    return f'stays at chance{mark}'
+  return f'{mean:.{1 if mean >= 1 else 2}f}\N{NO-BREAK SPACE}%{mark}'
+
+
+def glossary(names: Iterable[str]) -> dict[str, str]:
+  """What each condition is, in a line."""
+  return {name: _line(name) for name in names}
+
+
+def _line(name: str) -> str:
+  try:
+    found = find(name)
+  except ValueError:
+    found = None
+  if found is None or found.name != name:
+    return "a condition of one's own"
+  condition = found.conditions[0]
+  rule, _, percent = condition.rule.partition('-')
+  plans = [of.batch_plan for of in found.conditions]
+  parts = [
+    _RULES[rule],
+    f'each sign is wrong with probability {percent}' if percent else '',
+    _NORMS[condition.batch_norm],
+    _UPDATES[condition.batch_manhattan],
+    _FROZEN[condition.frozen],
+    '' if plans == [BATCH_100] else f'mini-batches of {_sizes(plans)}',
+  ]
+  return '; '.join(filter(None, parts))
+
+
+def _sizes(plans: Iterable[Iterable[tuple[int | None, int]]]) -> str:
+  return ', or '.join(
+    ', then '.join(
+      f'{size}' if epochs is None else f'{size} for {epochs} epochs'
+      for epochs, size in plan
+    )
+    for plan in plans
+  )
