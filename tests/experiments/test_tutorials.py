@@ -6,7 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / 'experiments' / 'tutorials'
 EPOCHS = {
   '1_alignment': 12,
@@ -29,7 +29,8 @@ def test_what_a_tutorial_claims_holds(name, monkeypatch, tmp_path):
   settings = f'EPOCHS, RESULTS = {EPOCHS[name]}, {str(tmp_path)!r}'
   notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(settings))
   # Kernels are other processes: they import this checkout, and share the cache
-  # of compiled programs through the environment that conftest.py sets.
+  # of compiled programs through the environment that conftest.py sets. A user
+  # has one CPU device.
   monkeypatch.setenv('PYTHONPATH', str(ROOT))
   monkeypatch.setenv('XLA_FLAGS', '')
   client = nbclient.NotebookClient(
