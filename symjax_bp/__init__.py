@@ -26,6 +26,7 @@ feedback alignment), ``optim`` (Batch Manhattan), ``batch_norm`` (the paper's
 batch normalization), ``metrics`` and ``testing``.
 """
 
+import difflib
 import importlib
 import sys
 import typing
@@ -189,7 +190,23 @@ _IMPORT_FLAX = ('batch_norm', 'linen', 'nnx', 'testing')
 def __getattr__(name: str):
   if name in _IMPORT_FLAX:
     return importlib.import_module(f'{__name__}.{name}')
-  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  hint = '' if name.startswith('_') else _hint(name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}{hint}')
+
+
+def _hint(name: str) -> str:
+  """Where a name is that the package itself does not have."""
+  parts = ('direct', 'metrics', 'optim', 'primitives', *_IMPORT_FLAX)
+  places = {f'{__name__}.{known}': known for known in __all__}
+  for part in parts:
+    module = importlib.import_module(f'{__name__}.{part}')
+    places |= {f'{__name__}.{part}.{known}': known for known in module.__all__}
+  lower = name.lower()
+  found = [p for p, known in places.items() if known.lower() == lower]
+  if not found:
+    close = difflib.get_close_matches(lower, map(str.lower, places.values()))
+    found = [p for p, known in places.items() if known.lower() in close[:1]]
+  return f'; did you mean {" or ".join(found)}?' if found else ''
 
 
 def __dir__():

@@ -23,3 +23,11 @@ import jax  # noqa: E402
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+# Files that take minutes start first, so that no worker waits for another.
+_LONG = ('test_processes.py', 'test_killed.py', 'test_ray.py', 'test_zoo.py')
+
+
+def pytest_collection_modifyitems(items):
+  """Sorts the files that take longest to the front."""
+  items.sort(key=lambda item: item.path.name not in _LONG)

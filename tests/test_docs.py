@@ -10,9 +10,10 @@ import symjax_bp
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+GUIDE = (ROOT / 'symjax_bp' / 'README.md').read_text()
 
 
-@pytest.mark.parametrize('name', ['README.md'])
+@pytest.mark.parametrize('name', ['README.md', 'symjax_bp/README.md'])
 def test_examples_print_what_they_say(name):
   result = doctest.testfile(
     str(ROOT / name),
@@ -23,7 +24,7 @@ def test_examples_print_what_they_say(name):
 
 
 def test_names_on_the_front_page_exist():
-  for name in re.findall(r'symjax_bp\.([a-z_]+(?:\.\w+)?)\(', README):
+  for name in re.findall(r'symjax_bp\.([a-z_]+(?:\.\w+)?)\(', README + GUIDE):
     value = symjax_bp
     for part in name.split('.'):
       value = getattr(value, part)
@@ -34,7 +35,26 @@ def test_the_two_commands_set_everything_up():
     line for line in README.splitlines() if line.startswith('python3 -m venv')
   ]
   assert len(commands) == 2
-  first_screen = README.split('## The library')[0]
+  first_screen = README.split('## Any JAX function')[0]
   assert all(command in first_screen for command in commands)
   ci = (ROOT / '.ci' / 'run').read_text()
   assert "command_of 'experiments demo'" in ci and 'command_of pytest' in ci
+
+
+@pytest.mark.parametrize(
+  ('name', 'place'),
+  [
+    ('uSF', 'symjax_bp.usf?'),
+    ('batch_manhattan', 'symjax_bp.optim.batch_manhattan?'),
+    ('BatchNorm', 'symjax_bp.batch_norm.BatchNorm or symjax_bp.nnx.BatchNorm?'),
+    ('layer_alignement', 'symjax_bp.metrics.layer_alignment or '),
+    ('kolen_polack', 'symjax_bp.kolen_pollack?'),
+    ('xyzzy', ''),
+  ],
+)
+def test_a_wrong_name_gets_a_hint(name, place):
+  with pytest.raises(AttributeError) as error:
+    getattr(symjax_bp, name)
+  hint = f'; did you mean {place}' if place else ''
+  assert f"has no attribute '{name}'{hint}" in str(error.value)
+  assert ('did you mean' in str(error.value)) == bool(place)

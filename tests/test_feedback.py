@@ -151,6 +151,7 @@ def test_factored_feedback_is_the_product_of_its_factors(rule):
 # --- Draws ------------------------------------------------------------------
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize('make', [feedback.brsf, feedback.frsf])
 @pytest.mark.parametrize('p_flip', [0.0, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])
 def test_magnitudes_and_flips_have_the_stated_distribution(make, p_flip):
@@ -181,6 +182,7 @@ def test_successive_draws_seeds_and_neighbors_are_independent():
       assert_is_independent(draw, other)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_brsf_is_drawn_anew_for_every_bit_of_W(dtype):
   with jax.enable_x64(dtype == jnp.float64):

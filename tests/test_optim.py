@@ -78,6 +78,7 @@ def test_steps_are_the_equations_to_the_bit(setting, scheduled):
   assert np.isfinite(weights['kernel']).all()
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize('setting', SETTINGS)
 def test_compiled_steps_have_the_same_bits_and_another_rate(setting):
   traces, plain = [], optim.batch_manhattan(*EXACT, setting)
@@ -137,6 +138,7 @@ def test_multi_transform_freezes():
     chex.assert_trees_all_equal(updates, expected)
 
 
+@pytest.mark.accelerator
 def test_multi_steps_takes_the_sign_of_the_mean_gradient():
   optimizer = optax.MultiSteps(optim.batch_manhattan(0.125), 2)
   weights = jnp.zeros(2)

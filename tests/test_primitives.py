@@ -26,6 +26,7 @@ def value_and_cotangents(function, *primals):
   return y, pullback(normal(9, y.shape, y.dtype))
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize(
   'name, dtype',
   [(name, jnp.float32) for name in OPERATIONS]

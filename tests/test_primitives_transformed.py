@@ -39,6 +39,7 @@ def assert_close(actual, expected):
 SUBSETS = [tuple(map(int, f'{number:03b}')) for number in range(1, 8)]
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize('mapped', SUBSETS, ids=str)
 @pytest.mark.parametrize('name', ['dense', 'conv 2d, groups'])
 def test_vmap_over_any_subset_is_a_loop(float64, name, mapped):

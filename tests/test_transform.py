@@ -222,6 +222,7 @@ def test_feedback_follows_into_the_function(name):
   assert_close(actual, fast_jit(gradient_of(expected))(*args))
 
 
+@pytest.mark.accelerator
 def test_vmap_over_models_is_each_model():
   f, (params, _, x), _ = setup()
   stacked = jax.tree.map(lambda W: jnp.stack([W, 2 * W, W - 1]), params)
@@ -471,6 +472,7 @@ def through_stack(W, x):
 DRAWN = (sbp.brsf(0.3), sbp.frsf(0.3), sbp.rndf())
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize('impl', ['threefry2x32', 'rbg', 'unsafe_rbg'])
 @pytest.mark.parametrize('rule', DRAWN, ids=str)
 def test_V_as_reported_is_V_as_used(rule, impl):
@@ -485,6 +487,7 @@ def test_V_as_reported_is_V_as_used(rule, impl):
   assert len(np.unique(np.abs(V))) == V.size
 
 
+@pytest.mark.accelerator
 def test_brsf_draws_again_if_and_only_if_that_weight_changes():
   f = sbp.with_feedback(lambda params, x: x @ params['W'], sbp.brsf())
   params = {'W': normal(1, 3, 4), 'U': normal(2, 4, 4)}
@@ -501,6 +504,7 @@ def test_brsf_draws_again_if_and_only_if_that_weight_changes():
   assert all((other[name] != first[name]).all() for name in params)
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize('rule', DRAWN, ids=str)
 def test_micro_batches_add_up_to_the_batch(rule):
   f = sbp.with_feedback(plain, rule)

@@ -49,7 +49,22 @@ def asymmetric(model, rule):
   return lambda params, *args: f(params, f.init(zoo.KEY, params), *args)
 
 
-@pytest.mark.parametrize('name', zoo.NAMES)
+# One of each kind of product and of loop: a GPU compiles for a second each.
+ACCELERATED = (
+  'Dense', 'Conv, grouped and strided', 'Conv, 3-d', 'ConvTranspose', 'LSTM',
+  'BatchNorm', 'bfloat16', 'nn.scan', 'nn.vmap', 'vision transformer',
+  'language model, tied embedding', 'nnx Conv, BatchNorm, Dropout, Linear',
+  'eqx Conv2d', 'W + W.T', 'fori_loop', 'while_loop', 'ragged_dot',
+)  # fmt: skip
+MARKED = [
+  pytest.param(
+    name, marks=[pytest.mark.accelerator] if name in ACCELERATED else []
+  )
+  for name in zoo.NAMES
+]
+
+
+@pytest.mark.parametrize('name', MARKED)
 def test_symmetric_is_plain_jax_bit_for_bit(name):
   model = zoo.model(name)
   functions = model.function, asymmetric(model, sbp.symmetric())

@@ -5,6 +5,7 @@ Nothing imports JAX before a command has set it up, as in ``experiments.cli``.
 
 import itertools
 import sys
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from experiments.training import machine
 
 Architecture = Literal['mnist', 'cifar', 'svhn', 'general', 'timit']
 BatchNorm = Literal['none', 'plain']
+Precision = Literal['float32', 'tensorfloat32', 'bfloat16']
 _OUT = Path('results/bench')
 
 app = tyro.extras.SubcommandApp()
@@ -30,9 +32,13 @@ def compare_steps(
   rule: tuple[str, ...] = (
     'BP', 'uSF', 'NuSF', 'brSF', 'brSF-50%', 'frSF', 'RndF',
   ),
-  batch: int = 100,
+  batch: tuple[int, ...] = (100,),
+  precision: tuple[Precision, ...] = ('float32',),
+  repeat: int = 1,
   steps: int = 15,
   seconds: float = 20.0,
+  resume: bool = False,
+  limit: float | None = None,
   out: Path = _OUT,
 ) -> None:  # fmt: skip
   """Training steps of every rule beside plain Flax, torch and biotorch.
@@ -44,9 +50,16 @@ def compare_steps(
     architecture: columns of Table 1, such as cifar; default: all five.
     batch_norm: none, plain (without learnable parameters) or both.
     rule: feedback rules by name, such as brSF-50%.
-    batch: examples in a mini-batch.
-    steps: the least number of measured steps of each program.
-    seconds: continue with steps for this long on each network.
+    batch: examples in a mini-batch, one number or several.
+    precision: of products on a GPU: float32, tensorfloat32 or bfloat16 (JAX's
+      convolutions are in tensorfloat32 then).
+    repeat: steps that each program makes in a row; more than one are a compiled
+      loop in JAX, as `run` has it on an accelerator.
+    steps: the least number of measured rounds of each program.
+    seconds: continue with rounds for this long on each network.
+    resume: go on with the measurements in the folder: leave out the networks
+      that are there, measured on this kind of device.
+    limit: begin with no other network after so many seconds.
     out: folder for the measurements, their tables and their plot.
   """
   machine.start_jax()
@@ -58,9 +71,13 @@ def compare_steps(
 
   if not batch_norm:
     raise ValueError("batch_norm must name one or more of 'none' and 'plain'.")
+  if repeat < 1:
+    raise ValueError(f'repeat must be at least 1, not {repeat}.')
   workloads = [
-    contenders.of_paper(name, norm, batch)
-    for name, norm in itertools.product(architecture or SHAPES, batch_norm)
+    contenders.of_paper(name, norm, size, precision=mode, repeat=repeat)
+    for size, mode, name, norm in itertools.product(
+      batch, precision, architecture or SHAPES, batch_norm
+    )
   ]
   for name in rule:
     from_name(name)
@@ -70,20 +87,31 @@ def compare_steps(
       print(f"{name} is not installed and left out: pip install -e '.[bench]'")
   # Compilation is measured, too.
   jax.config.update('jax_enable_compilation_cache', False)
-  results, written = [], ''
+  results = output.read(out, 'bench') if resume else []
+  began, before = time.monotonic(), len(results)
   for workload in workloads:
+    described = output.described(workload).items()
+    if any(described <= result.items() for result in results):
+      continue
+    contenders.set_precision(workload.precision)
     programs = [
       contenders.product(),
-      *(contenders.in_jax(workload, name) for name in (None, *rule)),
-      contenders.operations(workload),
+      *contenders.all_in_jax(workload, (None, *rule)),
       *in_torch.contenders(workload),
     ]
     times = contenders.take_turns(programs, steps, seconds)
     results.append(output.summarize(workload, programs, times))
     print(output.details(results[-1]), end='\n\n', flush=True)
-    figure = output.steps_figure(results)
-    markdown = output.steps_markdown(results)
-    written = output.write(out, 'bench', {'results': results}, markdown, figure)
+    document = {'results': results}, output.steps_markdown(results)
+    output.write(out, 'bench', *document)
+    if limit is not None and time.monotonic() - began > limit:
+      print('the limit is reached: --resume goes on with the next network.')
+      break
+  if len(results) == before:
+    print('all of it is measured already: nothing to do.')
+    return
+  document = {'results': results}, output.steps_markdown(results)
+  written = output.write(out, 'bench', *document, output.steps_figure(results))
   print(f'written:\n{written}')
 
 

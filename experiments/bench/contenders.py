@@ -5,7 +5,9 @@ with Flax's own layers; the operations of the layers alone, which no step can be
 faster than; and a matrix product, which shows what the machine can do.
 """
 
+import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -26,8 +28,6 @@ from experiments.training.step import Setup, program
 from symjax_bp import primitives
 
 FLAX, PRODUCT, OPERATIONS = 'Flax', 'product', 'operations alone'
-_SIZE = 2048  # rows and columns of the product's matrices
-PRODUCT_FLOPS = 2 * _SIZE**3
 _BATCHES = 4
 # Thread pools keep spinning for a while after their work and would take the
 # cores from the next program.
@@ -43,7 +43,9 @@ class Contender:
   """A program that is measured."""
 
   name: str
-  step: Callable[[], Any]  # makes one step and waits for its end
+  step: Callable[[], Any]  # makes one step (or several), waits for its end
+  steps: int = 1  # that it makes
+  flops: int = 0  # of a product
   variant: str = ''  # of one name, the fastest variant counts
   compile_seconds: float | None = None
   bytes: int | None = None  # memory of a step at its peak
@@ -55,8 +57,8 @@ def take_turns(
 ) -> np.ndarray:
   """Seconds of every step, (rounds, contenders).
 
-  In each round every contender makes two steps, in a random order, so that
-  other load on the machine meets all of them. Only the second step is measured,
+  In each round every contender calls ``step`` twice, in a random order, so that
+  other load on the machine meets all of them. Only the second call is measured,
   because training makes steps in a row: the first one finds another program's
   arrays in the caches and its own threads asleep. There are at least ``rounds``
   of them, and more until ``seconds`` have passed.
@@ -70,7 +72,7 @@ def take_turns(
       contenders[at].step()
       start = time.perf_counter()
       contenders[at].step()
-      times[at] = time.perf_counter() - start
+      times[at] = (time.perf_counter() - start) / contenders[at].steps
     measured.append(times)
   return np.array(measured[_UNMEASURED:])
 
@@ -81,6 +83,8 @@ class Workload:
 
   setup: Setup  # of plain backpropagation
   batch: int  # examples in a mini-batch
+  repeat: int = 1  # steps in a row; the program waits for the last one only
+  precision: str = 'float32'
   rate: float = 0.0  # so a step takes as long, and no weights diverge
 
   @property
@@ -105,6 +109,10 @@ class Workload:
     y = random.integers(0, self.setup.classes, count, np.int32)
     rows = random.permutation(count).astype(np.int32)
     return x, y, itertools.cycle(rows.reshape(_BATCHES, self.batch))
+
+  def order(self, indices: Iterator[np.ndarray]) -> np.ndarray:
+    """The rows of the next ``repeat`` mini-batches."""
+    return np.stack([*itertools.islice(indices, self.repeat)])
 
   def weights(self) -> Iterator[tuple[Operation, Shape, Shape]]:
     """The operation and the shapes of x and W of each layer of weights."""
@@ -136,8 +144,16 @@ def _convolution(layer: models.Conv) -> Operation:
   )
 
 
-def of_paper(architecture: str, batch_norm: str, batch: int) -> Workload:
+def of_paper(
+  architecture: str, batch_norm: str, batch: int, **options: Any
+) -> Workload:
   """A network of the paper's Table 1.
+
+  Args:
+    architecture: its column.
+    batch_norm: as in a condition.
+    batch: examples in a mini-batch.
+    **options: ``repeat`` and ``precision`` of the workload.
 
   Raises:
     ValueError: if the mini-batch is too small for batch normalization.
@@ -147,7 +163,7 @@ def of_paper(architecture: str, batch_norm: str, batch: int) -> Workload:
   condition, shape = Condition(batch_norm=batch_norm), SHAPES[architecture]
   classes = {'general': 102, 'timit': 80}.get(architecture, 10)
   setup = Setup(condition, Protocol(), architecture, '', shape, classes)
-  return Workload(setup, batch)
+  return Workload(setup, batch, **options)
 
 
 def in_jax(workload: Workload, rule: str | None) -> Contender:
@@ -160,21 +176,25 @@ def in_jax(workload: Workload, rule: str | None) -> Contender:
   setup = dataclasses.replace(workload.setup, condition=condition)
   functions = program(setup, plain=rule is None)
   state = functions.initialize(jax.random.key(0))
-  jitted: Any = functions.step
+  several = workload.repeat > 1
+  jitted: Any = functions.scan if several else functions.step
   began = time.perf_counter()
-  rows = np.zeros(workload.batch, np.int32)
+  rows = np.zeros((workload.repeat, workload.batch), np.int32)
+  rows = rows if several else rows[0]
   compiled = jitted.lower(state, arrays, rows, rate).compile()
   compile_seconds = time.perf_counter() - began
   memory = compiled.memory_analysis()
 
   def step() -> Any:
     nonlocal state
-    state, _ = compiled(state, arrays, next(indices), rate)
+    order = workload.order(indices)
+    state, _ = compiled(state, arrays, order if several else order[0], rate)
     return jax.block_until_ready(state)
 
   return Contender(
     name=rule or FLAX,
     step=step,
+    steps=workload.repeat,
     compile_seconds=compile_seconds,
     bytes=memory.temp_size_in_bytes
     + memory.argument_size_in_bytes
@@ -184,12 +204,41 @@ def in_jax(workload: Workload, rule: str | None) -> Contender:
   )
 
 
+def all_in_jax(
+  workload: Workload, rules: Sequence[str | None]
+) -> list[Contender]:
+  """The step of each rule, and on a CPU the operations alone."""
+  if jax.default_backend() == 'cpu':
+    steps = [in_jax(workload, rule) for rule in rules]
+    return [*steps, operations(workload)]
+  # A compilation takes seconds and one core. What a kernel of an accelerator
+  # takes alone is less than its launch, so it says nothing.
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return [*pool.map(functools.partial(in_jax, workload), rules)]
+
+
 def product() -> Contender:
-  """A product of two matrices in float32."""
-  matrix = jax.random.normal(jax.random.key(0), (_SIZE, _SIZE))
+  """A product of two matrices of float32 in the precision of the moment."""
+  size = 2048 if jax.default_backend() == 'cpu' else 8192
+  matrix = jax.random.normal(jax.random.key(0), (size, size))
   multiply = jax.jit(jnp.matmul)
   return Contender(
-    name=PRODUCT, step=lambda: multiply(matrix, matrix).block_until_ready()
+    name=PRODUCT,
+    step=lambda: multiply(matrix, matrix).block_until_ready(),
+    flops=2 * size**3,
+  )
+
+
+def set_precision(precision: str) -> None:
+  """Sets that of JAX's products of float32 from now on.
+
+  On a GPU JAX has bfloat16 for dense layers only; its convolutions of float32
+  are then in TF32.
+  """
+  on_gpu = jax.default_backend() == 'gpu'
+  jax.config.update(
+    'jax_default_matmul_precision',
+    'BF16_BF16_F32' if on_gpu and precision == 'bfloat16' else precision,
   )
 
 

@@ -10,11 +10,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from experiments.bench.contenders import Contender, Workload
 from experiments.training.models import Conv, Full
 from experiments.training.pooling import Pool
 
-TORCH = 'torch'
+TORCH, COMPILED = 'torch', 'torch.compile'
 # The mode of biotorch that is a variant of each rule.
 BIOTORCH = {'BP': 'backpropagation', 'uSF': 'usf', 'brSF': 'brsf',
             'frSF': 'frsf', 'RndF': 'fa'}  # fmt: skip
@@ -32,19 +34,53 @@ def installed(name: str) -> Any:
 
 
 def contenders(workload: Workload) -> Iterator[Contender]:
-  """Plain backpropagation and biotorch's modes, in each memory layout."""
+  """Plain backpropagation and biotorch's modes, in each memory layout.
+
+  On a GPU, where JAX uses one, plain backpropagation is compiled, too, and what
+  fails is left out.
+  """
   if (torch := installed(TORCH)) is None:
     return
-  layers = {TORCH: torch.nn} | {
-    f'biotorch {mode}': installed(f'biotorch.layers.{mode}')
-    for mode in BIOTORCH.values()
-  }
+  torch.backends.cuda.matmul.allow_tf32 = workload.precision != 'float32'
+  torch.backends.cudnn.allow_tf32 = workload.precision != 'float32'
+  on_gpu = _device(torch) == 'cuda'
+  layers = (
+    {TORCH: torch.nn}
+    | ({COMPILED: torch.nn} if on_gpu else {})
+    | {
+      f'biotorch {mode}': installed(f'biotorch.layers.{mode}')
+      for mode in BIOTORCH.values()
+    }
+  )
   layouts = LAYOUTS if len(workload.setup.shape) == 3 else ('',)
   for (name, module), layout in itertools.product(layers.items(), layouts):
-    if module is not None:
-      network = build(torch, module, workload)
-      step = step_of(torch, network, workload, layout)
-      yield Contender(name=name, variant=layout, step=step)
+    compiles = name == COMPILED
+    # Of the compiler, which takes long, one layout: that of its kernels.
+    if module is None or (compiles and layout != layouts[-1]):
+      continue
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    network = build(torch, module, workload)
+    step = step_of(torch, network, workload, layout, compiles)
+    if on_gpu:
+      torch.cuda.reset_peak_memory_stats()
+      try:
+        step()
+      except Exception as error:  # theirs; the others are measured still
+        print(f'{name} {layout} is left out: {error}', flush=True)
+        continue
+    yield Contender(
+      name=name,
+      variant=layout,
+      step=step,
+      steps=workload.repeat,
+      bytes=torch.cuda.max_memory_allocated() - before if on_gpu else None,
+    )
+
+
+def _device(torch: Any) -> str:
+  """Where JAX computes, too."""
+  on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
+  return 'cuda' if on_gpu else 'cpu'
 
 
 def build(torch: Any, layers: Any, workload: Workload) -> Any:
@@ -94,11 +130,18 @@ def build(torch: Any, layers: Any, workload: Workload) -> Any:
 
 
 def step_of(
-  torch: Any, network: Any, workload: Workload, layout: str
+  torch: Any,
+  network: Any,
+  workload: Workload,
+  layout: str,
+  compiles: bool = False,
 ) -> Callable[[], Any]:
-  """A whole step from images in memory, as ``contenders.in_jax`` makes it."""
+  """Whole steps from images in memory, as ``contenders.in_jax`` makes them."""
   images, labels, indices = workload.data()
-  x, y = torch.from_numpy(images), torch.from_numpy(labels).long()
+  device = _device(torch)
+  x = torch.from_numpy(images).to(device)
+  y = torch.from_numpy(labels).long().to(device)
+  network = network.to(device)
   if layout == 'channels_last':
     network = network.to(memory_format=torch.channels_last)
   elif x.ndim == 4:
@@ -111,17 +154,29 @@ def step_of(
     weight_decay=protocol.weight_decay,
     fused=True,
   )
+  # CUDA graphs: the kernels of a small network are shorter than their launch.
+  forward = (
+    torch.compile(network, mode='reduce-overhead') if compiles else network
+  )
+  autocast = torch.autocast(
+    device, torch.bfloat16, enabled=workload.precision == 'bfloat16'
+  )
 
-  def step() -> tuple[float, int]:
-    index = torch.from_numpy(next(indices))
+  def one(index) -> tuple[Any, Any]:
     images = x[index].float() - mean
     if layout == 'channels_last':
       images = images.permute(0, 3, 1, 2)
     optimizer.zero_grad()
-    logits, labels = network(images), y[index]
+    with autocast:
+      logits, labels = forward(images).float(), y[index]
     loss = torch.nn.functional.cross_entropy(logits, labels)
     loss.backward()
     optimizer.step()
-    return loss.item(), (logits.argmax(1) != labels).sum().item()
+    return loss.detach(), (logits.argmax(1) != labels).sum()
+
+  def step() -> list[tuple[float, int]]:
+    order = torch.from_numpy(workload.order(indices)).to(device)
+    scores = [one(index) for index in order]
+    return [(loss.item(), errors.item()) for loss, errors in scores]
 
   return step

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -43,7 +44,9 @@ def summarize(
     before = fastest.get(contender.name, at)
     fastest[contender.name] = min(before, at, key=medians.__getitem__)
   seconds = {name: times[:, at] for name, at in fastest.items()}
-  product = programs.PRODUCT_FLOPS / seconds.pop(programs.PRODUCT)
+  product = contenders[fastest[programs.PRODUCT]].flops / seconds.pop(
+    programs.PRODUCT
+  )
   plain_bytes = contenders[fastest[programs.FLAX]].bytes
   rows = []
   for name, own in seconds.items():
@@ -66,14 +69,28 @@ def summarize(
       'bytes': contender.bytes,
       'memory_to_flax': memory,
     })  # fmt: skip
-  return {
-    'architecture': workload.setup.network,
-    'batch_norm': workload.setup.condition.batch_norm,
-    'batch': workload.batch,
+  return described(workload) | {
     'flops': workload.flops,
     'product_rate': float(np.median(product)),
     'rows': rows,
   }
+
+
+def described(workload: programs.Workload) -> dict[str, Any]:
+  """What tells a network's measurements from all others."""
+  return {
+    'architecture': workload.setup.network,
+    'batch_norm': workload.setup.condition.batch_norm,
+    'batch': workload.batch,
+    'precision': workload.precision,
+    'repeat': workload.repeat,
+    'device': device(),
+  }
+
+
+def device() -> str:
+  """The kind of device that JAX computes on."""
+  return jax.devices()[0].device_kind
 
 
 def _rival(rule: str) -> str:
@@ -102,12 +119,17 @@ def steps_markdown(results: Sequence[Result]) -> str:
 
 
 def _network(result: Result) -> str:
-  return result['architecture'] + ' + BN' * (result['batch_norm'] != 'none')
+  norm = ' + BN' * (result['batch_norm'] != 'none')
+  return f'{result["architecture"]}{norm}, {_mode(result)}'
+
+
+def _mode(result: Result) -> str:
+  return f'batch {result["batch"]}, {result["precision"]}'
 
 
 def _heading(result: Result) -> str:
   return (
-    f'{_network(result)}, batch {result["batch"]}: '
+    f'{_network(result)}: '
     f'{result["flops"] / 1e9:.2f} GFLOP a step, matrix product '
     f'{result["product_rate"] / 1e9:.0f} GFLOP/s, '
     f'{len(result["rows"][0]["seconds"])} rounds'
@@ -170,21 +192,24 @@ def steps_figure(results: Sequence[Result]) -> Figure:
   """Time of a step: a panel for each architecture, a line per program."""
   frame = pd.DataFrame([result | row for result in results
                         for row in result['rows']])  # fmt: skip
-  panels = frame.groupby('architecture', sort=False)
-  lines = max(map(len, panels.groups.values()))
-  size = 2.4 * len(panels) + 1.8, 0.18 * lines + 1
+  columns = [*frame['architecture'].unique()]
+  modes = frame.groupby(['batch', 'precision'], sort=False)
+  lines = len({*frame['name']}) * len({*frame['batch_norm']})
+  size = 2.4 * len(columns) + 1.8, (0.18 * lines + 1) * len(modes)
   figure = Figure(size, layout='constrained')
   figure.suptitle('Time of a training step: median and quartiles')
-  axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-  for panel, (architecture, rows) in zip(axes, panels, strict=True):
-    for norm, group in rows.groupby('batch_norm', sort=False):
-      ms = 1e3 * group['median']
-      low, high = 1e3 * np.array([*group['quartiles']]).T
-      names = group['name'] + ' + BN' * (norm != 'none')
-      panel.errorbar(ms, names, xerr=[ms - low, high - ms], fmt='o')
-    title = f'{architecture}, batch {rows["batch"].iloc[0]}'
-    panel.set(title=title, xlabel='ms', xlim=(0, None))
-  axes[0].invert_yaxis()
+  axes = figure.subplots(len(modes), len(columns), squeeze=False, sharey=True)
+  for row, (_, of_mode) in zip(axes, modes, strict=True):
+    for name, rows in of_mode.groupby('architecture', sort=False):
+      panel = row[columns.index(name)]
+      for norm, group in rows.groupby('batch_norm', sort=False):
+        ms = 1e3 * group['median']
+        low, high = 1e3 * np.array([*group['quartiles']]).T
+        names = group['name'] + ' + BN' * (norm != 'none')
+        panel.errorbar(ms, names, xerr=[ms - low, high - ms], fmt='o')
+      title = f'{name}, {_mode(rows.iloc[0])}'
+      panel.set(title=title, xlabel='ms', xlim=(0, None))
+  axes[0, 0].invert_yaxis()
   return figure
 
 
@@ -211,21 +236,37 @@ def scaling_figure(points: Sequence[Result], grid: Result) -> Figure:
   return figure
 
 
+def read(out: Path, name: str) -> list[Result]:
+  """The results in NAME.json that are of this kind of device."""
+  path = out / f'{name}.json'
+  results = json.loads(path.read_text())['results'] if path.exists() else []
+  return [result for result in results if result['device'] == device()]
+
+
 @mpl.rc_context(_STYLE)
 def write(
-  out: Path, name: str, measured: Result, markdown: str, figure: Figure
+  out: Path,
+  name: str,
+  measured: Result,
+  markdown: str,
+  figure: Figure | None = None,
 ) -> str:
   """Writes NAME.json, .md, .svg and .png; returns their paths, one a line.
 
-  The first two also have the command and the machine.
+  The first two, which need no figure, also have the command and the machine.
   """
   command = ['python', '-m', 'experiments.bench', *sys.argv[1:]]
-  about = machine.described() | {'command': shlex.join(command)}
+  about = machine.described() | {
+    'command': shlex.join(command),
+    'device': device(),
+  }
   lines = '\n'.join(f'{key}: {value}' for key, value in about.items())
   paths = [out / f'{name}.{kind}' for kind in ('json', 'md', 'svg', 'png')]
   document = json.dumps({'machine': about, **measured}, indent=1)
   write_whole(paths[0], document.encode())
   write_whole(paths[1], f'```\n{lines}\n```\n\n{markdown}\n'.encode())
+  if figure is None:
+    return '\n'.join(map(str, paths[:2]))
   figure.savefig(paths[2], metadata={'Date': None})
   figure.savefig(paths[3])
   return '\n'.join(map(str, paths))

@@ -1,9 +1,13 @@
 """The measurements: who takes part, what is compared, what is written."""
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -26,7 +30,8 @@ def _main(monkeypatch, capsys):
   monkeypatch.setattr(machine, 'start_jax', lambda: None)
   monkeypatch.setattr(in_torch, 'installed', lambda _: None)
   monkeypatch.setattr(time, 'sleep', lambda _: None)
-  cache = jax.config.jax_enable_compilation_cache
+  names = 'jax_enable_compilation_cache', 'jax_default_matmul_precision'
+  before = {name: getattr(jax.config, name) for name in names}
 
   def main(arguments):
     monkeypatch.setattr(sys, 'argv', ['bench', *arguments.split()])
@@ -37,7 +42,8 @@ def _main(monkeypatch, capsys):
     return 0, *capsys.readouterr()
 
   yield main
-  jax.config.update('jax_enable_compilation_cache', cache)
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 def _trained(architecture, norm):
@@ -68,6 +74,13 @@ def test_flax_and_the_rule_make_the_same_update(network):
   _assert_same_update(before, after, jax.device_get(rule.step()['params']))
 
 
+def test_repeated_steps_are_one_loop_of_the_same_updates():
+  workload, before, after = _trained('timit', 'plain')
+  loop = contenders.in_jax(dataclasses.replace(workload, repeat=2), 'BP')
+  assert loop.steps == 2
+  _assert_same_update(before, after, jax.device_get(loop.step()['params']))
+
+
 @pytest.mark.parametrize('norm', ['none', 'plain'])
 def test_torch_makes_the_same_update(norm):
   torch = pytest.importorskip('torch')
@@ -89,9 +102,8 @@ def test_torch_makes_the_same_update(norm):
     with torch.no_grad():
       for w, array in zip(network.parameters(), ordered(before), strict=True):
         w.copy_(torch.from_numpy(array.copy()))
-    step = in_torch.step_of(torch, network, workload, layout)
-    step()
-    step()
+    twice = dataclasses.replace(workload, repeat=2)
+    in_torch.step_of(torch, network, twice, layout)()
     theirs = [w.detach().numpy() for w in network.parameters()]
     _assert_same_update([*ordered(before)], [*ordered(after)], theirs)
 
@@ -142,7 +154,7 @@ def test_torch_and_the_operations_have_the_layers_of_flax(architecture, norm):
 def test_ratios_are_of_steps_in_the_same_round():
   names = 'product', 'Flax', 'uSF', 'torch', 'torch', 'biotorch usf'
   programs = [
-    Contender(name=name, variant=str(at), step=list)
+    Contender(name=name, variant=str(at), step=list, flops=2000)
     for at, name in enumerate(names)
   ]
   times = [
@@ -154,12 +166,12 @@ def test_ratios_are_of_steps_in_the_same_round():
   result = output.summarize(workload, programs, np.array(times))
   rows = {row['name']: row for row in result['rows']}
   assert list(rows) == ['Flax', 'uSF', 'torch', 'biotorch usf']
-  assert result['product_rate'] == contenders.PRODUCT_FLOPS
+  assert result['product_rate'] == 2000
   assert rows['torch']['variant'] == '4'  # the faster one
   uSF = rows['uSF']
   assert (uSF['median'], uSF['quartiles']) == (3.0, [2.5, 3.5])
   assert uSF['to'] == {'Flax': 1.5, 'torch': 0.6, 'biotorch usf': 1.0}
-  share = 0.5 * workload.flops / contenders.PRODUCT_FLOPS  # of 1/2, 1/4, 2/3
+  share = 0.5 * workload.flops / 2000  # of 1/2, 1/4, 2/3
   assert uSF['peak_share'] == pytest.approx(share)
 
 
@@ -181,6 +193,17 @@ def test_every_contender_makes_two_steps_in_each_round(monkeypatch):
   began = time.perf_counter()
   contenders.take_turns(programs, 1, seconds=0.05)
   assert time.perf_counter() - began >= 0.05
+
+
+def test_times_are_of_one_of_the_steps_in_a_row(monkeypatch):
+  sleep = time.sleep
+  monkeypatch.setattr(time, 'sleep', lambda _: None)
+  programs = [
+    Contender(name=str(steps), step=lambda: sleep(0.02), steps=steps)
+    for steps in (1, 10)
+  ]
+  one, ten = np.min(contenders.take_turns(programs, 3), 0)
+  assert one / ten == pytest.approx(10, rel=0.3)
 
 
 def test_steps_without_torch(main, tmp_path):
@@ -209,6 +232,34 @@ def test_steps_without_torch(main, tmp_path):
   assert (tmp_path / 'bench.png').exists()
 
 
+def test_measurements_go_on_where_they_stopped(main, monkeypatch, tmp_path):
+  monkeypatch.setattr(contenders, 'all_in_jax', _instead_of_all_in_jax)
+  options = '--architecture timit mnist --batch-norm none --steps 1 --seconds 0'
+  command = f'steps {options} --out {tmp_path} --batch'
+  assert main(f'{command} 4')[0] == 0
+  status, out, _ = main(f'{command} 4 8 --precision float32 bfloat16 --resume')
+  assert (status, out.count('rounds')) == (0, 6)
+  results = json.loads((tmp_path / 'bench.json').read_text())['results']
+  measured = [
+    (row['batch'], row['precision'], row['architecture']) for row in results
+  ]
+  assert len({*measured}) == len(measured) == 8
+  assert measured[:2] == [(4, 'float32', 'timit'), (4, 'float32', 'mnist')]
+  markdown = (tmp_path / 'bench.md').read_text()
+  assert '| mnist, batch 8, bfloat16 ' in markdown
+  assert (tmp_path / 'bench.svg').exists()
+  status, out, _ = main(f'{command} 4 --resume')
+  assert (status, 'rounds' in out) == (0, False)
+  status, out, _ = main(f'{command} 2 3 --resume --limit 0')
+  assert (status, out.count('rounds')) == (0, 1)
+
+
+def _instead_of_all_in_jax(workload, rules):
+  del rules
+  assert jax.config.jax_default_matmul_precision == workload.precision
+  return [Contender(name=contenders.FLAX, step=list)]
+
+
 @pytest.mark.parametrize(
   ('arguments', 'said'),
   [
@@ -217,6 +268,8 @@ def test_steps_without_torch(main, tmp_path):
     ('steps --batch-norm', 'batch_norm must name one or more'),
     ('steps --rule sgn', 'brSF'),
     ('steps --batch 1', 'batch must be at least 2, not 1'),
+    ('steps --precision float64', 'tensorfloat32'),
+    ('steps --repeat 0', 'repeat must be at least 1, not 0'),
     ('steps --steps 0', 'steps must be at least 1, not 0'),
     ('scaling --steps 0', 'steps must be at least 1, not 0'),
     ('steps --out FILE', 'out must be a folder'),
@@ -271,3 +324,30 @@ def test_reading_and_reporting_are_timed(main, monkeypatch, tmp_path, fails):
   rows = [row.split()[0] for row in out.splitlines()[1:]]
   counts = (tmp_path / 'python.out').read_text().split()
   assert (rows, counts) == (([], ['3']) if fails else (['3', '12'],) * 2)
+
+
+def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
+  script = Path(bench.__file__).with_name('accelerator.sh')
+
+  def call(day, *stages):
+    folders = {'OUT': day, 'RESULTS': f'{day}-results', 'DATA': 'monday'}
+    environment = {name: str(tmp_path / at) for name, at in folders.items()}
+    done = subprocess.run(
+      ['bash', script, '--dry', *stages],
+      env=os.environ | environment | {'PYTHON': sys.executable},
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    files = sorted(path.name for path in (tmp_path / day).iterdir())
+    return done.stdout, files, (tmp_path / day / 'mnist-table-2.jsonl')
+
+  out, files, study = call('monday', 'tests', 'steps', 'grid')
+  assert len(files) <= 8
+  assert 'test_symmetric_is_plain_jax_bit_for_bit[Dense]' in out
+  assert 'timit + BN, batch 2, float32' in out
+  _, *runs = study.read_text().splitlines()
+  assert len(runs) == 5  # a condition at five rates
+  out, _, again = call('tuesday', 'grid')
+  assert 'all 5 runs are finished' in out
+  assert again.read_text() == study.read_text()

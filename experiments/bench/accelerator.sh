@@ -1,0 +1,175 @@
+#!/usr/bin/env bash
+# What to do first on a machine with an NVIDIA GPU, in stages of a few minutes.
+#
+#   accelerator.sh prepare            with network: fills .wheels/
+#   accelerator.sh [--dry] STAGE...   tests, steps, grid; without network
+#
+# Read from the environment:
+#   OUT      folder for what the stages write, 7 files (build/accelerator)
+#   DATA     folder with mnist.npz, and with what earlier calls wrote to OUT:
+#            the stages go on from that
+#   RESULTS  folder of the grid while it is trained (results/accelerator)
+#   PYTHON   with JAX for CUDA, Flax, Optax, chex, Orbax and PyTorch (python3)
+#
+# --dry does the same on tiny sizes on a CPU.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+script=experiments/bench/accelerator.sh
+out=${OUT:-build/accelerator} data=${DATA:-} python=${PYTHON:-python3}
+wheels=.wheels study=mnist-table-2
+results=${RESULTS:-results/accelerator} # stays on the machine between calls
+
+# What a stage needs beside the above and what they depend on.
+packages=(
+  tyro docstring-parser typeguard typing-extensions
+  rich pygments markdown-it-py mdurl filelock jinja2 markupsafe
+  pandas python-dateutil six
+  matplotlib contourpy cycler fonttools kiwisolver packaging pillow pyparsing
+  pytest iniconfig pluggy pytest-xdist execnet
+  equinox jaxtyping wadler-lindig
+)
+
+prepare() {
+  mkdir -p "$wheels"
+  local platform platforms=()
+  for platform in manylinux_2_{28,27,26,24,17}_x86_64 manylinux2014_x86_64; do
+    platforms+=(--platform "$platform")
+  done
+  "$python" -m pip download --quiet --no-deps --only-binary=:all: \
+    --implementation cp --python-version 3.12 "${platforms[@]}" \
+    --dest "$wheels" "${packages[@]}"
+  # Pure Python, published as source only.
+  "$python" -m pip wheel --quiet --no-deps --wheel-dir "$wheels" \
+    'biotorch>=0.0.16'
+  du -sh "$wheels"
+}
+
+# Puts the wheels of packages that the machine lacks on Python's path.
+install() {
+  [ -d "$wheels" ] || return 0
+  local missing site
+  site=$(mktemp -d)
+  missing=$("$python" - "$wheels"/*.whl <<'PYTHON'
+import importlib.metadata
+import sys
+
+for path in sys.argv[1:]:
+  name = path.rpartition('/')[2].partition('-')[0]
+  try:
+    importlib.metadata.version(name)
+  except importlib.metadata.PackageNotFoundError:
+    print(path)
+PYTHON
+  )
+  [ -n "$missing" ] || return 0
+  # shellcheck disable=SC2086
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+    --target "$site" $missing
+  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+}
+
+# Runs a command for so many seconds; what it wrote by then counts.
+within() {
+  local status=0
+  timeout --kill-after=15 "$@" || status=$?
+  case $status in
+    124 | 137) echo "stopped after $1 s: call the stage again to go on" ;;
+    *) return "$status" ;;
+  esac
+}
+
+# Copies what an earlier call wrote, unless this machine has it.
+fetch() {
+  if [ -n "$data" ] && [ -e "$data/$1" ] && [ ! -e "$out/$1" ]; then
+    cp "$data/$1" "$out/$1"
+  fi
+}
+
+tests() {
+  local files options=(-n 6)
+  mapfile -t files < <(grep -l 'mark.accelerator' tests/test_*.py)
+  [ -z "$dry" ] || options=(--collect-only)
+  # cuDNN's fastest sums come in any order, and TF32 has 10 bits.
+  XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true" \
+    JAX_DEFAULT_MATMUL_PRECISION=float32 \
+    XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    within 60 "$python" -m pytest -q -m accelerator -p no:cacheprovider \
+    "${options[@]}" "${files[@]}" | tee "$out/tests.txt"
+}
+
+steps() {
+  local options=(
+    --batch 100 1000 --precision float32 tensorfloat32 bfloat16
+    --rule BP uSF brSF RndF --repeat 20 --steps 5 --seconds 1
+  )
+  [ -z "$dry" ] || options=(
+    --architecture timit --batch-norm plain --batch 2 --rule uSF --repeat 2
+    --steps 1 --seconds 0
+  )
+  fetch bench.json
+  # The rest of the memory is PyTorch's.
+  XLA_PYTHON_CLIENT_MEM_FRACTION=.5 within 150 "$python" -m \
+    experiments.bench steps "${options[@]}" --resume --limit 110 --out "$out"
+}
+
+grid() {
+  local conditions status=0 options=(--dataset mnist --data-dir "${data:-data}")
+  conditions=$("$python" - <<'PYTHON'
+from experiments.paper.conditions import TABLES
+
+print(*dict.fromkeys([TABLES['2'].baseline, *TABLES['2'].columns]), sep='\n')
+PYTHON
+  )
+  if [ -n "$dry" ]; then
+    options=(--dataset digits --epochs 2 --train-size 200)
+    conditions=$(head -1 <<<"$conditions")
+  fi
+  fetch grid.tar.gz
+  if [ -e "$out/grid.tar.gz" ] && [ ! -e "$results" ]; then
+    mkdir -p "$results"
+    tar -xzf "$out/grid.tar.gz" -C "$results"
+  fi
+  # A process for each condition: while one compiles, others train. The rates
+  # of a condition are one program.
+  export -f within
+  XLA_PYTHON_CLIENT_PREALLOCATE=false xargs -P "${dry:-4}" -I '{}' bash -c '
+    left=$(($0 - $(date +%s)))
+    if [ "$left" -gt 0 ]; then within "$left" "$@"; fi
+  ' "$(($(date +%s) + 270))" "$python" -m experiments run --condition '{}' \
+    "${options[@]}" --together 5 --scan True --results "$results" \
+    <<<"$conditions" || status=$?
+  "$python" -m experiments fold "$results" "$out/$study.jsonl"
+  tar -czf "$out/grid.tar.gz" -C "$results" --exclude checkpoints .
+  return "$status"
+}
+
+dry=
+if [ "${1:-}" = --dry ]; then
+  dry=1
+  export JAX_PLATFORMS=cpu
+  shift
+else
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda,cpu}
+fi
+export PYTHONUNBUFFERED=1
+if [ $# -gt 1 ]; then # a stage that fails costs no other one
+  status=0
+  for stage in "$@"; do
+    "$BASH" "$script" ${dry:+--dry} "$stage" || status=$?
+  done
+  exit "$status"
+fi
+case "${1:-}" in
+  prepare) prepare ;;
+  tests | steps | grid)
+    mkdir -p "$out"
+    install
+    echo "== $1"
+    "$1"
+    echo "== $1: $SECONDS s"
+    ;;
+  *)
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$script" >&2
+    exit 2
+    ;;
+esac
