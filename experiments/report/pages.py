@@ -203,7 +203,10 @@ def text_claims(
     warnings=results.warnings,
     by_protocol=_by_protocol(claims),
   )
-  return '\n'.join(_indented(line, width) for line in text.split('\n'))
+  return '\n'.join(
+    line if line in results.warnings else _indented(line, width)
+    for line in text.split('\n')
+  )
 
 
 def _indented(line: str, width: int) -> str:

@@ -121,7 +121,8 @@ def test_words_in_a_config_may_differ(tmp_path):
 
 
 @pytest.mark.parametrize(
-  'text', ['null', '[]', '{', '{"best_test_error": NaN}', '{"best_test_error": "1"}']
+  'text',
+  ['null', '[]', '{', '{"best_test_error": NaN}', '{"best_test_error": "1"}'],
 )
 def test_a_file_that_is_no_result(tmp_path, text):
   folder = folders.interrupted(tmp_path)
