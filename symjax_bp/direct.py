@@ -127,7 +127,8 @@ class DirectFunction:
       feedback: what ``init`` returned.
       *args, **kwargs: further arguments of the function.
       targets: for ``error='target'``: what takes the place of the error, of
-        the shape of the output; one-hot labels.
+        the shape of the output; one-hot labels, divided by the batch size if
+        the loss is a mean.
     """
     if (targets is None) == (self.error == 'target'):
       raise ValueError(

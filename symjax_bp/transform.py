@@ -224,7 +224,8 @@ def _refuse(what, primals, tangents):
     f'{what} is differentiated, but no loss trains it: weight decay would '
     'shrink it. Differentiate and optimize what learns alone: learned, fixed = '
     'symjax_bp.partition(feedback); for NNX the variables of type '
-    'symjax_bp.nnx.LearnedFeedback.'
+    'symjax_bp.nnx.LearnedFeedback. A weight mirror learns from mirror(...), '
+    'which returns its gradient, and not from a loss.'
   )
 
 

@@ -8,7 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
   path
-  for folder in ('.', 'symjax_bp', 'experiments', 'experiments/docs')
+  for folder in (
+    '.',
+    'symjax_bp',
+    'experiments',
+    'experiments/docs',
+    'experiments/tutorials',
+  )
   for path in (ROOT / folder).glob('*.md')
 )
 
@@ -21,7 +27,7 @@ def _anchors(text: str) -> set[str]:
   }
 
 
-@pytest.mark.parametrize('path', DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', DOCUMENTS, ids=str)
 def test_links_lead_somewhere(path):
   text = re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL)
   for link in re.findall(r'\]\(([^)\s]+)\)', text):
