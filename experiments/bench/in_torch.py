@@ -44,14 +44,12 @@ def contenders(workload: Workload) -> Iterator[Contender]:
   torch.backends.cuda.matmul.allow_tf32 = workload.precision != 'float32'
   torch.backends.cudnn.allow_tf32 = workload.precision != 'float32'
   on_gpu = _device(torch) == 'cuda'
-  layers = (
-    {TORCH: torch.nn}
-    | ({COMPILED: torch.nn} if on_gpu else {})
-    | {
-      f'biotorch {mode}': installed(f'biotorch.layers.{mode}')
-      for mode in BIOTORCH.values()
-    }
-  )
+  layers = {TORCH: torch.nn}
+  if on_gpu:
+    layers[COMPILED] = torch.nn
+  if workload.precision != 'bfloat16':  # biotorch's products are of one dtype
+    for mode in BIOTORCH.values():
+      layers[f'biotorch {mode}'] = installed(f'biotorch.layers.{mode}')
   layouts = LAYOUTS if len(workload.setup.shape) == 3 else ('',)
   for (name, module), layout in itertools.product(layers.items(), layouts):
     compiles = name == COMPILED

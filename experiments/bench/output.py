@@ -105,13 +105,18 @@ def details(result: Result) -> str:
 
 def steps_markdown(results: Sequence[Result]) -> str:
   """A line about each network, and a table of each quantity on all of them."""
-  cells = {_network(result): _cells(result) for result in results}
+  cells = {
+    _network(result): {row['program']: row for row in _cells(result)}
+    for result in results
+  }
   parts = [LEGEND, '\n'.join(f'- {_heading(result)}' for result in results)]
+  names = dict.fromkeys(name for rows in cells.values() for name in rows)
   _, *quantities = _cells(results[0])[0]
   for quantity in quantities:
     rows = [
-      {quantity: network} | {row['program']: row[quantity] for row in rows}
-      for network, rows in cells.items()
+      {quantity: network}
+      | {name: own[name][quantity] if name in own else '' for name in names}
+      for network, own in cells.items()
     ]
     if any(any([*row.values()][1:]) for row in rows):
       parts.append(table(rows))
