@@ -3,7 +3,6 @@
 Nothing here imports JAX before a command needs it, so ``--help`` is quick.
 """
 
-import contextlib
 import dataclasses
 import os
 import shlex
@@ -15,7 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments import helptext
+from experiments import terminal
 from experiments.paper.protocol import Protocol, Run
 from experiments.runs.selection import Selection, shard_of
 
@@ -507,29 +506,9 @@ def _launcher(execution: Execution, options):
 
 def main() -> None:
   """Parses the command line and runs the command."""
-  for name in ('stdout', 'stderr'):
-    if getattr(sys, name) is None:  # closed by who started the program
-      setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
-    with contextlib.suppress(AttributeError):  # a test may replace it
-      getattr(sys, name).reconfigure(errors='backslashreplace')
-  try:
-    status = app.cli(
-      prog='python -m experiments',
-      description='The paper "How Important Is Weight Symmetry in '
-      'Backpropagation?" as a program.',
-      config=(tyro.conf.OmitArgPrefixes,),
-      registry=helptext.REGISTRY,
-    )
-    sys.stdout.flush()
-  except ValueError as error:  # DatasetError and StoreError are of that kind
-    print(f'error: {error}', file=sys.stderr)
-    status = 2
-  except OSError as error:
-    if not isinstance(error, BrokenPipeError):  # the reader, such as `head`
-      print(f'error: {error}', file=sys.stderr)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    status = 1
-  except KeyboardInterrupt:
-    print('stopped; finished runs are kept.', file=sys.stderr)
-    status = 130
-  sys.exit(status)
+  terminal.run(
+    app,
+    'python -m experiments',
+    'The paper "How Important Is Weight Symmetry in Backpropagation?" as a '
+    'program.',
+  )

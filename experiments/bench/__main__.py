@@ -11,6 +11,7 @@ from typing import Literal
 
 import tyro
 
+from experiments import terminal
 from experiments.bench import scaling
 from experiments.runs.launch import Interrupted
 from experiments.training import machine
@@ -157,16 +158,14 @@ def _prepare(steps: int, out: Path) -> None:
 def main() -> None:
   """Parses the command line and runs the command."""
   try:
-    app.cli(
-      prog='python -m experiments.bench',
-      description='Measures the speed and memory of training steps and runs.',
+    terminal.run(
+      app,
+      'python -m experiments.bench',
+      'Measures the speed and memory of training steps and runs.',
     )
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  except (KeyboardInterrupt, Interrupted):
-    print('stopped.', file=sys.stderr)
-    sys.exit(130)
+  except Interrupted as stopped:
+    print(f'{stopped}.', file=sys.stderr)
+    sys.exit(128 + stopped.signal)
 
 
 if __name__ == '__main__':

@@ -240,7 +240,8 @@ def missing(spec: Spec, data_dir: _Folder) -> str:
   for root in prepared.roots(data_dir):
     for path in prepared.unfinished(root, spec):
       text += f'The unfinished preparation in {path} is not used. '
-  return text + how_to_get(spec, data_dir)
+  advice = how_to_get(spec, data_dir)
+  return text + advice[0].upper() + advice[1:]
 
 
 def how_to_get(spec: Spec, data_dir: _Folder) -> str:

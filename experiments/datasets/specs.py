@@ -325,5 +325,5 @@ def require(module: str, purpose: str, extra: str = 'experiments') -> Any:
   except ImportError as error:
     raise DatasetError(
       f'{purpose} needs {error.name or module}; install it with '
-      f'`pip install "symjax-bp[{extra}]"`'
+      f"`pip install -e '.[{extra}]'`"
     ) from error

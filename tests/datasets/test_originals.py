@@ -405,7 +405,7 @@ def test_a_missing_library_is_named_with_its_extra(
   for loaded in [m for m in sys.modules if m.split('.')[0] == module]:
     monkeypatch.setitem(sys.modules, loaded, None)
   monkeypatch.setitem(sys.modules, module, None)
-  with pytest.raises(DatasetError, match=rf'needs {module}.*pip .*symjax-bp\['):
+  with pytest.raises(DatasetError, match=rf"needs {module}.*-e '\.\["):
     prepare(name)
 
 

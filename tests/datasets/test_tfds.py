@@ -12,7 +12,7 @@ import pytest
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 pytest.importorskip(
   'tensorflow',
-  reason='TFDS writes through TensorFlow: pip install "symjax-bp[prepare]"',
+  reason='TFDS writes through TensorFlow: pip install -e .[prepare]',
 )
 pytest.importorskip('importlib_resources', reason='TFDS imports it')
 
