@@ -59,7 +59,12 @@ def load(source: str) -> Plugin:
         f'the plugin fails with {type(error).__name__}: {error}.'
       ) from error
   kinds = [names.get(kind, {}) for kind in _KINDS]
-  if source and not any(isinstance(kind, Mapping) and kind for kind in kinds):
+  for name, kind in zip(_KINDS, kinds, strict=True):
+    if not isinstance(kind, Mapping):
+      raise ValueError(
+        f'{name} of the plugin is {kind!r}, but must be a dictionary by name.'
+      )
+  if source and not any(kinds):
     raise ValueError(
       f'the plugin defines none of the dictionaries {", ".join(_KINDS)}.'
     )

@@ -1,6 +1,7 @@
 """The runs that options select, checked before anything runs."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,6 +60,11 @@ class Selection:
 
     return Loader(self.data_dir, self.architecture, self.test_share)
 
+  @functools.cached_property
+  def _source(self) -> str:
+    """The plugin's source, read once so that all runs have the same."""
+    return plugins.read(self.plugin)
+
   def tables(self) -> list[conditions.Table]:
     """The tables by name.
 
@@ -75,7 +81,7 @@ class Selection:
     Raises:
       ValueError: for an unknown name.
     """
-    own = plugins.load(plugins.read(self.plugin)).conditions
+    own = plugins.load(self._source).conditions
     chosen = [
       Column(name, (own[name],)) if name in own else conditions.find(name)
       for name in self.condition
@@ -125,7 +131,7 @@ class Selection:
     from experiments import datasets
     from experiments.datasets import WEIGHT_LAYERS
 
-    source = plugins.read(self.plugin)
+    source = self._source
     own = plugins.load(source)
     if self.network is not None and self.network not in own.networks:
       raise ValueError(

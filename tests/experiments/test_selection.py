@@ -159,6 +159,7 @@ def test_conditions_rules_and_networks_of_ones_own(tmp_path):
   [
     ('x = 1', None, 'defines none of the dictionaries RULES, NETWORKS, COND'),
     ('1 / 0', None, 'the plugin fails with ZeroDivisionError: '),
+    ('CONDITIONS = []', None, r'CONDITIONS of the plugin is \[\], but must'),
     ("CONDITIONS = {'a': 'uSF'}", None, r"CONDITIONS\['a'\] .* is 'uSF', but"),
     (
       "NETWORKS = {'small': ()}", 'smal',
