@@ -258,10 +258,7 @@ def list_all(data_dir: Path | None = None) -> int:
   for column in conditions.COLUMNS.values():
     first = column.conditions[0]
     plans = ' or '.join(
-      ', then '.join(
-        f'{size}' if epochs is None else f'{size} for {epochs} epochs'
-        for epochs, size in condition.batch_plan
-      )
+      ', then '.join(conditions.steps_of(condition.batch_plan))
       for condition in column.conditions
     )
     setting = first.batch_manhattan
@@ -395,7 +392,7 @@ def fold(
   """
   from experiments import studies
 
-  print(studies.fold(results, study))
+  print(f'{study} has {studies.fold(results, study)} runs.')
   return 0
 
 

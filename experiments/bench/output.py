@@ -187,8 +187,8 @@ def scaling_markdown(points: Sequence[Result], grid: Result) -> str:
   run, typical = grid['seconds_per_run'], 30
   return (
     f'{table(rows)}\n\nA grid takes {grid["seconds_per_start"]:.1f} s to start '
-    f'and, besides training, {run:.2f} s a run: {100 * run / typical:.1f} % of '
-    f'a run of {typical} s.'
+    f'and, in addition to training, {run:.2f} s a run: '
+    f'{100 * run / typical:.1f} % of a run of {typical} s.'
   )
 
 
@@ -235,7 +235,7 @@ def scaling_figure(points: Sequence[Result], grid: Result) -> Figure:
     panel.set(xlabel=axis, ylabel='ms a step')
     panel.legend()
   times = pd.DataFrame(grid['points']).set_index('runs')
-  last.plot(times, 'o-', label=['whole grid', 'besides training'])
+  last.plot(times, 'o-', label=['whole grid', 'overhead'])
   last.set(xlabel='runs', ylabel='seconds', xlim=(0, None), ylim=(0, None))
   last.legend()
   return figure
@@ -261,8 +261,9 @@ def write(
   The first two, which need no figure, also have the command and the machine.
   """
   command = ['python', '-m', 'experiments.bench', *sys.argv[1:]]
-  about = machine.described() | {
+  about = {
     'command': shlex.join(command),
+    **machine.environment(('torch', 'biotorch')),
     'device': device(),
   }
   lines = '\n'.join(f'{key}: {value}' for key, value in about.items())

@@ -199,6 +199,14 @@ def find(name: str) -> Column:
   return COLUMNS[_nearest('condition', name, COLUMNS)]
 
 
+def steps_of(plan: BatchPlan) -> list[str]:
+  """The steps of a batch plan in words, such as '100 for 3 epochs'."""
+  return [
+    f'{size}' if epochs is None else f'{size} for {epochs} epochs'
+    for epochs, size in plan
+  ]
+
+
 def names_of(condition: Condition) -> tuple[str, ...]:
   """All columns that a condition belongs to, or a name made up like theirs.
 

@@ -17,7 +17,7 @@ import pandas as pd
 from experiments.datasets.specs import SPECS
 from experiments.paper import conditions
 from experiments.paper import published as paper
-from experiments.paper.conditions import Condition, names_of
+from experiments.paper.conditions import Condition, names_of, steps_of
 from experiments.paper.protocol import RATES, Protocol
 from experiments.report import statistics
 from experiments.runs.store import Record
@@ -312,10 +312,7 @@ def _run(record: Record) -> dict[str, Any]:
     **{name: _field(config, 'config', name, str, '')
        for name in ('digest', 'source', 'note')},
     'condition': tuple(map(printable, names_of(condition))),
-    'plan': ', then '.join(
-      f'{size}' + (f' for {epochs} epochs' if epochs else '')
-      for epochs, size in condition.batch_plan
-    ),
+    'plan': ', then '.join(steps_of(condition.batch_plan)),
     'rate': float(_field(config, 'config', 'rate', float)),
     'seed': _field(config, 'config', 'seed', int),
     'protocol': _protocol_name(fields),

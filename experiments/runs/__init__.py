@@ -1,1 +1,1 @@
-"""Runs and their folders: who trains what, where, and what is kept."""
+"""Trains runs in one or more processes and writes their folders."""

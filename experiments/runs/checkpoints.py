@@ -6,7 +6,6 @@ Reading executes nothing, and a damaged file is never parsed.
 """
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,8 @@ def _digest(epoch: int, body: bytes) -> bytes:
 
 def by_name(state: Any) -> dict[str, np.ndarray]:
   """A copy on the host of all arrays of a state, by their paths."""
-  return {path: np.array(leaf) for path, leaf in _leaves(state)}
+  leaves = jax.tree.leaves_with_path(state)
+  return {_name(path): np.array(leaf) for path, leaf in leaves}
 
 
 def fit(arrays: dict[str, Any], like: Any) -> Any:
@@ -91,7 +91,7 @@ def fit(arrays: dict[str, Any], like: Any) -> Any:
   """
 
   def fitted(path, wanted):
-    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    name = _name(path)
     array = np.asarray(arrays.get(name))
     if (array.shape, array.dtype) != (wanted.shape, wanted.dtype):
       raise ValueError(
@@ -103,9 +103,8 @@ def fit(arrays: dict[str, Any], like: Any) -> Any:
   return jax.tree.map_with_path(fitted, like)
 
 
-def _leaves(state: Any) -> Iterator[tuple[str, Any]]:
-  for path, leaf in jax.tree.leaves_with_path(state):
-    yield jax.tree_util.keystr(path, simple=True, separator='.'), leaf
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
 
 
 def _path(folder: Path, epoch: int) -> Path:

@@ -18,7 +18,7 @@ from rich.progress import (
   TimeRemainingColumn,
 )
 
-from experiments.paper.conditions import names_of
+from experiments.paper.conditions import names_of, steps_of
 from experiments.paper.protocol import Run
 
 _LINE_EVERY = 10.0  # seconds between lines when the output is no terminal
@@ -31,10 +31,7 @@ def describe(run: Run) -> str:
     text += f', network {run.network}'
   plan = run.condition.batch_plan
   if len(plan) > 1:
-    text += ', batch ' + ' then '.join(
-      f'{size}' if epochs is None else f'{size} for {epochs} epochs'
-      for epochs, size in plan
-    )
+    text += ', batch ' + ' then '.join(steps_of(plan))
   return f'{text}, rate x{run.rate:g}, seed {run.seed}'
 
 

@@ -17,8 +17,6 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import shlex
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -48,7 +46,6 @@ _MALLOC = {
   'M_TRIM_THRESHOLD': (-1, 2**31 - 1),
 }
 _PACKAGES = ('symjax-bp', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
-_RIVALS = ('torch', 'biotorch')
 _VARIABLES = ('XLA_FLAGS', 'GLIBC_TUNABLES', 'LD_PRELOAD', 'OMP_NUM_THREADS')
 
 
@@ -88,9 +85,9 @@ def configure(devices: int | None = None) -> list[str]:
   return messages
 
 
-def start_jax(devices: int | None = None) -> None:
+def start_jax() -> None:
   """``configure`` with its messages on standard output."""
-  for line in configure(devices):
+  for line in configure():
     print(f'set {line}', flush=True)
 
 
@@ -127,27 +124,21 @@ def accelerators() -> list[str]:
   return [str(number) for number in range(len(list(found)))]
 
 
-def environment() -> dict[str, str]:
-  """Processor, cores, system and versions: what bits may depend on."""
+def environment(further: Iterable[str] = ()) -> dict[str, str]:
+  """Processor, cores, system and versions: what bits may depend on.
+
+  Args:
+    further: packages whose versions are wanted too.
+  """
   return {
     'processor': _processor(),
     'cores': str(len(cores())),
     'cores of the host': str(os.cpu_count() or 1),
     'system': platform.platform(),
     'python': platform.python_version(),
-    **_versions(_PACKAGES),
+    **_versions((*_PACKAGES, *further)),
     **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
   }
-
-
-def command() -> str:
-  """The command line of this process, to be repeated."""
-  return shlex.join(['python', '-m', 'experiments', *sys.argv[1:]])
-
-
-def described() -> dict[str, str]:
-  """The command line and the environment of a measurement."""
-  return {'command': command(), **environment(), **_versions(_RIVALS)}
 
 
 def warn_if_busy() -> None:

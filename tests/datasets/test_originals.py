@@ -273,7 +273,7 @@ def _lists(**changed):
   }
 
 
-# A set, what is put beside its original files, and what is said of it.
+# A dataset, extra files beside its originals, and the expected message.
 # fmt: off
 _WRONG = {
   'a listed picture is missing': ('Scene67',
@@ -313,7 +313,7 @@ def test_wrong_lists(manual, small, prepare, case):
     prepare(name)
 
 
-# A set, the member that is left out, and what is said of that.
+# A dataset, the member left out, and the expected message.
 @pytest.mark.parametrize(
   ('name', 'gone', 'said'),
   [
