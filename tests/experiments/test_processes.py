@@ -1,5 +1,6 @@
 """The program and its workers as processes: killed, stopped, two at once."""
 
+import contextlib
 import dataclasses
 import os
 import pty
@@ -240,23 +241,25 @@ _LAUNCHERS = {
 
 def _workers() -> list[psutil.Process]:
   """The worker processes of this one."""
-  children = psutil.Process().children(recursive=True)
-  return [
-    child
-    for child in children
-    if re.search('spawn_main|ray::_task', ' '.join(child.cmdline()))
-  ]
+  workers = []
+  for child in psutil.Process().children(recursive=True):
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+      if re.search('spawn_main|ray::_task', ' '.join(child.cmdline())):
+        workers.append(child)
+  return workers
 
 
 def _addresses() -> list[str]:
   """The addresses on which this process and its children listen."""
-  processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
-  return [
-    connection.laddr.ip
-    for process in processes
-    for connection in process.net_connections('inet')
-    if connection.status == psutil.CONN_LISTEN
-  ]
+  addresses = []
+  for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile
+      addresses += [
+        connection.laddr.ip
+        for connection in process.net_connections('inet')
+        if connection.status == psutil.CONN_LISTEN
+      ]
+  return addresses
 
 
 @pytest.fixture(name='alone', scope='module')
