@@ -29,7 +29,7 @@ class Protocol:
   Attributes:
     epochs: number of epochs. The paper's 65 are 50 at the rate, 10 at a tenth
       and 5 at a hundredth of it; other numbers are divided in proportion.
-    train_size: training images, a class-balanced subset; None takes all.
+    train_size: training images, a class-balanced subset (default: all).
     holdout: share of the training images that choose rate and epoch.
     base_rate: the rate that the five multiples multiply.
     momentum: of every update.

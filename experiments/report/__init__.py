@@ -99,9 +99,9 @@ def write_report(
   pictures, aligned = {}, []
   if not markdown_only:
     pictures = {
-      (grid.name, line.title): plots.of_line(results, grid, line)
+      (grid.name, line.title): plots.curves(results, grid, line)
       for grid in tables.grids(results)
-      for line in grid.lines
+      for line in grid.rows
     }
     drawn = (plots.alignment(results, row) for row in results.rows.values())
     aligned = [picture for picture in drawn if picture]
@@ -113,11 +113,7 @@ def write_report(
       'tables.csv': table.encode(),
       'claims.txt': pages.text_claims(results, judged).encode(),
     }
-  for picture in (
-    *overall,
-    *aligned,
-    *(p for of in pictures.values() for p in of),
-  ):
+  for picture in (*overall, *aligned, *pictures.values()):
     if picture.png:
       files[f'plots/{picture.name}.png'] = picture.png
     if not (picture.png and markdown_only):
