@@ -3,15 +3,12 @@ r"""Assertions on feedback weights and gradients, for users' own tests.
 As in ``chex``, each returns nothing or raises an ``AssertionError`` that names
 the paths of the weights, the numbers and the rule or bound. They need concrete
 arrays: call them outside ``jax.jit``. Three take a model, its variables and
-arguments to call it with:
+arguments to call it with. The variables are
 
-=============================  ============================================
-model                          variables
-=============================  ============================================
-function of ``with_feedback``  ``{'params': params, 'feedback': feedback}``
-Linen module                   what ``init`` returned
-NNX module                     ``None``, since the module holds its own
-=============================  ============================================
+- for a function of ``with_feedback``: ``{'params': params, 'feedback':
+  feedback}``,
+- for a Linen module: the tree that ``init`` returned,
+- for an NNX module: ``None``, since the module holds its own.
 """
 
 import functools
