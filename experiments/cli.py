@@ -1,6 +1,6 @@
-"""The command line: every command is a function, its options its parameters.
+"""The command line: a command is a function, and its options are parameters.
 
-Nothing here imports JAX before a command needs it, so ``--help`` is quick.
+JAX is imported only by the commands that need it, so ``--help`` is quick.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from experiments import terminal
 from experiments.paper.protocol import Protocol, Run
 from experiments.runs.selection import Selection, shard_of
 
-# All rates, so that the paper's conclusions on these conditions are decided.
+# All rates: the paper's conclusions need them.
 _DEMO = Selection(condition=('SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM'))
 _DEMO_PROTOCOL = Protocol(epochs=5, layer_metrics=True)
 
@@ -42,23 +42,24 @@ class Execution:
   """Where and how runs are trained.
 
   Attributes:
-    executor: this process, one worker process for each part of this host, or
-      Ray tasks.
-    workers: number of worker processes (default: one for each accelerator, or
-      else each core).
-    devices: of this process, over which mini-batches are divided (default: as
-      many accelerators as divide them; one CPU).
-    together: how many runs that differ in rate or seed only this process trains
-      as one program (default: up to 32 on a single accelerator, else 1).
-    ray_address: of a Ray cluster (default: one is started on this host).
-    cpus_per_run: that a Ray task asks for (default: 1).
-    gpus_per_run: that a Ray task asks for (default: 0).
-    shard: I/N, the I-th of N equal parts of the runs, such as 1/4.
-    retries: how often a run that fails is tried again; then its error is
-      recorded, and the others go on.
+    executor: `local` trains in this process, `processes` in worker processes
+      that divide this host, `ray` in Ray tasks.
+    workers: number of worker processes (default: one per accelerator, or one
+      per core without accelerators).
+    devices: number of devices of this process that share each mini-batch
+      (default: as many accelerators as divide every mini-batch; 1 on a CPU).
+    together: number of runs that this process trains as one program; they
+      differ only in rate or seed (default: up to 32 on a single accelerator,
+      else 1).
+    ray_address: address of a Ray cluster (default: start one on this host).
+    cpus_per_run: CPUs that each Ray task requests (default: 1).
+    gpus_per_run: GPUs that each Ray task requests (default: 0).
+    shard: I/N trains the I-th of N equal parts of the runs, such as 1/4.
+    retries: how often a run that fails is tried again. After that its error is
+      recorded and the other runs go on.
     scan: compile a whole epoch as one loop (default: not on a CPU).
-    checkpoint_share: share of a run's time that checkpoints may take; 1 writes
-      one after every epoch.
+    checkpoint_share: largest share of the training time that goes into
+      checkpoints; 1 writes one after every epoch.
   """
 
   executor: Literal['local', 'processes', 'ray'] = 'local'
@@ -74,10 +75,10 @@ class Execution:
   checkpoint_share: float = 0.03
 
   def check(self) -> None:
-    """Checks ranges, and that each option belongs to the executor.
+    """Checks the ranges of the options, and that the executor has each.
 
     Raises:
-      ValueError: if not; names the option.
+      ValueError: an option is wrong; names it.
     """
     for name, allowed, holds in (
       ('workers', 'positive', self.workers is None or self.workers > 0),
@@ -109,7 +110,7 @@ class Execution:
 
 @app.command
 def demo(results: Path = Path('results/demo')) -> int:
-  """Trains four conditions on embedded data; writes a report. A minute.
+  """Trains four conditions on embedded data and writes a report, in a minute.
 
   Args:
     results: results folder.
@@ -153,14 +154,14 @@ def run(
   results: Path = Path('results'),
   verbose: _Verbose = False,
 ) -> int:
-  """Runs a part of the grid; finished runs are not run again.
+  """Trains a part of the grid; skips finished runs.
 
   Args:
-    selection: which cells.
-    protocol: what they all share.
-    execution: where and how.
+    selection: the cells to train.
+    protocol: the settings that all runs share.
+    execution: where and how to train.
     results: results folder.
-    verbose: also print what is set for JAX, XLA and malloc.
+    verbose: also print the settings of JAX, XLA and malloc.
   """
   execution.check()
   runs = selection.runs(protocol, execution.devices or 1)
@@ -191,14 +192,14 @@ def plan(
   calibrate: bool = False,
   verbose: _Verbose = False,
 ) -> int:
-  """Says which runs are missing and what they cost; runs nothing.
+  """Shows which runs are missing and what they cost; trains nothing.
 
   Args:
-    selection: which cells.
-    protocol: what they all share.
+    selection: the cells to plan.
+    protocol: the settings that all runs share.
     results: results folder.
     calibrate: time a few steps of each network on this machine.
-    verbose: also print what is set for JAX, XLA and malloc.
+    verbose: also print the settings of JAX, XLA and malloc.
   """
   from experiments.paper.conditions import names_of
   from experiments.training import machine
@@ -246,7 +247,7 @@ def plan(
 
 @app.command(name='list')
 def list_all(data_dir: _Path = None) -> int:
-  """Lists datasets and where each would come from, conditions and tables.
+  """Lists datasets, conditions and tables.
 
   Args:
     data_dir: folder with NAME.npz files or image folders.
@@ -368,9 +369,9 @@ def report(
   """Writes tables, plots and one HTML page from results.
 
   Args:
-    results: results folder, a study's JSONL file, or a folder of them.
-    out: where to write; default: the folder `report` in a results folder.
-    markdown_only: write RESULTS.md and its plots, nothing else.
+    results: results folder, a study's JSONL file, or a folder of such files.
+    out: where to write (default: the folder `report` beside the results).
+    markdown_only: write only RESULTS.md and its plots.
   """
   from experiments import report as reports
   from experiments.studies import load
@@ -394,7 +395,7 @@ def claims(
   """Checks the paper's conclusions against results.
 
   Args:
-    results: results folder, a study's JSONL file, or a folder of them.
+    results: results folder, a study's JSONL file, or a folder of such files.
   """
   from experiments import report as reports
   from experiments.studies import load
@@ -411,7 +412,7 @@ def fold(
 
   Args:
     results: results folder.
-    study: file to write, such as experiments/results/NAME.jsonl.
+    study: the file to write, such as experiments/results/NAME.jsonl.
   """
   from experiments import studies
 
@@ -515,7 +516,7 @@ def _launcher(execution: Execution, options):
       1.0 if cpus is None else cpus,
       execution.gpus_per_run or 0.0,
     )
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # accelerators are for the workers
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # leaves accelerators to the workers
   return launcher
 
 

@@ -44,7 +44,7 @@ def run(
   fails, 130 after Ctrl-C.
   """
   for name in ('stdout', 'stderr'):
-    if getattr(sys, name) is None:  # closed by who started the program
+    if getattr(sys, name) is None:  # the parent process closed it
       setattr(sys, name, open(os.devnull, 'w', encoding='utf-8'))
     with contextlib.suppress(AttributeError):  # a test may replace it
       getattr(sys, name).reconfigure(errors='backslashreplace')
@@ -56,7 +56,7 @@ def run(
       registry=_REGISTRY,
     )
     sys.stdout.flush()
-  except ValueError as error:  # DatasetError and StoreError are of that kind
+  except ValueError as error:  # also DatasetError, StoreError
     print(as_typed(f'error: {error}'), file=sys.stderr)
     status = 2
   except OSError as error:

@@ -1,10 +1,10 @@
-"""The report: reads records of runs; writes tables, claims, plots and a page.
+"""The report: turns records of runs into tables, claims, plots and a page.
 
-Reading order: `frame` (records, checked, as a data frame and as cells),
-`tables`, `claims`, `plain` (answers in words), `plots`, `commands` (that make
-runs again) and `pages` (all of these as text, Markdown and HTML).
+Reading order: `frame` (checks records; a data frame and cells), `tables`,
+`claims`, `plain` (answers in words), `plots`, `commands` (to repeat runs) and
+`pages` (all of these as text, Markdown and HTML).
 
-Imports no JAX, and pandas and matplotlib only when they are used.
+Never imports JAX, and imports pandas and matplotlib only when they are used.
 """
 
 import os
@@ -25,12 +25,12 @@ def text_tables(
 
   Args:
     records: from `studies.load`.
-    tables: names of tables; None for those that have results.
-    width: of the terminal, in characters.
+    tables: names of tables; None selects those with results.
+    width: characters in a line of the terminal.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
-    ValueError: no table of that name.
+    ValueError: no table has that name.
   """
   from experiments.report import frame, pages
 
@@ -54,7 +54,7 @@ def claims_text(records: 'Iterable[Record]', width: int = 120) -> str:
 
   Args:
     records: from `studies.load`.
-    width: of the terminal, in characters.
+    width: characters in a line of the terminal.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
@@ -73,20 +73,20 @@ def write_report(
 ) -> list[Path]:
   """Writes RESULTS.md, one HTML page, tables, claims and plots into a folder.
 
-  The same records give the same bytes, in whatever order they come. A file is
-  written whole or not at all.
+  The same records give the same bytes in any order. A file is written
+  completely or not at all.
 
   Args:
     records: from `studies.load`.
-    folder: where to write; made if need be.
-    markdown_only: write RESULTS.md and the plots in it, nothing else.
+    folder: where to write; created if missing.
+    markdown_only: write only RESULTS.md and the plots in it.
 
   Returns:
-    The files, the plots last.
+    The paths of the files, plots last.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
-    OSError: a file can't be written; those before it are whole.
+    OSError: a file cannot be written; those before it are complete.
   """
   from experiments.report import claims, frame, pages, plots, tables
   from experiments.runs.files import write_whole

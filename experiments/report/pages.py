@@ -76,7 +76,7 @@ _SCRIPT = _TEMPLATES / 'page.js'
 def text_tables(
   results: Results, names: Iterable[str] | None = None, width: int = _WIDTH
 ) -> str:
-  """The tables for a terminal of that width, by protocol; see `grids`."""
+  """Returns the tables as text of that width, by protocol; see `grids`."""
   names = None if names is None else list(names)
   tables = []
   for protocol in results.protocols:
@@ -96,7 +96,7 @@ def text_tables(
 
 
 def filled(text: str, width: int) -> str:
-  """Lines of at most that width; names stay whole."""
+  """Wraps a text between words; names stay whole."""
   return textwrap.fill(
     text, width, break_long_words=False, break_on_hyphens=False
   )
@@ -107,7 +107,7 @@ def _underlined(title: str, line: str, width: int) -> list[str]:
 
 
 def notes(results: Results) -> list[str]:
-  """What a reader must know of datasets and runs, a line each."""
+  """Returns remarks on datasets and runs, a line each."""
   lines = []
   for row in results.rows.values():
     if row.name not in paper.datasets():
@@ -153,7 +153,7 @@ def _text_grid(grid: Grid, width: int) -> list[str]:
 
 
 def _text_line(line: Line, conditions: Sequence[str]) -> Frame:
-  """What a row of a table has: a row per condition, no empty columns."""
+  """A row of a table as a frame: a row per condition, no empty columns."""
   entries = line.of(conditions)
   frame = pd.DataFrame(
     {
@@ -203,7 +203,7 @@ def _held_out(entry: Entry) -> str:
 def text_claims(
   results: Results, claims: Sequence[Claim], width: int = _WIDTH
 ) -> str:
-  """Every conclusion of the paper with its verdicts, by protocol."""
+  """Returns the paper's conclusions with their verdicts, by protocol."""
   text = _render(
     'claims.txt.jinja',
     warnings=results.warnings,
@@ -216,7 +216,7 @@ def text_claims(
 
 
 def _indented(line: str, width: int) -> str:
-  """The line, broken where it is too long; its other parts further right."""
+  """Wraps a line and indents its continuation."""
   indent = len(line) - len(line.lstrip()) + 4
   return textwrap.fill(
     line,
@@ -237,7 +237,7 @@ def _by_protocol(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
 def markdown(
   results: Results, claims: Sequence[Claim], pictures: 'Sequence[Picture]'
 ) -> str:
-  """RESULTS.md; protocols with other settings have a table of their own."""
+  """Returns RESULTS.md; protocols with other settings have their own table."""
   decided = {
     protocol: of
     for protocol, of in _by_protocol(claims).items()
@@ -264,14 +264,15 @@ def html(
   pictures: 'Mapping[tuple[str, str], Picture]',
   aligned: 'Sequence[Picture]',
 ) -> str:
-  """One page that needs nothing else: no network, no files.
+  """Returns the page, which needs no network and no other file.
 
-  Its script sorts tables, filters cells and opens what a link points to. The
-  page allows no other script: its policy names the digest of this one.
+  Its script sorts tables, filters cells, draws learning curves and opens the
+  target of a link. The page's policy names the digest of this script and so
+  forbids all others.
 
   Args:
-    results: what `read` returns.
-    claims: what `judge` returns.
+    results: from `frame.read`.
+    claims: from `claims.judge`.
     overall: pictures of all results.
     pictures: learning curves by table and title of a row.
     aligned: alignment by layer and epoch.
@@ -312,7 +313,7 @@ def html(
 
 
 def _shared(results: Results, claims: Iterable[Claim]) -> dict[str, Any]:
-  """What both pages show."""
+  """Returns the values that both templates use."""
   return {
     'results': results,
     'answers': plain.answers(results),
@@ -341,7 +342,7 @@ def _shared(results: Results, claims: Iterable[Claim]) -> dict[str, Any]:
 def _overview(
   results: Results, claims: Iterable[Claim]
 ) -> list[dict[str, Any]]:
-  """Per protocol: its runs, and how they compare with the paper."""
+  """Compares the runs of each protocol with the paper."""
   rows = []
   for protocol, of in _by_protocol(claims).items():
     runs = results.runs[results.runs.protocol == protocol]
@@ -384,7 +385,7 @@ def _environments(results: Results) -> Frame:
 
 @dataclasses.dataclass(frozen=True)
 class _Detail:
-  """A cell once, though a condition may have several names."""
+  """A cell with all names of its condition."""
 
   anchor: str
   title: str
@@ -487,14 +488,14 @@ def _parts(results: Results, grid: Grid) -> list[Grid]:
 
 
 def _markdown(value: Any) -> str:
-  """A text that Markdown shows as it is."""
+  """Escapes a text for Markdown."""
   text = str(value)
   text = text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
   return re.sub(r'([\\`*_\[\]|~#$!])', r'\\\1', text)
 
 
 def _code(lines: Iterable[str]) -> str:
-  """A block of code that the text can't end."""
+  """A fenced block of code, with a fence longer than any in the text."""
   text = '\n'.join(lines)
   longest = max((len(ticks) for ticks in re.findall('`+', text)), default=0)
   fence = '`' * max(3, longest + 1)

@@ -98,7 +98,7 @@ class Picture:
 
 @contextlib.contextmanager
 def style(name: str) -> Iterator[None]:
-  """The look of every figure; its name makes an SVG's ids its own."""
+  """The look of every figure; the name makes the ids of its SVG unique."""
   with mpl.rc_context(cast(Any, {**_STYLE, 'svg.hashsalt': name})):
     yield
 
@@ -106,7 +106,7 @@ def style(name: str) -> Iterator[None]:
 def panels(
   title: str, count: int, size: tuple[float, float], across: int = 3
 ) -> tuple[Figure, list[Axes]]:
-  """Panels of that size in inches, so many in a row at most."""
+  """Makes panels of that size in inches, at most `across` in a row."""
   across = min(count, across)
   down = -(-count // across)
   figure = Figure(
@@ -134,7 +134,7 @@ def look(position: int) -> dict[str, Any]:
 def picture(
   figure: Figure, name: str, title: str, *, png: bool = False
 ) -> Picture:
-  """The files of a figure. A PNG takes longer than all the rest."""
+  """Renders a figure. A PNG takes longer than everything else."""
   svg, pixels = io.BytesIO(), io.BytesIO()
   with warnings.catch_warnings():
     # A name may have letters that the font lacks, or need much room.
@@ -146,7 +146,7 @@ def picture(
 
 
 def _slug(text: str) -> str:
-  """A text as part of a file name; different texts stay different."""
+  """Turns a text into a part of a file name; texts that differ stay apart."""
   plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
   known = {name.lower() for name in paper.datasets()}
   if text in paper.datasets() or _USUAL.fullmatch(text) or (
@@ -379,10 +379,10 @@ def _at_best_rate(
 
 
 def alignment(results: Results, row: Row) -> Picture | None:
-  """How far feedback is from backpropagation, by layer and epoch.
+  """Draws the alignment with backpropagation by layer and epoch.
 
-  Conditions without recorded layers, and those that backpropagate exactly, are
-  left out. At each condition's best rate; means over seeds.
+  Each condition is shown at its best rate, as a mean over seeds. Conditions
+  without recorded layers and those that backpropagate exactly are left out.
   """
   runs, settings = _runs_of(results, row)
   shown: dict[str, Frame] = {}

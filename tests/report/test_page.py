@@ -70,7 +70,9 @@ def test_every_condition_is_told_apart_in_a_line():
   assert len(set(lines.values())) == len(contents)
   assert '50%' in lines['brSF-50%+BN+BM']
   assert 'redrawn' in lines['brSF-50%+BN+BM']
-  assert plain.glossary(['uSF-x']) == {'uSF-x': "a condition of one's own"}
+  assert plain.glossary(['uSF-x']) == {
+    'uSF-x': "not one of the paper's conditions"
+  }
 
 
 @pytest.fixture(name='page', scope='module')
