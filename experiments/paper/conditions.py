@@ -62,18 +62,21 @@ class Column:
   conditions: tuple[Condition, ...]
 
 
-# Rules of the field that the paper does not have; LowRank4 has any other rank.
+# Rules of the field that the paper does not have; LowRank takes any rank.
 FAMILY: dict[str, str] = {
-  'FrozenSign': 'the signs of the initial weights',
-  'TiedNorm': 'random directions with the norms of the weights',
-  'KP': "learned by the weights' own updates (Kolen-Pollack)",
-  'PFA': 'a product of a fixed and a learned matrix (product feedback)',
-  'LowRank4': 'a learned product of rank 4',
-  'Mirror': 'learned from noise, without labels (weight mirror)',
-  'DFA': 'random projections of the output error (direct feedback)',
-  'SignDFA': 'random projections of the signs of the output error',
-  'CenteredDFA': 'random projections of the output error minus its batch mean',
-  'DRTP': 'random projections of the labels',
+  'FrozenSign': 'feedback is the signs of the initial weights',
+  'TiedNorm': 'feedback has random directions and the norms of the weights',
+  'KP': 'feedback has the updates of the weights (Kolen-Pollack)',
+  'PFA': 'feedback is a fixed matrix times a learned one (product feedback)',
+  'LowRank4': 'feedback is a learned product of rank 4',
+  'Mirror': 'feedback learns from noise after each step (weight mirror)',
+  'DFA': 'each layer gets a random projection of the error at the output '
+  '(direct feedback)',
+  'SignDFA': 'each layer gets a random projection of the signs of the error at '
+  'the output',
+  'CenteredDFA': 'each layer gets a random projection of the error at the '
+  'output, less its mean over the batch',
+  'DRTP': 'each layer gets a random projection of the labels',
 }
 _RULES = {
   rule.lower(): rule
@@ -229,6 +232,13 @@ def find(name: str) -> Column:
   if name.lower() not in by_lower and column is not None:
     return COLUMNS.get(column.name, column)
   return COLUMNS[_nearest('condition', name, COLUMNS)]
+
+
+def in_words(rule: str) -> str | None:
+  """What a rule of ``FAMILY`` is; None for the others."""
+  if rank := re.fullmatch(r'LowRank(\d+)', rule):
+    return FAMILY['LowRank4'].replace('4', rank[1])
+  return FAMILY.get(rule)
 
 
 def steps_of(plan: BatchPlan) -> list[str]:
