@@ -46,8 +46,8 @@ class Execution:
       that divide this host, `ray` in Ray tasks.
     workers: number of worker processes (default: one per accelerator, or one
       per core without accelerators).
-    devices: number of devices of this process that share each mini-batch
-      (default: as many accelerators as divide every mini-batch; 1 on a CPU).
+    devices: devices of this process that share each mini-batch (default: as
+      many accelerators as divide every mini-batch; 1 on a CPU).
     together: number of runs that this process trains as one program; they
       differ only in rate or seed (default: up to 32 on a single accelerator,
       else 1).
@@ -269,7 +269,7 @@ def list_all(data_dir: _Path = None) -> int:
   terminal.say(f'`{command} NAME` says how to get a dataset.')
   print()
   terminal.say(
-    'conditions (any RULE[+BN][+BM[1-3]] works, such as frSF-10%+BN)'
+    'conditions (any RULE[+BN][+BM[1-3]|+Adam] works, such as frSF-10%+BN)'
   )
   norms = {'none': 'no BN', 'plain': 'BN', 'affine': 'BN, learnable'}
   rows = []
@@ -287,6 +287,10 @@ def list_all(data_dir: _Path = None) -> int:
       f'batch {plans}{frozen}',
     ))  # fmt: skip
   terminal.print_table(rows)
+  print('\nrules that the paper does not have, such as KP+BN')
+  terminal.print_table(
+    (f'  {rule}', text) for rule, text in conditions.FAMILY.items()
+  )
   print('\ntables')
   terminal.print_table(
     (f'  {table.name}', f'{table.title}: {", ".join(table.columns)}')
@@ -311,8 +315,8 @@ def show_data(
 
   Args:
     words: NAME, or an action (prepare, check) and NAME.
-    data_dir: folder with NAME.npz files or image folders; `prepare` writes
-      there.
+    data_dir: folder with NAME.npz files or image folders; `prepare` writes to
+      it.
     show_split: print the chosen samples of each class.
     grid: where `check` draws a grid of labeled pictures (PNG).
     architecture: network for a dataset of your own.

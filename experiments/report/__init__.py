@@ -1,8 +1,9 @@
 """The report: turns records of runs into tables, claims, plots and a page.
 
 Reading order: `frame` (checks records; a data frame and cells), `tables`,
-`claims`, `plain` (answers in words), `plots`, `commands` (to repeat runs) and
-`pages` (all of these as text, Markdown and HTML).
+`claims`, `plain` (answers in words), `plots`, `rules` (compared by error and
+angle), `commands` (to repeat runs) and `pages` (all of these as text, Markdown
+and HTML).
 
 Never imports JAX, and imports pandas and matplotlib only when they are used.
 """
@@ -88,14 +89,17 @@ def write_report(
     EmptyReportError: there is no readable run; says how to make one.
     OSError: a file cannot be written; those before it are complete.
   """
-  from experiments.report import claims, frame, pages, plots, tables
+  from experiments.report import claims, frame, pages, plots, rules, tables
   from experiments.runs.files import write_whole
 
   results = frame.read(records)
   judged = claims.judge(results)
   found = (plots.overview(results), plots.against_p(results))
   overall = [picture for picture in found if picture]
-  files = {'RESULTS.md': pages.markdown(results, judged, overall).encode()}
+  compared = rules.compare(results)
+  drawn = [(of, rules.figure(of)) for of in compared]
+  text = pages.markdown(results, judged, overall, drawn)
+  files = {'RESULTS.md': text.encode()}
   pictures, aligned = {}, []
   if not markdown_only:
     pictures = {
@@ -103,9 +107,9 @@ def write_report(
       for grid in tables.grids(results)
       for line in grid.rows
     }
-    drawn = (plots.alignment(results, row) for row in results.rows.values())
-    aligned = [picture for picture in drawn if picture]
-    page = pages.html(results, judged, overall, pictures, aligned)
+    layers = (plots.alignment(results, row) for row in results.rows.values())
+    aligned = [picture for picture in layers if picture]
+    page = pages.html(results, judged, overall, drawn, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
     files |= {
       'report.html': page.encode(),
@@ -113,7 +117,8 @@ def write_report(
       'tables.csv': table.encode(),
       'claims.txt': pages.text_claims(results, judged).encode(),
     }
-  for picture in (*overall, *aligned, *pictures.values()):
+  compared = [picture for _, picture in drawn]
+  for picture in (*overall, *compared, *aligned, *pictures.values()):
     if picture.png:
       files[f'plots/{picture.name}.png'] = picture.png
     if not (picture.png and markdown_only):

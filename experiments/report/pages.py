@@ -18,7 +18,7 @@ import pandas as pd
 
 from experiments.paper import published as paper
 from experiments.paper.protocol import RATES
-from experiments.report import commands, plain
+from experiments.report import commands, plain, rules
 from experiments.report.claims import Claim
 from experiments.report.frame import (
   DEFAULTS,
@@ -44,6 +44,7 @@ from experiments.terminal import as_typed
 
 if typing.TYPE_CHECKING:
   from experiments.report.plots import Picture
+  from experiments.report.rules import Comparison
 
 HOW = (
   "Errors in %, ours | the paper's. The first number of a cell is the best "
@@ -235,7 +236,10 @@ def _by_protocol(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
 
 
 def markdown(
-  results: Results, claims: Sequence[Claim], pictures: 'Sequence[Picture]'
+  results: Results,
+  claims: Sequence[Claim],
+  pictures: 'Sequence[Picture]',
+  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
 ) -> str:
   """Returns RESULTS.md; protocols with other settings have their own table."""
   decided = {
@@ -248,6 +252,8 @@ def markdown(
     'results.md.jinja',
     **_shared(results, claims),
     grids=shown,
+    rules=compared_rules,
+    rule_table=rules.table,
     pictures=pictures,
     claims=decided,
     statements=list(zip(*decided.values(), strict=True)),
@@ -261,6 +267,7 @@ def html(
   results: Results,
   claims: Sequence[Claim],
   overall: 'Sequence[Picture]',
+  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
   pictures: 'Mapping[tuple[str, str], Picture]',
   aligned: 'Sequence[Picture]',
 ) -> str:
@@ -274,6 +281,7 @@ def html(
     results: from `frame.read`.
     claims: from `claims.judge`.
     overall: pictures of all results.
+    compared_rules: rules by error and angle.
     pictures: learning curves by table and title of a row.
     aligned: alignment by layer and epoch.
   """
@@ -295,6 +303,8 @@ def html(
       dict.fromkeys(name for grid in shown for name in grid.columns)
     ),
     overall=overall,
+    rules=compared_rules,
+    rule_table=rules.table,
     pictures=pictures,
     aligned=aligned,
     claims=_by_protocol(claims),

@@ -28,8 +28,8 @@ class Selection:
   """Cells of the grid.
 
   Attributes:
-    table: tables of the paper with all their conditions: 2, 3, 4-C1, 4-C2, 5,
-      6, or 4 for both halves.
+    table: tables of the paper with all their conditions: 2, 3, 4 (or 4-C1 and
+      4-C2), 5, 6.
     condition: names of conditions, such as uSF+BN or frSF-10%+BN+BM.
     dataset: names of datasets, such as mnist; see `list`.
     rate: learning rates as multiples of the base rate.
