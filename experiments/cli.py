@@ -287,7 +287,8 @@ def list_all(data_dir: _Path = None) -> int:
       f'batch {plans}{frozen}',
     ))  # fmt: skip
   terminal.print_table(rows)
-  print('\nrules that the paper does not have, such as KP+BN')
+  print()
+  terminal.say('rules that the paper does not have, such as KP+BN')
   terminal.print_table(
     (f'  {rule}', text) for rule, text in conditions.FAMILY.items()
   )

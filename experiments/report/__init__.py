@@ -96,9 +96,10 @@ def write_report(
   judged = claims.judge(results)
   found = (plots.overview(results), plots.against_p(results))
   overall = [picture for picture in found if picture]
-  compared = rules.compare(results)
-  drawn = [(of, rules.figure(of)) for of in compared]
-  text = pages.markdown(results, judged, overall, drawn)
+  compared = [
+    (of.row, rules.table(of), rules.figure(of)) for of in rules.compare(results)
+  ]
+  text = pages.markdown(results, judged, overall, compared)
   files = {'RESULTS.md': text.encode()}
   pictures, aligned = {}, []
   if not markdown_only:
@@ -109,7 +110,7 @@ def write_report(
     }
     layers = (plots.alignment(results, row) for row in results.rows.values())
     aligned = [picture for picture in layers if picture]
-    page = pages.html(results, judged, overall, drawn, pictures, aligned)
+    page = pages.html(results, judged, overall, compared, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
     files |= {
       'report.html': page.encode(),
@@ -117,8 +118,8 @@ def write_report(
       'tables.csv': table.encode(),
       'claims.txt': pages.text_claims(results, judged).encode(),
     }
-  compared = [picture for _, picture in drawn]
-  for picture in (*overall, *compared, *aligned, *pictures.values()):
+  angles = [picture for *_, picture in compared]
+  for picture in (*overall, *angles, *aligned, *pictures.values()):
     if picture.png:
       files[f'plots/{picture.name}.png'] = picture.png
     if not (picture.png and markdown_only):

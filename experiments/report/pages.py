@@ -18,7 +18,7 @@ import pandas as pd
 
 from experiments.paper import published as paper
 from experiments.paper.protocol import RATES
-from experiments.report import commands, plain, rules
+from experiments.report import commands, plain
 from experiments.report.claims import Claim
 from experiments.report.frame import (
   DEFAULTS,
@@ -44,7 +44,6 @@ from experiments.terminal import as_typed
 
 if typing.TYPE_CHECKING:
   from experiments.report.plots import Picture
-  from experiments.report.rules import Comparison
 
 HOW = (
   "Errors in %, ours | the paper's. The first number of a cell is the best "
@@ -239,7 +238,7 @@ def markdown(
   results: Results,
   claims: Sequence[Claim],
   pictures: 'Sequence[Picture]',
-  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
+  compared_rules: 'Sequence[tuple[Row, Frame, Picture]]',
 ) -> str:
   """Returns RESULTS.md; protocols with other settings have their own table."""
   decided = {
@@ -253,7 +252,6 @@ def markdown(
     **_shared(results, claims),
     grids=shown,
     rules=compared_rules,
-    rule_table=rules.table,
     pictures=pictures,
     claims=decided,
     statements=list(zip(*decided.values(), strict=True)),
@@ -267,7 +265,7 @@ def html(
   results: Results,
   claims: Sequence[Claim],
   overall: 'Sequence[Picture]',
-  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
+  compared_rules: 'Sequence[tuple[Row, Frame, Picture]]',
   pictures: 'Mapping[tuple[str, str], Picture]',
   aligned: 'Sequence[Picture]',
 ) -> str:
@@ -304,7 +302,6 @@ def html(
     ),
     overall=overall,
     rules=compared_rules,
-    rule_table=rules.table,
     pictures=pictures,
     aligned=aligned,
     claims=_by_protocol(claims),
