@@ -7,7 +7,7 @@ steps of today's sizes.
 
 import flax.linen as nn
 
-from symjax_bp.batch_norm import BatchNorm
+from symjax_bp.linen import BatchNorm
 
 __all__ = ['NETWORKS']
 
