@@ -94,7 +94,11 @@ def write_report(
 
   results = frame.read(records)
   judged = claims.judge(results)
-  found = (plots.overview(results), plots.against_p(results))
+  found = (
+    plots.overview(results),
+    plots.against_p(results),
+    plots.of_settings(results),
+  )
   overall = [picture for picture in found if picture]
   compared = [
     (of.row, rules.table(of), rules.figure(of)) for of in rules.compare(results)

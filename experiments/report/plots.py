@@ -31,6 +31,7 @@ from experiments.report.frame import (
   first_name,
 )
 from experiments.report.tables import Grid, Line, by_rate
+from experiments.report.tables import settings as changed_settings
 
 # From plain backpropagation to random feedback, top to bottom.
 _STORY = (
@@ -55,14 +56,16 @@ _OURS: dict[str, Any] = {'color': '#0072B2'}
 _PAPER: dict[str, Any] = {'color': '#B34700', 'mfc': 'white'}
 _CHANCE: dict[str, Any] = {'color': '#777777', 'linestyle': ':', 'linewidth': 1}
 _SGD: dict[str, Any] = {'color': '#0072B2', 'linestyle': '-.', 'linewidth': 1}
-# A layer's metrics, what they are and the largest value.
+# A layer's metrics, what they are and the largest value, or None for ratios.
 _ALIGNMENT = (
+  ('norm_ratio', '|V| / |W|', None),
   ('concordance', 'share of equal signs', 1),
   ('angle', 'angle of V and W (°)', 180),
   ('update_angle', 'angle of updates (°)', 180),
-  ('error_angle', 'angle of error signals (°)', 180),
+  ('error_angle', 'angle of errors (°)', 180),
 )
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_PLAIN = ticker.FuncFormatter(lambda value, _: f'{value:g}')
 _LOGARITHMIC = 8.0  # ratio of errors from which an axis is logarithmic
 
 _STYLE = {
@@ -188,7 +191,7 @@ def error_axis(
     margin = max(0.06 * (high - low), 0.02 * high)
     ends = max(min(known) - margin, 0), high + margin
   getattr(axes, f'set_{which}lim')(*ends)
-  axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:g}'))
+  axis.set_major_formatter(_PLAIN)
   return lambda error: max(error, floor)
 
 
@@ -327,6 +330,37 @@ def _p_panel(
   _head(axes, row)
 
 
+def of_settings(results: Results) -> Picture | None:
+  """Error per condition where one setting of the protocol is another."""
+  tables = changed_settings(results)
+  if not tables:
+    return None
+  title = 'One setting of the protocol changed at a time'
+  with style('settings'):
+    rows = max(map(len, tables.values()))
+    figure, all_axes = panels(
+      f'{title}\nBest test error by condition', len(tables), (6.0, 0.4 * rows)
+    )
+    names = list(dict.fromkeys(c for of in tables.values() for c in of))
+    for axes, (dataset, table) in zip(all_axes, tables.items(), strict=True):
+      at = error_axis(axes, [*table.stack()], 'x')
+      for name in table:
+        known = table[name].dropna()
+        places = [table.index.get_loc(protocol) for protocol in known.index]
+        axes.plot(
+          [at(error) for error in known], places,
+          **{**look(names.index(name)), 'linestyle': '', 'markersize': 6},
+        )  # fmt: skip
+      axes.set_yticks(range(len(table)), [_short(p, 64) for p in table.index])
+      axes.set_ylim(len(table) - 0.4, -0.6)
+      axes.set_xlabel('error (%)')
+      axes.set_title(str(dataset))
+    legend(figure, [
+      (name, {**look(at), 'linestyle': ''}) for at, name in enumerate(names)
+    ])  # fmt: skip
+    return picture(figure, 'settings', title)
+
+
 def curves(results: Results, grid: Grid, line: Line) -> Picture:
   """Mean test error by epoch of one row of a table, at the best rates."""
   assert line.row is not None
@@ -419,9 +453,18 @@ def alignment(results: Results, row: Row) -> Picture | None:
         if key in table and layer in table.index.unique('layer'):
           line = table[key].xs(layer, level='layer')
           axes.plot(line.index, line.to_numpy(), **look(place))
-      axes.axhline(high / 2, **_CHANCE)
-      axes.set_ylim(-0.04 * high, 1.04 * high)
-      axes.set_yticks([0, high / 2, high])
+      if high is None:
+        axes.axhline(1, **_CHANCE)
+        axes.set_yscale('log')
+        # At least a decade, so that rounding is not drawn as a change.
+        ends = axes.get_ylim()
+        axes.set_ylim(min(ends[0], 0.3), max(ends[1], 3))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.yaxis.set_major_formatter(_PLAIN)
+      else:
+        axes.axhline(high / 2, **_CHANCE)
+        axes.set_ylim(-0.04 * high, 1.04 * high)
+        axes.set_yticks([0, high / 2, high])
       axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
       if at < across:
         axes.set_title(words)
@@ -431,7 +474,7 @@ def alignment(results: Results, row: Row) -> Picture | None:
         axes.set_ylabel(_short(condition, 20))
     legend(figure, [
       *((_short(layer), look(place)) for place, layer in enumerate(layers)),
-      ('unrelated (half the signs, 90°)', _CHANCE),
+      ('equal norms; unrelated (half the signs, 90°)', _CHANCE),
     ])  # fmt: skip
     return picture(figure, name, f'{title}: {about}')
 

@@ -16,7 +16,7 @@ import pytest
 
 from experiments.bench import __main__ as bench
 from experiments.bench import contenders, in_torch, output, scaling
-from experiments.bench.contenders import Contender, Workload, of_paper
+from experiments.bench.contenders import Contender, Workload, of_network
 from experiments.datasets import SHAPES
 from experiments.runs.train import Outcome
 from experiments.training import machine, models
@@ -48,7 +48,7 @@ def _main(monkeypatch, capsys):
 
 def _trained(architecture, norm):
   """A workload that moves; plain Flax's weights before and after two steps."""
-  workload = Workload(of_paper(architecture, norm, 4).setup, 4, rate=1e-3)
+  workload = Workload(of_network(architecture, norm, 4).setup, 4, rate=1e-3)
   program.cache_clear()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(linen, 'with_feedback', None)  # plain Flax needs none
@@ -123,7 +123,7 @@ class _Layers(list):
 @pytest.mark.parametrize('norm', ['none', 'plain'])
 @pytest.mark.parametrize('architecture', SHAPES)
 def test_torch_and_the_operations_have_the_layers_of_flax(architecture, norm):
-  workload, layers = of_paper(architecture, norm, 2), _Layers()
+  workload, layers = of_network(architecture, norm, 2), _Layers()
   in_torch.build(SimpleNamespace(nn=layers), layers, workload)
   initialize = program(workload.setup, plain=True).initialize
   params = jax.eval_shape(initialize, jax.random.key(0))['params']
@@ -162,7 +162,7 @@ def test_ratios_are_of_steps_in_the_same_round():
     [1.0, 4.0, 4.0, 9.0, 4.0, 2.0],  # the machine was busy
     [2.0, 2.0, 3.0, 1.0, 5.0, 3.0],
   ]
-  workload = of_paper('timit', 'none', 4)
+  workload = of_network('timit', 'none', 4)
   result = output.summarize(workload, programs, np.array(times))
   rows = {row['name']: row for row in result['rows']}
   assert list(rows) == ['Flax', 'uSF', 'torch', 'biotorch usf']
@@ -341,7 +341,7 @@ def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
       check=True,
     )
     files = sorted(path.name for path in (tmp_path / day).iterdir())
-    return done.stdout, files, (tmp_path / day / 'mnist-table-2.jsonl')
+    return done.stdout, files, (tmp_path / day / 'mnist-65-epochs.jsonl')
 
   out, files, study = call('monday', 'tests', 'steps', 'grid')
   assert len(files) <= 8
