@@ -6,13 +6,16 @@ A plugin is a Python file that defines any of these dictionaries::
   NETWORKS = {
     'small': (Full(lambda classes: 64), Full(lambda classes: classes))
   }
-  CONDITIONS = {'half+BM': Condition(rule='half', batch_manhattan=1)}
+  CONDITIONS = {'mine': Condition(rule='half', batch_norm='affine')}
 
-A network is a sequence of layers (``experiments.training.models``), or a
-function ``(classes, batch_norm)`` that returns a Flax module. The module is
-called with ``(x, train)``, and its last layer is named ``output``. A run that
-uses a plugin keeps its source in its configuration, and the source is a part of
-the run's identity. Stored source is never executed.
+A rule is used like the paper's: ``half``, ``half+BN+BM``. It is a
+``symjax_bp.FeedbackRule`` or an ``experiments.training.backward.Direct``. A
+condition needs an entry only for what such a name cannot say. A network is a
+sequence of layers (``experiments.training.models``), or a function
+``(classes, batch_norm)`` that returns a Flax module. The module is called with
+``(x, train)``, and its last layer is named ``output``. A run that uses a plugin
+keeps its source in its configuration, and the source is a part of the run's
+identity. Stored source is never executed.
 """
 
 import dataclasses

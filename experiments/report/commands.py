@@ -35,7 +35,7 @@ def of_runs(runs: Frame) -> list[str]:
   runs = runs.explode('condition', ignore_index=True)
   runs['condition'] = [first_name(str(name)) for name in runs.condition]
   runs['processes'] = [_processes(about) for about in runs.environment]
-  runs = runs[[_runnable(name) for name in runs.condition]]
+  runs = runs[[*map(_runnable, runs.condition, runs.config)]]
   place = {name: at for at, name in enumerate(COLUMNS)}
   runs = runs.sort_values(
     ['dataset', 'condition'],
@@ -66,7 +66,7 @@ def of_runs(runs: Frame) -> list[str]:
 def of_run(run: Any) -> str:
   """Returns the command for one run; '' if its condition has no name."""
   name = first_name(str(run.condition[0]))
-  if not _runnable(name):
+  if not _runnable(name, run.config):
     return ''
   processes = _processes(run.environment)
   return _command(
@@ -120,8 +120,9 @@ def _processes(environment: Iterable[tuple[str, str]]) -> int:
     return 1
 
 
-def _runnable(name: str) -> bool:
+def _runnable(name: str, config: Mapping[str, Any]) -> bool:
+  own = [config['rule']] if config.get('plugin') else []
   try:
-    return find(name).name == name
+    return find(name, own).name == name
   except ValueError:
     return False

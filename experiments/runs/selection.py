@@ -81,9 +81,11 @@ class Selection:
     Raises:
       ValueError: for an unknown name.
     """
-    own = plugins.load(self._source).conditions
+    own = plugins.load(self._source)
     chosen = [
-      Column(name, (own[name],)) if name in own else conditions.find(name)
+      Column(name, (own.conditions[name],))
+      if name in own.conditions
+      else conditions.find(name, own.rules)
       for name in self.condition
     ]
     for table in self.tables():

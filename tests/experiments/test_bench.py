@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import plugins
 from experiments.bench import __main__ as bench
 from experiments.bench import contenders, in_torch, output, scaling
 from experiments.bench.contenders import Contender, Workload, of_network
@@ -21,7 +22,7 @@ from experiments.datasets import SHAPES
 from experiments.runs.train import Outcome
 from experiments.training import machine, models
 from experiments.training.step import program
-from symjax_bp import linen
+from symjax_bp import linen, usf
 
 
 @pytest.fixture(name='main')
@@ -352,3 +353,19 @@ def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
   out, _, again = call('tuesday', 'grid')
   assert 'all 5 runs are finished' in out
   assert again.read_text() == study.read_text()
+
+
+@pytest.mark.parametrize(
+  ('name', 'multiply_adds', 'weights'),
+  # He et al.: 1.8 billion; 196 tokens of 384 features, 12 x 384^2 weights and
+  # two products of 196 x 196 x 384 in a block, patches of 768 inputs.
+  [('resnet18', 1.814e9, 21), ('vit', 4.35e8, 8)],
+)
+def test_networks_for_large_pictures(name, multiply_adds, weights):
+  workload = of_network(name, 'plain', 2)
+  operations = 2 * 3 * 2 * multiply_adds  # two images; forward, dW and dx
+  assert 0.9 < workload.flops / operations < 1.1
+  network = plugins.load(workload.setup.plugin).networks[name](1000, 'plain')
+  x = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
+  rules = linen.layer_rules(linen.with_feedback(network, usf()), x, True)
+  assert len([row for row in rules if row.rule]) == weights

@@ -86,7 +86,9 @@ def test_markdown_alone_is_that_of_the_whole_report(folder, tmp_path):
   shown = set(re.findall(r'\]\((plots/[^)]*)\)',
                          (tmp_path / 'RESULTS.md').read_text()))  # fmt: skip
   assert names == {'RESULTS.md'} | shown
-  assert shown == {'plots/overview.png', 'plots/error-against-p.svg'}
+  assert shown == {
+    'plots/overview.png', 'plots/error-against-p.svg', 'plots/settings.svg',
+  }  # fmt: skip
   for name in names:
     assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 

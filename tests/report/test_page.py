@@ -145,8 +145,8 @@ def test_alignment_is_drawn_by_layer_and_epoch(monkeypatch):
   monkeypatch.setattr(
     plots, 'picture', lambda figure, name, _: found.update({name: figure})
   )
-  same = {'conv': {'concordance': 1.0, 'angle': 0.0}}
-  other = {'conv': {'concordance': 0.25, 'angle': 60.0}}
+  same = {'conv': {'concordance': 1.0, 'angle': 0.0, 'norm_ratio': 1.0}}
+  other = {'conv': {'concordance': 0.25, 'angle': 60.0, 'norm_ratio': 20.0}}
   results = frame.read([
     *with_layers(cell('SGD', 1.0), same),
     *with_layers(cell('RndF', 5.0)),
@@ -156,8 +156,10 @@ def test_alignment_is_drawn_by_layer_and_epoch(monkeypatch):
   (row,) = results.main_rows
   plots.alignment(results, row)
   (figure,) = found.values()
-  assert [axes.get_ylabel() for axes in figure.axes] == ['RndF', '', '', '']
-  signs, angles, updates, _ = figure.axes
+  assert [axes.get_ylabel() for axes in figure.axes] == ['RndF', *[''] * 4]
+  norms, signs, angles, updates, _ = figure.axes
+  assert list(norms.lines[0].get_ydata()) == [20.0] * 4
+  assert norms.get_yscale() == 'log'
   lines = [list(line.get_ydata()) for line in signs.lines]
   assert lines == [[0.5] * 4, [1.0] * 4, [0.5, 0.5]]  # the last: unrelated
   assert list(angles.lines[0].get_ydata()) == [50.0] * 4
