@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -369,3 +370,20 @@ def test_networks_for_large_pictures(name, multiply_adds, weights):
   x = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
   rules = linen.layer_rules(linen.with_feedback(network, usf()), x, True)
   assert len([row for row in rules if row.rule]) == weights
+
+
+def test_the_parts_of_an_epoch(main):
+  options = '--condition uSF+BN --rate 1 --train-size 200 --repeats 1'
+  status, out, _ = main(f'epoch {options}')
+  _, text = out.split('\ndigits ')
+  assert (status, text.split()[0]) == (0, 'uSF+BN')
+  for part in (
+    'training', 'evaluation, test', 'evaluation, held out',
+    'statistics for testing', 'angles of layers', 'a checkpoint',
+  ):  # fmt: skip
+    assert f'| {part} ' in text
+  shares = re.findall(r'(\d+) %', text)
+  assert 97 <= sum(map(int, shares)) <= 103  # each is rounded
+  assert re.findall(r'\n\| (\d+) ', text) == ['100', '250']
+  status, _, errors = main('epoch --condition SGD --repeats 0')
+  assert (status, 'repeats must be at least 1' in errors) == (2, True)
