@@ -23,7 +23,6 @@ _OUT = Path('results/bench')
 
 app = tyro.extras.SubcommandApp()
 app.command(name='grid')(scaling.grid)
-app.command(name='store')(scaling.read_and_report)
 
 
 @app.command(name='steps')

@@ -101,7 +101,7 @@ def _options() -> set[str]:
   found = {'--help'}
   for module, commands in (
     ('experiments', ('demo', 'run', 'plan', 'list', 'data', 'report', 'fold')),
-    ('experiments.bench', ('steps', 'scaling', 'grid', 'store')),
+    ('experiments.bench', ('steps', 'scaling', 'grid')),
   ):
     for command in commands:
       text = subprocess.run(
