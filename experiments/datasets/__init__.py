@@ -4,7 +4,7 @@
 `check` and `show_split` are what `python -m experiments data` shows.
 """
 
-from experiments.datasets.checks import Report, check, show_split
+from experiments.datasets.checks import check, show_split
 from experiments.datasets.loader import Dataset, Loader, find, load
 from experiments.datasets.prepare import Status, prepare, status
 from experiments.datasets.specs import (
@@ -24,7 +24,6 @@ __all__ = [
   'DatasetError',
   'Draw',
   'Loader',
-  'Report',
   'Spec',
   'Status',
   'check',

@@ -1,6 +1,5 @@
 """Looking at a dataset: counts, sizes, duplicates, split, picture grid."""
 
-import dataclasses
 import hashlib
 import os
 from collections import Counter
@@ -18,33 +17,6 @@ _MARGIN = 12
 _Folder = str | os.PathLike[str] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Report:
-  """What `check` found.
-
-  Attributes:
-    name: name of the dataset.
-    source: where it came from.
-    note: how it differs from the paper's set.
-    digest: identity of the data.
-    train_counts: training samples of each class.
-    test_counts: test samples of each class.
-    sizes: how often each stored size (height, width) occurs; empty for vectors.
-    duplicates: pairs of names (test, train) of samples with equal pixels.
-    grid: path of the picture grid, None if none was asked for.
-  """
-
-  name: str
-  source: str
-  note: str
-  digest: str
-  train_counts: dict[str, int]
-  test_counts: dict[str, int]
-  sizes: dict[tuple[int, ...], int]
-  duplicates: tuple[tuple[str, str], ...]
-  grid: Path | None
-
-
 def check(
   name: str,
   data_dir: _Folder = None,
@@ -53,8 +25,8 @@ def check(
   seed: int = 0,
   grid: str | os.PathLike[str] | None = None,
   **own: Any,
-) -> Report:
-  """Reads a dataset and says what is in it.
+) -> Iterator[str]:
+  """Reads a dataset and says line by line what is in it.
 
   Args:
     name: as in `load`.
@@ -68,28 +40,32 @@ def check(
     DatasetError: as `load`.
   """
   data = load(name, data_dir=data_dir, cache_dir=cache_dir, seed=seed, **own)
-  sizes: Counter[tuple[int, ...]] = Counter()
+  yield f'{data.spec.name}: {data.source}'
+  if data.note:
+    yield f'note: {data.note}'
+  yield f'digest: {data.digest}'
+  sizes: Counter[str] = Counter()
   if len(data.spec.shape) == 3:
     raw = locate(name, data_dir, seed, **own)[1].read()
     for part in (raw.train, raw.test):
       for row in range(len(part)):
-        sizes[stored_shape(part.sample(row))[:2]] += 1
-  path = None
+        height, width, _ = stored_shape(part.sample(row))
+        sizes[f'{height}x{width}'] += 1
+  of_size = ', '.join(f'{size}: {n}' for size, n in sizes.most_common())
+  yield f'stored sizes: {of_size or "vectors"}'
+  pairs = duplicates(data)
+  yield f'test samples that are training samples too: {len(pairs)}'
+  for test, train in pairs:
+    yield f'  {test} = {train}'
+  yield 'class: train, test'
+  for label, name_of_class in enumerate(data.classes):
+    train, test = ((y == label).sum() for y in (data.y_train, data.y_test))
+    yield f'  {_on_a_line(name_of_class)}: {train}, {test}'
   if grid is not None:
     path = Path(grid)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(data, path)
-  return Report(
-    name=data.spec.name,
-    source=data.source,
-    note=data.note,
-    digest=data.digest,
-    train_counts=_counts(data, data.y_train),
-    test_counts=_counts(data, data.y_test),
-    sizes=dict(sizes.most_common()),
-    duplicates=duplicates(data),
-    grid=path,
-  )
+    yield f'pictures: {path}'
 
 
 def show_split(
@@ -171,8 +147,3 @@ def _pixels(sample: np.ndarray) -> np.ndarray:
     scaled = np.clip(sample.reshape(15, 123) * (127 / 3) + 128, 0, 255)
     return scaled.astype(np.uint8)
   return sample[..., 0] if sample.shape[-1] == 1 else sample
-
-
-def _counts(data: Dataset, labels: np.ndarray) -> dict[str, int]:
-  counts = np.bincount(labels, minlength=len(data.classes))
-  return dict(zip(data.classes, counts.tolist(), strict=True))
