@@ -148,7 +148,7 @@ def test_links_are_not_followed(tmp_path):
   (inside.path / 'config.json').unlink()
   (inside.path / 'checkpoints').symlink_to(outside / 'checkpoints')
   with pytest.raises(StoreError, match='checkpoints is a link'):
-    inside.restore(folders.state(0))
+    folders.check(inside, 0)
   shutil.rmtree(inside.path)
   inside.path.symlink_to(outside)
   files.write_atomically(outside / 'result.json', json.dumps(folders.RESULT))
@@ -236,7 +236,7 @@ def test_a_full_disk_damages_nothing(tiny_disk):
   size = shutil.disk_usage(tiny_disk).free
   fill.write_bytes(b'0' * size)
   with pytest.raises(StoreError, match='3.msgpack could not.*make room'):
-    folder.save(3, folders.state(3))
+    checkpoints.save(folder.checkpoints, 3, folders.state(3))
   with pytest.raises(StoreError, match='metrics.jsonl could not.*No space'):
     for epoch in range(3, 100_000):
       folder.append(folders.line(epoch))
@@ -299,7 +299,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
   # Nothing is removed before another way was found; then the later ones go.
   assert sorted(os.listdir(path)) == ['2.msgpack', '3.msgpack']
   folder.append(folders.line(1))
-  folder.save(1, folders.state(1))
+  checkpoints.save(folder.checkpoints, 1, folders.state(1))
   assert os.listdir(path) == ['1.msgpack']
 
 
