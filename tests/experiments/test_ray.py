@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 _RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
 
 
-def _launch(folder, **asked):
+def _launch(folder):
   store.create(folder)
   options = Options(folder, tiny.loader())
-  launcher = ray_tasks.on_ray(options, None, **asked)
+  launcher = ray_tasks.on_ray(options, None)
   return launch.launch(_RUNS, launcher, options, Listener())
 
 
@@ -36,9 +37,12 @@ def test_a_task_keeps_to_its_cores_and_has_the_settings(tmp_path, monkeypatch):
   assert not list(tmp_path.glob('.launch*'))
 
 
-def test_more_than_this_host_has_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='gpus_per_run is 500, but this host'):
-    _launch(tmp_path, gpus=500.0)
+def test_more_than_this_host_has_is_refused():
+  ray = SimpleNamespace(cluster_resources=lambda: {'CPU': 5.0})
+  assert ray_tasks._room(ray, None, 2.0, 0.0) == 2
+  with pytest.raises(ValueError, match='gpus_per_run is 1, but this host'):
+    ray_tasks._room(ray, None, 2.0, 1.0)
+  assert ray_tasks._room(ray, 'host:6379', 2.0, 1.0) == 1  # it may grow
 
 
 def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
