@@ -38,15 +38,6 @@ def test_a_finished_run(tmp_path):
   ]
 
 
-def test_one_process_at_a_time(tmp_path):
-  folder, again = (RunFolder(tmp_path, tiny.run()) for _ in range(2))
-  with folder.claimed() as first:
-    with again.claimed() as second:
-      assert (first, second) == (True, False)
-  with again.claimed() as third:
-    assert third
-
-
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
   path = tmp_path / 'result.json'
   files.write_atomically(path, 'old')
@@ -205,41 +196,6 @@ def test_names_that_other_libraries_take_for_patterns(tmp_path):
       (tmp_path / name / other).mkdir()
     (tmp_path / name / ('1' * 20)).write_text('a file')
     assert len(store.load(tmp_path / name)) == 1
-
-
-@pytest.fixture(name='tiny_disk')
-def _tiny_disk(tmp_path):
-  """A file system of 8 MiB."""
-  path = tmp_path / 'disk'
-  path.mkdir()
-  mount = ['mount', '-t', 'tmpfs', '-o', 'size=8m', 'none', str(path)]
-  try:
-    subprocess.run(mount, check=True, capture_output=True)
-  except (OSError, subprocess.CalledProcessError):
-    pytest.skip('mounting a tmpfs needs the rights of an administrator')
-  yield path
-  subprocess.run(['umount', str(path)], check=True)
-
-
-def test_a_full_disk_damages_nothing(tiny_disk):
-  folder = folders.interrupted(tiny_disk, 2)
-  fill = tiny_disk / 'fill'
-  size = shutil.disk_usage(tiny_disk).free
-  fill.write_bytes(b'0' * size)
-  with pytest.raises(StoreError, match='3.msgpack could not.*make room'):
-    checkpoints.save(folder.checkpoints, 3, folders.state(3))
-  with pytest.raises(StoreError, match='metrics.jsonl could not.*No space'):
-    for epoch in range(3, 100_000):
-      folder.append(folders.line(epoch))
-  with pytest.raises(StoreError, match='environment.json could not.*No space'):
-    folder.finish(folders.RESULT, folders.ENVIRONMENT)
-  with pytest.raises(StoreError, match='cannot be written: No space'):
-    store.create(tiny_disk)
-  assert folder.result() is None
-  fill.unlink()
-  assert folders.check(folder, 2) == []
-  folder.finish(folders.RESULT, folders.ENVIRONMENT)
-  assert store.load(tiny_disk)[0].result == folders.RESULT
 
 
 def test_no_pickle_is_read():
