@@ -304,7 +304,8 @@ def show_data(
       f'`data {" ".join(words)}`.'
     )
   if action == ['prepare']:
-    datasets.prepare(name, data_dir)
+    for line in datasets.prepare(name, data_dir):
+      print(line)
   own = {'architecture': architecture, 'test_share': test_share}
   if action == ['check']:
     lines = datasets.check(name, data_dir, grid=grid, **own)

@@ -124,11 +124,9 @@ def train_runs(
   with contextlib.ExitStack() as locks:
     for run in runs:
       folder = RunFolder(options.results, run)
-      if folder.result():
-        outcomes.append((run, Outcome('skipped')))
-      elif not locks.enter_context(folder.claimed()):
+      if not locks.enter_context(folder.claimed()):
         outcomes.append((run, Outcome('elsewhere')))
-      elif folder.result():  # by another process, meanwhile
+      elif folder.result():
         outcomes.append((run, Outcome('skipped')))
       else:
         try:

@@ -380,7 +380,7 @@ from experiments import datasets
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, -1))
 try:
-  datasets.prepare('Scene67', sys.argv[1], cache_dir=sys.argv[1])
+  list(datasets.prepare('Scene67', sys.argv[1], cache_dir=sys.argv[1]))
 except datasets.DatasetError as error:
   print(error)
 resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))

@@ -186,4 +186,4 @@ def test_the_commands_know_it(tmp_path):
   lines = list(datasets.show_split('birds', **places, **own))
   assert len([line for line in lines if line.startswith('test\t')]) == 10
   with pytest.raises(DatasetError, match='own needs no preparation'):
-    datasets.prepare('birds', tmp_path)
+    list(datasets.prepare('birds', tmp_path))

@@ -24,9 +24,7 @@ def _whole(tmp_path_factory):
   manual = root / 'downloads' / 'manual'
   manual.mkdir(parents=True)
   originals.scene67().write(manual)
-  datasets.prepare(
-    'Scene67', root, cache_dir=root / 'cache', progress=lambda _: None
-  )
+  list(datasets.prepare('Scene67', root, cache_dir=root / 'cache'))
   return root
 
 
