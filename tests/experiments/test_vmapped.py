@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from experiments.datasets import SPECS
-from experiments.training import data as device
 from experiments.training import loop, models, vmapped
 from experiments.training.models import Conv, Full
 from experiments.training.pooling import Pool
@@ -102,12 +101,3 @@ def test_how_many_are_trained_together(monkeypatch):
   assert vmapped.group_size(None, 1) == 32
   assert vmapped.group_size(None, None) == 1  # there are eight devices
   assert vmapped.group_size(None, 2) == vmapped.group_size(1, 2) == 1
-
-
-def test_one_that_diverges_ends_alone():
-  runs = [tiny.run('uSF', rate=rate, epochs=3) for rate in (1e30, 1.0)]
-  on_device = [tiny.placed(run) for run in runs]
-  states = [loop.start(*each) for each in zip(runs, on_device, strict=True)]
-  done = [sorted(each) for each in vmapped.epochs(runs, on_device, states)]
-  assert done == [[0, 1], [1], [1]]
-  assert device.mini_batches(runs[0], 1, on_device[0].trained).shape == (2, 100)
