@@ -253,7 +253,9 @@ def list_all(data_dir: Path | None = None) -> int:
       f'  {name:<12} {spec.classes:>4} classes  {spec.architecture:<8} '
       f'{status.state}: {status.text}'
     )
-  print('\nconditions (any RULE[+BN][+BM[1-3]] works, such as frSF-10%+BN)')
+  print(
+    '\nconditions (any RULE[+BN][+BM[1-3]|+Adam] works, such as frSF-10%+BN)'
+  )
   norms = {'none': 'no BN', 'plain': 'BN', 'affine': 'BN, learnable'}
   for column in conditions.COLUMNS.values():
     first = column.conditions[0]
@@ -268,6 +270,9 @@ def list_all(data_dir: Path | None = None) -> int:
       f'{norms[first.batch_norm]:<13} batch {plans}'
       + ('' if first.frozen == 'nothing' else f', {first.frozen} frozen')
     )
+  print('\nrules that the paper does not have, such as KP+BN')
+  for rule, text in conditions.FAMILY.items():
+    print(f'  {rule:<18} {text}')
   print('\ntables')
   for table in conditions.TABLES.values():
     print(f'  {table.name:<5} {table.title}: {", ".join(table.columns)}')

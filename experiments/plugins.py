@@ -38,9 +38,9 @@ class Plugin:
 
   def rule(self, name: str) -> Any:
     """The feedback rule of a name; its own come first."""
-    from symjax_bp import from_name
+    from experiments.training.backward import rule_of
 
-    return self.rules[name] if name in self.rules else from_name(name)
+    return self.rules[name] if name in self.rules else rule_of(name)
 
 
 @functools.lru_cache

@@ -2,14 +2,16 @@
 
 A condition states the feedback rule, the update, batch normalization, batch
 sizes and frozen layers. The paper's names of its columns state nearly all of
-that, so a column is its name; ``find`` reads it. Nothing here imports JAX, so
-the command line lists conditions at once.
+that, so a column is its name; ``find`` reads it. Rules that the paper does not
+have (``FAMILY``) have names of the same form. Nothing here imports JAX, so the
+command line lists conditions at once.
 """
 
 import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 # (epochs, batch size) in turn; None stands for all remaining epochs.
 BatchPlan = tuple[tuple[int | None, int], ...]
@@ -23,12 +25,13 @@ class Condition:
   """How a network is trained, apart from the protocol and the rate.
 
   Attributes:
-    rule: name of the feedback rule, for ``symjax_bp.from_name``.
+    rule: name of the feedback rule: the paper's, or one of ``FAMILY``.
     batch_manhattan: setting of the update, 0 (SGD) to 3.
     batch_norm: 'none', 'plain' (no learnable parameters) or 'affine'.
     batch_plan: (epochs, batch size) in turn.
     frozen: 'nothing', 'last layer' (the paper's *Bottom*: the layers below
       learn) or 'before last layer' (its *Top*).
+    adam: whether the update is Adam's, with decoupled weight decay.
   """
 
   rule: str = 'BP'
@@ -36,6 +39,14 @@ class Condition:
   batch_norm: str = 'none'
   batch_plan: BatchPlan = BATCH_100
   frozen: str = 'nothing'
+  adam: bool = False
+
+  def config(self) -> dict[str, Any]:
+    """The fields as they are stored; ``adam`` only where it is used."""
+    fields = dataclasses.asdict(self)
+    return (
+      fields if self.adam else {k: fields[k] for k in fields if k != 'adam'}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +62,36 @@ class Column:
   conditions: tuple[Condition, ...]
 
 
+# Rules of the field that the paper does not have; LowRank takes any rank.
+FAMILY: dict[str, str] = {
+  'FrozenSign': 'feedback is the signs of the initial weights',
+  'TiedNorm': 'feedback has random directions and the norms of the weights',
+  'KP': 'feedback has the updates of the weights (Kolen-Pollack)',
+  'PFA': 'feedback is a fixed matrix times a learned one (product feedback)',
+  'LowRank4': 'feedback is a learned product of rank 4',
+  'Mirror': 'feedback learns from noise after each step (weight mirror)',
+  'DFA': 'each layer gets a random projection of the error at the output '
+  '(direct feedback)',
+  'SignDFA': 'each layer gets a random projection of the signs of the error at '
+  'the output',
+  'CenteredDFA': 'each layer gets a random projection of the error at the '
+  'output, less its mean over the batch',
+  'DRTP': 'each layer gets a random projection of the labels',
+}
 _RULES = {
-  rule.lower(): rule for rule in ('uSF', 'NuSF', 'brSF', 'frSF', 'RndF')
-} | {'': '', 'sgd': 'SGD', 'bp': 'SGD'}
+  rule.lower(): rule
+  for rule in ('uSF', 'NuSF', 'brSF', 'frSF', 'RndF', *FAMILY)
+} | {'': '', 'sgd': 'SGD', 'bp': 'SGD', 'fa': 'RndF'}
 _PARTS = {'bottom': 'last layer', 'top': 'before last layer'}
-# A name that begins with BN or BM is read with a plus in front. After brSF and
-# frSF a number without % is refused: a percentage, or a batch size?
+# A name that begins with BN, BM or Adam is read with a plus in front. After
+# brSF and frSF a number without % is refused: a percentage, or a batch size?
 _NAME = re.compile(
   r"""
-  (?P<rule> SGD | BP | N?uSF | [bf]rSF (-(?P<percent>\d+(\.\d+)?)%)? | RndF )?
+  (?P<rule> SGD | BP | N?uSF | [bf]rSF (-(?P<percent>\d+(\.\d+)?)%)? | RndF
+    | FA | FrozenSign | TiedNorm | KP | PFA | LowRank [1-9]\d* | Mirror
+    | (Sign | Centered)? DFA | DRTP )?
   (?P<norm> \+BN )?
-  (?P<manhattan> \+BM (?P<setting>[123])? )?
+  (?P<update> \+BM (?P<setting>[123])? | \+Adam )?
   (?: (?<!rSF)-(?P<size>[1-9]\d*) )?
   (?: \ (?P<part>Bottom|Top) )?
   """,
@@ -71,32 +101,36 @@ _NAME = re.compile(
 
 def _read(name: str) -> Column | None:
   """The column that a name states, or None if it states none."""
-  plus = '+' if name[:2].upper() in ('BN', 'BM') else ''
+  plus = '+' if re.match('BN|BM|Adam', name, re.IGNORECASE) else ''
   match = _NAME.fullmatch(plus + name)
   if match is None or not name[:1].isalpha():
     return None
   percent = float(match['percent'] or 0)
   if percent > 100:
     return None
-  rule = _RULES[(match['rule'] or '').lower().partition('-')[0]]
+  rule = (match['rule'] or '').lower().partition('-')[0]
+  rule = _RULES.get(rule) or rule.replace('lowrank', 'LowRank')
   if percent:
     rule += f'-{percent:g}%'
   setting, size, part = match['setting'], match['size'], match['part']
+  adam = (match['update'] or '').lower() == '+adam'
+  manhattan = int(setting or 1) if match['update'] and not adam else 0
   terms = (
     rule,
     'BN' if match['norm'] else '',
-    f'BM{setting or ""}' if match['manhattan'] else '',
+    'Adam' if adam else f'BM{setting or ""}' if manhattan else '',
   )
   name = '+'.join(filter(None, terms))
   name += f'-{size}' if size else ''
   name += f' {part.capitalize()}' if part else ''
   condition = Condition(
     rule='BP' if rule in ('', 'SGD') else rule,
-    batch_manhattan=int(setting or 1) if match['manhattan'] else 0,
+    batch_manhattan=manhattan,
     # The paper's columns BN and BN+BM alone have learnable parameters.
     batch_norm=('plain' if rule else 'affine') if match['norm'] else 'none',
     batch_plan=((None, int(size)),) if size else BATCH_100,
     frozen=_PARTS[part.lower()] if part else 'nothing',
+    adam=adam,
   )
   return Column(name, (condition,))
 
@@ -186,8 +220,9 @@ COLUMNS: dict[str, Column] = {
 def find(name: str) -> Column:
   """Returns the column of a name, in upper or lower case.
 
-  Besides the paper's own, any ``RULE[+BN][+BM[1-3]][-BATCH SIZE][ Bottom|Top]``
-  is one, such as ``frSF-10%+BN`` or ``uSF+BN+BM-30``.
+  Besides the paper's own, any
+  ``RULE[+BN][+BM[1-3]|+Adam][-BATCH SIZE][ Bottom|Top]`` is one, such as
+  ``frSF-10%+BN``, ``uSF+BN+BM-30`` or ``DFA+Adam``.
 
   Raises:
     ValueError: if there is none; names the nearest.
@@ -197,6 +232,13 @@ def find(name: str) -> Column:
   if name.lower() not in by_lower and column is not None:
     return COLUMNS.get(column.name, column)
   return COLUMNS[_nearest('condition', name, COLUMNS)]
+
+
+def in_words(rule: str) -> str | None:
+  """What a rule of ``FAMILY`` is; None for the others."""
+  if rank := re.fullmatch(r'LowRank(\d+)', rule):
+    return FAMILY['LowRank4'].replace('4', rank[1])
+  return FAMILY.get(rule)
 
 
 def steps_of(plan: BatchPlan) -> list[str]:
@@ -231,6 +273,8 @@ def _free_name(condition: Condition) -> str:
   if condition.batch_manhattan:
     setting = condition.batch_manhattan
     terms.append('BM' if setting == 1 else f'BM{setting}')
+  if condition.adam:
+    terms.append('Adam')
   name = '+'.join(terms) or 'SGD'
   if condition.batch_plan != BATCH_100:
     name += '-' + ','.join(

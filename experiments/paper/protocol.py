@@ -167,39 +167,13 @@ class Run:
       'version': VERSION,
       'dataset': data.pop('name'),
       **data,
-      **dataclasses.asdict(self.condition),
+      **self.condition.config(),
       'rate': self.rate,
       'seed': self.seed,
       **dataclasses.asdict(self.protocol),
       **{name: value for name, value in own.items() if value},
     }
     return json.loads(json.dumps(config))
-
-  @classmethod
-  def of(cls, config: Mapping[str, Any]) -> 'Run':
-    """The run of a stored configuration.
-
-    Raises:
-      KeyError, TypeError: if it is no configuration of this version.
-    """
-    plan = tuple((epochs, size) for epochs, size in config['batch_plan'])
-    std = config['initial_std']
-
-    def fields(kind: Any, **given: Any) -> Any:
-      names = {field.name for field in dataclasses.fields(kind)} - set(given)
-      return kind(**{name: config[name] for name in names}, **given)
-
-    return cls(
-      condition=fields(Condition, batch_plan=plan),
-      dataset=fields(Data, name=config['dataset']),
-      protocol=fields(
-        Protocol, initial_std=tuple(std) if isinstance(std, list) else std
-      ),
-      rate=config['rate'],
-      seed=config['seed'],
-      network=config.get('network', ''),
-      plugin=config.get('plugin', ''),
-    )
 
   @functools.cached_property
   def run_id(self) -> str:

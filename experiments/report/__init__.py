@@ -1,8 +1,9 @@
 """The report: reads records of runs; writes tables, claims, plots and a page.
 
 Reading order: `frame` (records, checked, as a data frame and as cells),
-`tables`, `claims`, `plain` (answers in words), `plots`, `commands` (that make
-runs again) and `pages` (all of these as text, Markdown and HTML).
+`tables`, `claims`, `plain` (answers in words), `plots`, `rules` (compared by
+error and angle), `commands` (that make runs again) and `pages` (all of these as
+text, Markdown and HTML).
 
 Imports no JAX, and pandas and matplotlib only when they are used.
 """
@@ -88,14 +89,17 @@ def write_report(
     EmptyReportError: there is no readable run; says how to make one.
     OSError: a file can't be written; those before it are whole.
   """
-  from experiments.report import claims, frame, pages, plots, tables
+  from experiments.report import claims, frame, pages, plots, rules, tables
   from experiments.runs.files import write_whole
 
   results = frame.read(records)
   judged = claims.judge(results)
   found = (plots.overview(results), plots.against_p(results))
   overall = [picture for picture in found if picture]
-  files = {'RESULTS.md': pages.markdown(results, judged, overall).encode()}
+  compared = rules.compare(results)
+  drawn = [(of, rules.figure(of)) for of in compared]
+  text = pages.markdown(results, judged, overall, drawn)
+  files = {'RESULTS.md': text.encode()}
   pictures, aligned = {}, []
   if not markdown_only:
     pictures = {
@@ -103,9 +107,9 @@ def write_report(
       for grid in tables.grids(results)
       for line in grid.lines
     }
-    drawn = (plots.alignment(results, row) for row in results.rows.values())
-    aligned = [picture for picture in drawn if picture]
-    page = pages.html(results, judged, overall, pictures, aligned)
+    layers = (plots.alignment(results, row) for row in results.rows.values())
+    aligned = [picture for picture in layers if picture]
+    page = pages.html(results, judged, overall, drawn, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
     files |= {
       'report.html': page.encode(),
@@ -115,6 +119,7 @@ def write_report(
     }
   for picture in (
     *overall,
+    *(picture for _, picture in drawn),
     *aligned,
     *(p for of in pictures.values() for p in of),
   ):

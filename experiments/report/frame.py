@@ -40,7 +40,7 @@ DEFAULTS = dataclasses.asdict(Protocol())
 # Fields that say which run it is; all others are the protocol.
 _IDENTITY = (
   'version', 'dataset', 'digest', 'source', 'note', 'rule', 'batch_manhattan',
-  'batch_norm', 'batch_plan', 'frozen', 'rate', 'seed',
+  'batch_norm', 'batch_plan', 'frozen', 'adam', 'rate', 'seed',
 )  # fmt: skip
 _ROW = ['protocol', 'label']
 _CELL = [*_ROW, 'condition']
@@ -290,6 +290,7 @@ def _run(record: Record) -> dict[str, Any]:
     batch_norm=_field(config, 'config', 'batch_norm', str),
     batch_plan=_plan(config),
     frozen=_field(config, 'config', 'frozen', str),
+    adam=_field(config, 'config', 'adam', bool, False),
   )
   fields = DEFAULTS | {k: v for k, v in config.items() if k not in _IDENTITY}
   if plugin := _field(config, 'config', 'plugin', str, ''):

@@ -15,7 +15,7 @@ import markupsafe
 import pandas as pd
 
 from experiments.paper import published as paper
-from experiments.report import commands, plain
+from experiments.report import commands, plain, rules
 from experiments.report.claims import Claim
 from experiments.report.frame import (
   DEFAULTS,
@@ -39,6 +39,7 @@ from experiments.report.tables import (
 
 if typing.TYPE_CHECKING:
   from experiments.report.plots import Picture
+  from experiments.report.rules import Comparison
 
 HOW = (
   "Errors in %, ours | the paper's number. The first line of a cell is the "
@@ -229,7 +230,10 @@ def _by_protocol(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
 
 
 def markdown(
-  results: Results, claims: Sequence[Claim], pictures: 'Sequence[Picture]'
+  results: Results,
+  claims: Sequence[Claim],
+  pictures: 'Sequence[Picture]',
+  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
 ) -> str:
   """RESULTS.md; protocols with other settings have a table of their own."""
   decided = {
@@ -242,6 +246,8 @@ def markdown(
     'results.md.jinja',
     **_shared(results, claims),
     grids=shown,
+    rules=compared_rules,
+    rule_table=rules.table,
     pictures=pictures,
     claims=decided,
     statements=list(zip(*decided.values(), strict=True)),
@@ -255,6 +261,7 @@ def html(
   results: Results,
   claims: Sequence[Claim],
   overall: 'Sequence[Picture]',
+  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
   pictures: 'Mapping[tuple[str, str], Sequence[Picture]]',
   aligned: 'Sequence[Picture]',
 ) -> str:
@@ -267,6 +274,7 @@ def html(
     results: what `read` returns.
     claims: what `judge` returns.
     overall: pictures of all results.
+    compared_rules: rules by error and angle.
     pictures: by table and title of a row.
     aligned: alignment by layer and epoch.
   """
@@ -286,6 +294,8 @@ def html(
       dict.fromkeys(name for grid in shown for name in grid.columns)
     ),
     overall=overall,
+    rules=compared_rules,
+    rule_table=rules.table,
     pictures=pictures,
     aligned=aligned,
     claims=_by_protocol(claims),

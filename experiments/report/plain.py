@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from experiments.paper.conclusions import POINTS
-from experiments.paper.conditions import BATCH_100, find
+from experiments.paper.conditions import BATCH_100, find, in_words
 from experiments.report.frame import Cell, Results, Row, first_name
 
 # How much symmetry is needed, in the order of a sentence.
@@ -130,10 +130,11 @@ def _line(name: str) -> str:
   rule, _, percent = condition.rule.partition('-')
   plans = [of.batch_plan for of in found.conditions]
   parts = [
-    _RULES[rule],
+    in_words(rule) or _RULES[rule],
     f'each sign is wrong with probability {percent}' if percent else '',
     _NORMS[condition.batch_norm],
     _UPDATES[condition.batch_manhattan],
+    'updates by Adam' if condition.adam else '',
     _FROZEN[condition.frozen],
     '' if plans == [BATCH_100] else f'mini-batches of {_sizes(plans)}',
   ]

@@ -157,11 +157,16 @@ def _slug(text: str) -> str:
   return f'{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}'.strip('-')
 
 
+def file_name(row: Row, what: str) -> str:
+  """The name of a picture of a row."""
+  return f'{_slug(row.label)}-{_slug(row.protocol)}-{what}'
+
+
 def _short(text: str, length: int = 34) -> str:
   return text if len(text) <= length else text[: length - 1] + '…'
 
 
-def _error_axis(
+def error_axis(
   axes: Axes, errors: Iterable[float | None], which: str = 'y'
 ) -> Callable[[float], float]:
   """Sets up an axis of errors in percent: logarithmic if they differ much.
@@ -226,7 +231,7 @@ def overview(results: Results) -> Picture | None:
     for axes, (row, bests) in zip(all_axes, rows.values(), strict=True):
       theirs = {c: paper.by_condition().get((row.name, c)) for c in shown}
       ours = [bests[c].mean for c in shown if c in bests]
-      at = _error_axis(axes, [*ours, *theirs.values(), row.chance], 'x')
+      at = error_axis(axes, [*ours, *theirs.values(), row.chance], 'x')
       if row.chance:
         axes.axvline(row.chance, **_CHANCE)
       for place, name in enumerate(shown):
@@ -242,7 +247,7 @@ def overview(results: Results) -> Picture | None:
       axes.set_ylim(len(shown) - 0.4, -0.6)
       axes.set_xlabel('error (%)')
       _head(axes, row)
-    _legend(figure, [
+    legend(figure, [
       ('ours (hollow: some runs missing)', {'marker': 'o', 'ls': '', **_OURS}),
       ("paper's", {'marker': 'D', 'ls': '', **_PAPER}),
       ('chance', _CHANCE),
@@ -250,9 +255,10 @@ def overview(results: Results) -> Picture | None:
     return picture(figure, 'overview', title, png=True)
 
 
-def _legend(
+def legend(
   figure: Figure, entries: Iterable[tuple[str, Mapping[str, Any]]]
 ) -> None:
+  """Puts a legend of these labels and looks below the panels."""
   handles = [Line2D([], [], label=label, **of) for label, of in entries]
   figure.legend(handles=handles, loc='outside lower left',
                 ncols=min(len(figure.axes) + 1, 3),
@@ -277,7 +283,7 @@ def against_p(results: Results) -> Picture | None:
       for marker, dash, text in _P_RULES.values()
       for whose, look in (('ours', _OURS), ("paper's", _PAPER))
     ]
-    _legend(figure, [*looks, ('SGD, ours', _SGD), ('chance', _CHANCE)])
+    legend(figure, [*looks, ('SGD, ours', _SGD), ('chance', _CHANCE)])
     return picture(figure, 'error-against-p', title)
 
 
@@ -304,7 +310,7 @@ def _p_panel(
   lines = [(rule, of, _PAPER) for rule, of in theirs.items()]
   lines += [(rule, of, _OURS) for rule, of in means.items()]
   values = [error for _, of, _ in lines for error in of.values()]
-  at = _error_axis(axes, [*values, row.chance, sgd])
+  at = error_axis(axes, [*values, row.chance, sgd])
   for rule, of, look in lines:
     marker, dash, _ = _P_RULES[rule]
     axes.plot(list(of), [at(error) for error in of.values()], markersize=5,
@@ -327,9 +333,8 @@ def of_line(results: Results, grid: Grid, line: Line) -> list[Picture]:
   if line.row is None:
     return []
   conditions = [entry.condition for entry in line.entries if entry.best]
-  runs, settings = _runs_of(results, line.row)
-  name = f'{_slug(line.row.label)}-{_slug(line.row.protocol)}'
-  name = f'{name}-table-{grid.table.name}'.lower()
+  runs, settings = runs_of(results, line.row)
+  name = file_name(line.row, f'table-{grid.table.name}').lower()
   about = f'{_short(line.title, 60)}, {grid.name}'
   return [
     _curves(f'{name}-curves', about, conditions, runs, settings),
@@ -337,7 +342,7 @@ def of_line(results: Results, grid: Grid, line: Line) -> list[Picture]:
   ]
 
 
-def _runs_of(results: Results, row: Row) -> tuple[Frame, Frame]:
+def runs_of(results: Results, row: Row) -> tuple[Frame, Frame]:
   """A row's finished runs by condition, and their means by batch and rate."""
   runs = results.runs[results.runs.finished]
   runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
@@ -348,7 +353,7 @@ def _runs_of(results: Results, row: Row) -> tuple[Frame, Frame]:
   return runs, settings
 
 
-def _at_best_rate(
+def at_best_rate(
   condition: str, runs: Frame, settings: Frame
 ) -> tuple[Frame, bool]:
   """The runs with the lowest mean error, and whether one diverged."""
@@ -366,19 +371,19 @@ def alignment(results: Results, row: Row) -> Picture | None:
   Conditions without recorded layers, and those that backpropagate exactly, are
   left out. At each condition's best rate; means over seeds.
   """
-  runs, settings = _runs_of(results, row)
+  runs, settings = runs_of(results, row)
   shown: dict[str, Frame] = {}
   for (*key, condition), cell in results.cells.items():
     if tuple(key) == row.key and cell.best and first_name(condition) == (
       condition
     ):  # fmt: skip
-      mine, _ = _at_best_rate(condition, runs, settings)
-      table = _layer_table(mine)
+      mine, _ = at_best_rate(condition, runs, settings)
+      table = layer_table(mine)
       if len(table) and (table.get('angle', pd.Series([1.0])) > 0).any():
         shown[condition] = table
   if not shown:
     return None
-  name = f'{_slug(row.label)}-{_slug(row.protocol)}-alignment'
+  name = file_name(row, 'alignment')
   title = 'Alignment with backpropagation by layer and epoch, best rate'
   about = f'{_short(row.label)}, {_short(row.protocol)}'
   layers = list(dict.fromkeys(
@@ -406,14 +411,14 @@ def alignment(results: Results, row: Row) -> Picture | None:
         axes.set_xlabel('epoch')
       if at % across == 0:
         axes.set_ylabel(_short(condition, 20))
-    _legend(figure, [
+    legend(figure, [
       *((_short(layer), look(place)) for place, layer in enumerate(layers)),
       ('unrelated (half the signs, 90°)', _CHANCE),
     ])  # fmt: skip
     return picture(figure, name, f'{title}: {about}')
 
 
-def _layer_table(runs: Frame) -> Frame:
+def layer_table(runs: Frame) -> Frame:
   """Means over runs by epoch and layer; empty if no layers were recorded."""
   rows = [
     {'epoch': epoch, 'layer': layer, **row}
@@ -439,14 +444,14 @@ def _curves(
   """Mean test error over seeds by epoch, at each condition's best rate."""
   curves = {}
   for condition in conditions:
-    mine, diverged = _at_best_rate(condition, runs, settings)
+    mine, diverged = at_best_rate(condition, runs, settings)
     table = pd.DataFrame([dict(errors) for errors in mine.errors])
     curves[condition] = table.mean(skipna=False).dropna(), diverged
   title = 'Test error by epoch, best rate'
   with style(name):
     size = 7.5, max(2.6, 0.17 * len(curves))
     figure, (axes,) = panels(f'{title}\n{about}', 1, size)
-    at = _error_axis(axes, [e for curve, _ in curves.values() for e in curve])
+    at = error_axis(axes, [e for curve, _ in curves.values() for e in curve])
     for place, (condition, (curve, diverged)) in enumerate(curves.items()):
       crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
       axes.plot(

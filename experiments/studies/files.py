@@ -27,6 +27,7 @@ _RUN = (
   'rule', 'batch_manhattan', 'batch_norm', 'batch_plan', 'frozen', 'rate',
   'seed',
 )  # fmt: skip
+_OPTIONAL = ('adam',)  # of a run, where it is used
 _SHARED = ('dataset', 'protocol', 'environment')
 _BROKEN = (
   ArithmeticError, LookupError, RecursionError, TypeError, ValueError,
@@ -174,6 +175,7 @@ def _write(path: Path, records: Iterable[Record]) -> None:
     classes, images = _counts(record)
     config = dict(record.config)
     run = {name: config.pop(name) for name in _RUN}
+    run |= {name: config.pop(name) for name in _OPTIONAL if name in config}
     dataset = {name: config.pop(name, '') for name in _DATASET}
     dataset |= {'classes': classes, 'train_images': images}
     rows.append((run, (dataset, config, record.environment), record.metrics))
@@ -190,7 +192,8 @@ def _write(path: Path, records: Iterable[Record]) -> None:
     columns, diverged = _columns(metrics)
     line = {**run, **dict(zip(_SHARED, at, strict=True))}
     line |= {'diverged': diverged, 'epochs': columns}
-    order = (*at, *(_text(run[name]) for name in _RUN[:5]))
+    names = (*_RUN[:5], *_OPTIONAL)
+    order = (*at, *(_text(run.get(name, '')) for name in names))
     lines.append(((*order, run['seed'], -run['rate']), line))
   lines.sort(key=lambda line: line[0])
   text = ''.join(
@@ -243,6 +246,7 @@ def _record(shared: Sequence[Sequence[Any]], line: Any) -> Record:
     **protocol,
     **{name: dataset[name] for name in _DATASET},
     **{name: line[name] for name in _RUN},
+    **{name: line[name] for name in _OPTIONAL if name in line},
   }
   columns, diverged = line['epochs'], line['diverged']
   if not isinstance(columns, dict) or not columns.get('test_error'):

@@ -20,8 +20,9 @@ from experiments import plugins
 from experiments.paper.conditions import BATCH_100, Condition
 from experiments.paper.protocol import Protocol, Run
 from experiments.training import devices, models
+from experiments.training.backward import backward
 from experiments.training.data import Arrays, DeviceData, Images
-from symjax_bp import linen, metrics, optim, redraw
+from symjax_bp import combine, metrics, optim, partition, redraw
 from symjax_bp.batch_norm import calibrate
 
 State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
@@ -113,28 +114,44 @@ class Program(NamedTuple):
 
 
 def _optimizer(setup: Setup) -> optax.GradientTransformation:
-  """The update without its rate; frozen layers do not move."""
+  """The update of weights and learned feedback without its rate.
 
-  def decays(params):
+  Frozen layers do not move.
+  """
+  condition, protocol = setup.condition, setup.protocol
+
+  def decays(trained):
     return jax.tree.map_with_path(
-      lambda path, _: 'BatchNorm' not in jax.tree_util.keystr(path), params
+      lambda path, _: 'BatchNorm' not in jax.tree_util.keystr(path), trained
     )
 
-  def labels(params):
-    frozen = {
-      'nothing': (),
-      'last layer': ('output',),
-      'before last layer': tuple(set(params) - {'output'}),
-    }[setup.condition.frozen]
-    return {name: 'frozen' if name in frozen else 'learns' for name in params}
+  def labels(trained):
+    def label(path, _):
+      last = "['output']" in jax.tree_util.keystr(path)
+      return (
+        'frozen' if last == (condition.frozen == 'last layer') else 'learns'
+      )
 
-  update = optim.scale_by_batch_manhattan(
-    setup.condition.batch_manhattan,
-    setup.protocol.momentum,
-    setup.protocol.weight_decay,
-    decays,
-  )
-  if setup.condition.frozen == 'nothing':
+    return jax.tree.map_with_path(label, trained)
+
+  if condition.adam:
+    if condition.batch_manhattan:
+      raise ValueError(
+        f'batch_manhattan is {condition.batch_manhattan}, but must be 0 where '
+        'adam is true: a condition has one update.'
+      )
+    update = optax.chain(
+      optax.scale_by_adam(b1=protocol.momentum),
+      optax.add_decayed_weights(protocol.weight_decay, decays),
+    )
+  else:
+    update = optim.scale_by_batch_manhattan(
+      condition.batch_manhattan,
+      protocol.momentum,
+      protocol.weight_decay,
+      decays,
+    )
+  if condition.frozen == 'nothing':
     return update
   return optax.multi_transform(
     {'learns': update, 'frozen': optax.set_to_zero()}, labels
@@ -167,24 +184,18 @@ def _inputs(setup: Setup, arrays: Arrays, images: Images, index):
   return x * jnp.float32(setup.protocol.input_scale)
 
 
-def _training_mode(
-  model: nn.Module, setup: Setup
-) -> Callable[[Any, jax.Array], jax.Array]:
-  """The forward pass in training; each group has its own statistics."""
-
-  def apply(variables, x) -> Any:
-    return model.apply(variables, x, True)
-
+def _in_groups(setup: Setup, logits: Callable[..., Any]) -> Callable[..., Any]:
+  """Logits in training; each group has its own batch statistics."""
   groups = setup.protocol.batch_norm_groups
   if groups == 1 or setup.condition.batch_norm == 'none':
-    return apply
+    return logits
 
-  def apply_grouped(variables, x):
-    x = x.reshape(groups, -1, *x.shape[1:])
-    logits = jax.vmap(apply, (None, 0))(variables, x)
-    return logits.reshape(-1, logits.shape[-1])
+  def grouped(params, feedback, x, y):
+    x, y = (each.reshape(groups, -1, *each.shape[1:]) for each in (x, y))
+    found = jax.vmap(logits, (None, None, 0, 0))(params, feedback, x, y)
+    return found.reshape(-1, found.shape[-1])
 
-  return apply_grouped
+  return grouped
 
 
 def _losses(logits, y):
@@ -252,48 +263,64 @@ def program(setup: Setup, plain: bool = False) -> Program:
     setup: what they depend on.
     plain: leave Flax's own layers as they are, to compare with.
   """
-  model, keeps_state = _network(setup), False
+  rule = None
   if not plain:
     rule = plugins.load(setup.plugin).rule(setup.condition.rule)
-    model = linen.with_feedback(model, rule, row_convolution=True)
-    keeps_state = rule.keeps_state
+  way = backward(_network(setup), rule)
   jit = devices.compiler(setup.mesh)
   forward = _forward(setup.forward())
   optimizer = _optimizer(setup)
-  apply = _training_mode(model, setup)
-  draw = jax.jit(lambda key: _init(model, setup, key)['feedback'])
+  logits = _in_groups(setup, way.logits)
+  draw = jax.jit(way.init)
 
   def initialize(key):
     params = forward.initial_params(key)
+    x = jnp.zeros((1, *setup.shape), jnp.float32)
+    feedback = draw(key, params, x)
     return {
       'params': params,
-      'feedback': draw(key) if keeps_state else {},
-      'optimizer': optimizer.init(params),
+      'feedback': feedback,
+      'optimizer': optimizer.init(trained_part(params, feedback)),
       'updates': jnp.int32(0),
     }
+
+  def redrawn_feedback(state):
+    # By the number of the update, so that V is the same on any devices.
+    draw_again = redraw if way.redraws else lambda feedback, _: feedback
+    return draw_again(state['feedback'], state['updates'])
+
+  def trained_part(params, feedback):
+    """What the optimizer has."""
+    learned = {'feedback': partition(feedback)[0]} if way.learns else {}
+    return {'params': params} | learned
 
   def step(state, arrays, index, rate):
     x = _inputs(setup, arrays, arrays.train, index)
     y = arrays.train.y[index]
+    redrawn = redrawn_feedback(state)
+    before = trained_part(state['params'], redrawn)
 
-    # By the number of the update, so that V is the same on any devices.
-    feedback = redraw(state['feedback'], state['updates'])
-
-    def loss(params):
-      logits = apply({'params': params, 'feedback': feedback}, x)
+    def loss(trained):
+      feedback = redrawn
+      if way.learns:
+        feedback = combine(trained['feedback'], partition(redrawn)[1])
+      found = logits(trained['params'], feedback, x, y)
       reduce = jnp.mean if setup.protocol.reduction == 'mean' else jnp.sum
-      return reduce(_losses(logits, y)), _scores(logits, y).sum(1)
+      return reduce(_losses(found, y)), _scores(found, y).sum(1)
 
-    gradient, scores = jax.grad(loss, has_aux=True)(state['params'])
+    gradient, scores = jax.grad(loss, has_aux=True)(before)
     updates, optimizer_state = optimizer.update(
-      gradient, state['optimizer'], state['params']
+      gradient, state['optimizer'], before
     )
-    params = jax.tree.map(
-      lambda w, minus_tau: w - rate * minus_tau, state['params'], updates
+    trained = jax.tree.map(
+      lambda w, minus_tau: w - rate * minus_tau, before, updates
     )
+    feedback = state['feedback']
+    if way.learns:
+      feedback = combine(trained['feedback'], partition(feedback)[1])
     new = {
-      'params': params,
-      'feedback': state['feedback'],
+      'params': trained['params'],
+      'feedback': way.phase(trained['params'], feedback, x, state['updates']),
       'optimizer': optimizer_state,
       'updates': state['updates'] + 1,
     }
@@ -308,17 +335,13 @@ def program(setup: Setup, plain: bool = False) -> Program:
 
   def align(state, arrays, index):
     y = arrays.train.y[index]
-    rows = linen.layer_alignment(
-      model,
-      {
-        'params': state['params'],
-        'feedback': redraw(state['feedback'], state['updates']),
-      },
-      lambda logits: _losses(logits, y).mean(),
+    return way.align(
+      state['params'],
+      redrawn_feedback(state),
       _inputs(setup, arrays, arrays.train, index),
-      True,
+      y,
+      lambda logits: _losses(logits, y).mean(),
     )
-    return {path.removesuffix('/kernel'): row for path, row in rows.items()}
 
   def finite(tree):
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)])

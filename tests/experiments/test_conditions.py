@@ -124,6 +124,14 @@ def test_tables_are_those_of_the_published_numbers():
       ('frSF-12.5%', 0, 'none', _ONE_HUNDRED, 'nothing'),
     ),
     ('SGD+BN', 'SGD+BN', ('BP', 0, 'plain', _ONE_HUNDRED, 'nothing')),
+    ('fa+bn', 'RndF+BN', _EXPECTED['RndF+BN']),
+    ('adam', 'Adam', ('BP', 0, 'none', _ONE_HUNDRED, 'nothing')),
+    ('signdfa', 'SignDFA', ('SignDFA', 0, 'none', _ONE_HUNDRED, 'nothing')),
+    (
+      'lowrank16+bm',
+      'LowRank16+BM',
+      ('LowRank16', 1, 'none', _ONE_HUNDRED, 'nothing'),
+    ),
     ('bn+bm2', 'BN+BM2', ('BP', 2, 'affine', _ONE_HUNDRED, 'nothing')),
     ('NuSF+BM3', 'NuSF+BM3', ('NuSF', 3, 'none', _ONE_HUNDRED, 'nothing')),
     (
@@ -189,8 +197,12 @@ def test_names_of_a_condition_are_all_columns_with_its_content():
 
 @pytest.mark.parametrize(
   'name',
-  ['SGD+BN', 'BN+BM2', 'frSF-10%+BN', 'uSF+BN+BM-30 Top', 'NuSF-5'],
-)
+  [
+    'SGD+BN', 'BN+BM2', 'frSF-10%+BN', 'uSF+BN+BM-30 Top', 'NuSF-5',
+    'BN+Adam', 'SGD+BN+Adam', 'LowRank16+BN', 'KP+BN+Adam-30 Bottom',
+    *conditions.FAMILY,
+  ],
+)  # fmt: skip
 def test_the_name_of_a_condition_that_is_no_column_can_be_found(name):
   (condition,) = find(name).conditions
   assert conditions.names_of(condition) == (name,)

@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.datasets.specs import SPECS
 from experiments.paper import published as paper
-from experiments.paper.conditions import COLUMNS
+from experiments.paper.conditions import find
 from experiments.paper.protocol import VERSION, Protocol, run_id
 from experiments.paper.results import result
 from experiments.runs.store import Record
@@ -38,7 +38,7 @@ def record(
   **protocol: Any,
 ) -> Record:
   """A finished run of a condition with the given best test error."""
-  row = COLUMNS[condition].conditions[plan]
+  row = find(condition).conditions[plan]
   chance = of_guessing(dataset) if chance is None else chance
   fields = dataclasses.asdict(Protocol(epochs=4)) | protocol
   config = {
@@ -47,11 +47,8 @@ def record(
     'digest': digest,
     'source': f'{dataset}.npz',
     'note': note,
-    'rule': rule or row.rule,
-    'batch_manhattan': row.batch_manhattan,
-    'batch_norm': row.batch_norm,
+    **dataclasses.replace(row, rule=rule or row.rule).config(),
     'batch_plan': [list(step) for step in row.batch_plan],
-    'frozen': row.frozen,
     'rate': rate,
     'seed': seed,
     **fields,
@@ -86,7 +83,7 @@ def cell(condition: str, error: float, **changes: Any) -> list[Record]:
       condition, min(error * (1 + i), worst), rate=rate, plan=plan,
       **{'holdout': 5.0 + i, **changes},
     )
-    for plan in range(len(COLUMNS[condition].conditions))
+    for plan in range(len(find(condition).conditions))
     for i, rate in enumerate((1.0, 10.0, 0.1, 100.0, 0.01))
   ]  # fmt: skip
 

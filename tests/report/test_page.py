@@ -5,7 +5,7 @@ import re
 import pytest
 
 from experiments import report
-from experiments.paper.conditions import COLUMNS
+from experiments.paper.conditions import COLUMNS, FAMILY
 from experiments.report import frame, plain, plots
 from tests.report.records import cell, like_the_paper, record
 
@@ -64,9 +64,10 @@ def test_an_answer_is_of_the_fullest_row_and_says_what_is_missing():
 
 
 def test_every_condition_is_told_apart_in_a_line():
-  lines = plain.glossary(COLUMNS)
+  others = [*FAMILY, 'LowRank16', 'Adam']
+  lines = plain.glossary([*COLUMNS, *others])
   contents = {column.conditions for column in COLUMNS.values()}
-  assert len(set(lines.values())) == len(contents)
+  assert len(set(lines.values())) == len(contents) + len(others)
   assert '50%' in lines['brSF-50%+BN+BM']
   assert 'redrawn' in lines['brSF-50%+BN+BM']
   assert plain.glossary(['uSF-x']) == {'uSF-x': "a condition of one's own"}

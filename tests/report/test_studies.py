@@ -20,7 +20,7 @@ def some_records():
     record('SGD', 2.0),
     record('uSF+BM', 3.0, seed=2**32 - 1, plan=1, note='lossy \u2028 copy'),
     record('BN', 30.0, dataset='Cal101', diverged=True, holdout=5.0),
-    record('frSF-25%+BN+BM', 4.0, initial_std=[0.001, 0.05], rate=0.01),
+    record('frSF-25%+BN+Adam', 4.0, initial_std=[0.001, 0.05], rate=0.01),
   ]
   for line in made[0].metrics:
     del line['holdout_error']

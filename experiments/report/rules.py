@@ -1,0 +1,238 @@
+"""Feedback rules compared: errors beside backpropagation's, and angles.
+
+Only conditions whose layers were recorded (`--layer-metrics`) are shown.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from experiments.paper.conditions import Condition, find, names_of
+from experiments.report import plots, statistics
+from experiments.report.frame import Cell, Frame, Results, Row, first_name
+from experiments.report.plots import Picture
+
+_STEP = 0.047  # between labels, of a panel's height
+_LEAST = 4  # rules, for a comparison to be worth a table
+_ANGLES = {
+  'angle': 'V and W (°)',
+  'update_angle': 'updates (°)',
+  'error_angle': 'error signals (°)',
+}
+# What a rule's feedback comes from; the color of its points.
+_KINDS = {
+  'weights': ('BP',),
+  'their signs': ('uSF', 'NuSF', 'brSF', 'frSF'),
+  'the start, or chance': ('RndF', 'FrozenSign', 'TiedNorm'),
+  'learning': ('KP', 'PFA', 'LowRank', 'Mirror'),
+  'the output (direct)': ('DFA', 'SignDFA', 'CenteredDFA', 'DRTP'),
+}
+_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')  # by depth
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """A rule under a norm and an update, on a row.
+
+  Attributes:
+    name: of the condition.
+    rule: of the feedback.
+    setting: norm and update, such as '+BN+BM'.
+    cell: its errors.
+    difference: best test error less backpropagation's, in points, over the
+      seeds that both have; None without such a seed.
+    interval: of the difference, 95 %, seeds drawn together.
+    seeds: how many seeds both have.
+    angles: {layer: {name: degrees}} after the last epoch at the best rate, the
+      layers from the input on; the last layer, whose error is exact, is left
+      out.
+  """
+
+  name: str
+  rule: str
+  setting: str
+  cell: Cell
+  difference: float | None
+  interval: statistics.Interval | None
+  seeds: int
+  angles: Mapping[str, Mapping[str, float]]
+
+  def mean_angle(self, name: str) -> float:
+    """Mean over layers in degrees; NaN where it does not apply."""
+    return float(np.mean([of.get(name, np.nan) for of in self.angles.values()]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """The rules of a row, the best first within a setting."""
+
+  row: Row
+  rules: tuple[Rule, ...]
+
+  @property
+  def settings(self) -> list[str]:
+    """Norms and updates, in the order of the rules."""
+    return list(dict.fromkeys(rule.setting for rule in self.rules))
+
+
+def compare(results: Results) -> list[Comparison]:
+  """The rows with a few rules whose layers were recorded."""
+  found = []
+  for row in results.rows.values():
+    rules = list(_rules(results, row))
+    if len({rule.rule for rule in rules}) >= _LEAST:
+      rules.sort(key=lambda of: (of.setting.count('+'), of.setting, _best(of)))
+      found.append(Comparison(row, tuple(rules)))
+  return found
+
+
+def _best(rule: Rule) -> float:
+  assert rule.cell.best is not None  # see `_rules`
+  return rule.cell.best.mean
+
+
+def _rules(results: Results, row: Row) -> Iterable[Rule]:
+  runs, settings = plots.runs_of(results, row)
+  for (*key, name), cell in results.cells.items():
+    if tuple(key) != row.key or not cell.best or first_name(name) != name:
+      continue
+    condition = _condition(name)
+    mine, _ = plots.at_best_rate(name, runs, settings)
+    table = plots.layer_table(mine)
+    if condition is None or table.empty:
+      continue
+    last = table.xs(table.index.unique('epoch').max(), level='epoch').iloc[:-1]
+    plain = names_of(dataclasses.replace(condition, rule='BP'))[0]
+    difference, interval, seeds = _paired(
+      cell, results.cells.get((*row.key, plain))
+    )
+    setting = name.removeprefix(condition.rule) if '+' in name else ''
+    if condition.rule == 'BP':
+      setting = f'+{name}'.replace('+SGD', '') if name != 'SGD' else ''
+    yield Rule(
+      name, condition.rule, setting, cell, difference, interval, seeds,
+      {str(layer): dict(of) for layer, of in last.iterrows()},
+    )  # fmt: skip
+
+
+def _condition(name: str) -> Condition | None:
+  try:
+    found = find(name)
+  except ValueError:
+    return None
+  return found.conditions[0] if found.name == name else None
+
+
+def _paired(
+  cell: Cell, plain: Cell | None
+) -> tuple[float | None, statistics.Interval | None, int]:
+  """The difference to backpropagation over the seeds that both have."""
+  if plain is None or not plain.best or not cell.best or plain is cell:
+    return None, None, 0
+  ours, theirs = cell.best.values, plain.best.values
+  seeds = sorted(set(ours) & set(theirs))
+  if not seeds:
+    return None, None, 0
+  samples = [[of[seed] for seed in seeds] for of in (ours, theirs)]
+  difference = float(np.mean(samples[0]) - np.mean(samples[1]))
+  interval = statistics.effect_interval(samples, lambda a, b: a - b)
+  return difference, interval, len(seeds)
+
+
+def table(comparison: Comparison) -> Frame:
+  """A row per rule, as text."""
+
+  def number(value: float | None, sign: str = '') -> str:
+    known = value is not None and np.isfinite(value)
+    return f'{value:{sign}.2f}' if known else ''
+
+  rows = []
+  for rule in comparison.rules:
+    best, held = rule.cell.best, rule.cell.held_out
+    ends = rule.interval
+    rows.append({
+      'condition': rule.name,
+      'best test error': number(best and best.mean),
+      'held-out test error': number(held and held.mean),
+      'minus backpropagation': number(rule.difference, '+')
+      + (f' [{ends[0]:+.2f}, {ends[1]:+.2f}]' if ends else ''),
+      'seeds': str(len(best.values) if best else 0),
+      **{
+        name: number(rule.mean_angle(key)) for key, name in _ANGLES.items()
+      },
+    })  # fmt: skip
+  return pd.DataFrame(rows).set_index('condition')
+
+
+def figure(comparison: Comparison) -> Picture:
+  """Error against the final angle of the error signal, by rule and depth."""
+  row, settings = comparison.row, comparison.settings
+  layers = list(dict.fromkeys(
+    layer for rule in comparison.rules for layer in rule.angles
+  ))  # fmt: skip
+  kinds = {rule: at for at, of in enumerate(_KINDS.values()) for rule in of}
+  title = "Error against the error signal's angle to backpropagation"
+  name = plots.file_name(row, 'angles')
+  with plots.style(name):
+    drawing, all_axes = plots.panels(
+      f'{title}\n{row.label}, {row.protocol}', len(settings), (4.6, 4.4)
+    )
+    for axes, setting in zip(all_axes, settings, strict=True):
+      rules = [rule for rule in comparison.rules if rule.setting == setting]
+      at = plots.error_axis(axes, [_best(rule) for rule in rules])
+      labels = []
+      for rule in rules:
+        kind = kinds.get(re.sub(r'(-.*|\d+)$', '', rule.rule), -1)
+        color, height = plots.COLORS[kind], at(_best(rule))
+        labels.append((rule.rule, height, color))
+        angles = [
+          rule.angles.get(layer, {}).get('error_angle', np.nan)
+          for layer in layers
+        ]
+        axes.plot(angles, [height] * len(angles), color=color, linewidth=0.8)
+        for angle, marker in zip(angles, _MARKERS, strict=False):
+          axes.plot(angle, height, marker, color=color, markersize=4.5)
+      _labels(axes, labels)
+      axes.set_xlim(-3, max(100, axes.get_xlim()[1]))
+      axes.axvline(90, color='#777777', linestyle=':', linewidth=1)
+      axes.set_xticks([0, 30, 60, 90])
+      axes.set_xlabel('angle of the error signal (°)')
+      axes.set_ylabel('best test error (%)')
+      axes.set_title(setting.removeprefix('+') or 'no BN, SGD')
+    plots.legend(drawing, [
+      *((f'feedback from {kind}', {'color': plots.COLORS[at]})
+        for at, kind in enumerate(_KINDS)),
+      *((layer, {'marker': marker, 'ls': '', 'color': '#555555'})
+        for layer, marker in zip(layers, _MARKERS, strict=False)),
+    ])  # fmt: skip
+    return plots.picture(drawing, name, f'{title}: {row.label}', png=True)
+
+
+def _labels(axes: Axes, rules: list[tuple[str, float, str]]) -> None:
+  """Names at the right, none over another, each with a line to its error."""
+  low, high = axes.transData.transform([(0, y) for y in axes.get_ylim()])[:, 1]
+  rules = sorted(rules, key=lambda of: of[1])
+  heights = [
+    float((axes.transData.transform((0, error))[1] - low) / (high - low))
+    for _, error, _ in rules
+  ]
+  places: list[float] = []
+  for height in heights:  # upwards, then back down from the top
+    places.append(max([height, *(place + _STEP for place in places[-1:])]))
+  ceiling = 1.0
+  for at in reversed(range(len(places))):
+    places[at] = min(places[at], ceiling)
+    ceiling = places[at] - _STEP
+  for (name, _, color), height, place in zip(
+    rules, heights, places, strict=True
+  ):
+    axes.annotate(
+      name, (1.0, height), (1.07, place), xycoords='axes fraction',
+      fontsize=7.5, va='center', color=color, annotation_clip=False,
+      arrowprops={'arrowstyle': '-', 'linewidth': 0.5, 'color': '#999999',
+                  'relpos': (0, 0.5), 'shrinkA': 1, 'shrinkB': 0},
+    )  # fmt: skip
