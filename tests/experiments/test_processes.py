@@ -276,10 +276,12 @@ def test_a_killed_ray_task_resumes(tmp_path):
     """Kills the task; stops the launch once it has resumed."""
 
     addresses: list[str] = []
+    stopped = False
 
-    def run_started(self, run, first_epoch):
-      super().run_started(run, first_epoch)
-      if self.of('failed'):
+    def epoch_finished(self, run, line):
+      super().epoch_finished(run, line)
+      if self.of('failed') and not self.stopped:
+        self.stopped = True
         terminate()
 
     def run_failed(self, run, error, again):

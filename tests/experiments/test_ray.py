@@ -48,12 +48,12 @@ def test_more_than_this_host_has_is_refused():
 def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
   def elsewhere(results):
     """The folder of the launch is removed, as if it were on another host."""
-    token, lock = make(results)
+    lock = make(results)
     shutil.rmtree(results)
-    return token, lock
+    return lock
 
-  make = ray_tasks._token
-  monkeypatch.setattr(ray_tasks, '_token', elsewhere)
+  make = ray_tasks._begin
+  monkeypatch.setattr(ray_tasks, '_begin', elsewhere)
   with pytest.raises(StoreError, match='a Ray node cannot see the results fol'):
     _launch(tmp_path / 'results')
 
@@ -61,14 +61,13 @@ def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
 def test_a_launch_removes_what_a_dead_one_left(tmp_path):
   left = tmp_path / '.launch-0123abc'
   left.touch()
-  left.with_suffix('.lock').touch()
-  token, lock = ray_tasks._token(tmp_path)
+  first = ray_tasks._begin(tmp_path)
   assert not left.exists()
-  other, other_lock = ray_tasks._token(tmp_path)
-  assert token.exists()  # its driver is alive
-  assert other.exists()
-  lock.release()
-  other_lock.release()
+  second = ray_tasks._begin(tmp_path)
+  assert os.path.exists(first.lock_file)  # its driver is alive
+  assert os.path.exists(second.lock_file)
+  first.release()
+  second.release()
 
 
 def test_parts_of_a_host_are_shared_only_when_all_are_taken(monkeypatch):
