@@ -225,6 +225,8 @@ def test_steps_without_torch(main, tmp_path):
 
 def test_measurements_go_on_where_they_stopped(main, monkeypatch, tmp_path):
   monkeypatch.setattr(contenders, 'all_in_jax', _instead_of_all_in_jax)
+  product = Contender(name=contenders.PRODUCT, step=list, flops=1)
+  monkeypatch.setattr(contenders, 'product', lambda: product)
   options = '--architecture timit mnist --batch-norm none --steps 1 --seconds 0'
   command = f'steps {options} --out {tmp_path} --batch'
   assert main(f'{command} 4')[0] == 0

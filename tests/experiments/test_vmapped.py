@@ -1,5 +1,7 @@
 """Several runs as one program: each is what it would have been alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -33,16 +35,14 @@ def _group(condition, data, **fields):
   ]
 
 
-@pytest.mark.parametrize(
-  ('network', 'scan'), [('dense', False), ('convolutional', True)]
-)
-def test_each_run_is_what_it_is_alone(monkeypatch, network, scan):
+def test_each_run_is_what_it_is_alone(monkeypatch):
+  """A convolutional network as one loop; launches have dense ones in steps."""
   data = tiny.dataset()
-  if network == 'convolutional':
-    monkeypatch.setitem(models.NETWORKS, 'mnist', _LAYERS)
-    x_train, x_test = map(_images, (data.x_train, data.x_test))
-    fields = {'x_train': x_train, 'x_test': x_test, 'spec': SPECS['MNIST']}
-    data = tiny.dataclasses.replace(data, **fields)
+  monkeypatch.setitem(models.NETWORKS, 'mnist', _LAYERS)
+  x_train, x_test = map(_images, (data.x_train, data.x_test))
+  data = dataclasses.replace(
+    data, x_train=x_train, x_test=x_test, spec=SPECS['MNIST']
+  )
   # A standard deviation that no other test compiles a network with.
   runs = _group(
     'brSF-50%', data, initial_std=0.0501, input_scale=0.1, layer_metrics=True
@@ -50,9 +50,9 @@ def test_each_run_is_what_it_is_alone(monkeypatch, network, scan):
   on_device = [tiny.placed(run, data) for run in runs]
   states = [loop.start(*each) for each in zip(runs, on_device, strict=True)]
   losses = set()
-  *_, last = vmapped.epochs(runs, on_device, states, scan=scan)
+  *_, last = vmapped.epochs(runs, on_device, states, scan=True)
   for i, run in enumerate(runs):
-    _, (*_, wanted) = tiny.train(run, on_device[i], scan)
+    _, (*_, wanted) = tiny.train(run, on_device[i], True)
     _, line = last[i]
     losses.add(line['test_loss'])
     for name, value in (line | {'seconds': 0}).items():
