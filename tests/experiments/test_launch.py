@@ -88,11 +88,8 @@ def test_an_undisturbed_run(tmp_path, undisturbed):
   ('share', 'after', 'act', 'error', 'resumes'),
   [
     (1.0, 1, crash, Crash, 1),  # before its checkpoint, so from the start
-    (1.0, 3, crash, Crash, 3),
     (1.0, 4, crash, Crash, 4),  # all lines and no result
-    (0.0, 3, crash, Crash, 1),
     (0.0, 2, interrupt, Interrupted, 3),  # a stop writes one
-    (0.0, 3, terminate, Interrupted, 4),
     (1.0, 2, terminate, Interrupted, 3),
   ],
 )
