@@ -26,7 +26,6 @@ _OUT = Path('results/bench')
 app = tyro.extras.SubcommandApp()
 app.command(name='epoch')(epoch.epoch)
 app.command(name='grid')(scaling.grid)
-app.command(name='store')(scaling.read_and_report)
 
 
 @app.command(name='steps')
