@@ -371,9 +371,13 @@ def report(
   paths = reports.write_report(
     records, out or default, markdown_only=markdown_only
   )
+  plots = [path for path in paths if path.parent.name == 'plots']
   print('written:')
   for path in paths:
-    print(f'  {path}')
+    if path not in plots:
+      print(f'  {path}')
+  if plots:
+    print(f'  {len(plots)} plots in {plots[0].parent}')
   return 0
 
 

@@ -50,7 +50,7 @@ def run(
       getattr(sys, name).reconfigure(errors='backslashreplace')
   try:
     status = app.cli(
-      prog=prog,
+      prog=as_typed(prog),
       description=description,
       config=(tyro.conf.OmitArgPrefixes,),
       registry=_REGISTRY,

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -377,3 +378,22 @@ def test_an_interrupt_is_no_traceback(main, monkeypatch):
   status, _, errors = main('list')
   assert status == 130
   assert errors.count('\n') == 1
+
+
+def test_a_forgotten_environment_is_said_in_a_line(tmp_path):
+  (tmp_path / 'experiments').symlink_to(Path(cli.__file__).parent)
+  (tmp_path / 'tyro.py').write_text('raise ModuleNotFoundError(name="tyro")')
+
+  def run():
+    done = subprocess.run(
+      [sys.executable, '-m', 'experiments', 'list'],
+      cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ''
+    return done.stderr.strip()
+
+  hint = "-m pip install -e '.[experiments]'"
+  assert run() == (
+    f'error: {sys.executable} has no package tyro; install it with '
+    f'{sys.executable} {hint}'
+  )
