@@ -333,36 +333,20 @@ def show_data(
       f'`data {" ".join(words)}`.'
     )
   if action == ['prepare']:
-    datasets.prepare(name, data_dir)
+    for line in datasets.prepare(name, data_dir):
+      print(line)
   own = {'architecture': architecture, 'test_share': test_share}
   if action == ['check']:
-    _show_check(datasets.check(name, data_dir, grid=grid, **own))
+    lines = datasets.check(name, data_dir, grid=grid, **own)
   elif show_split:
-    for line in datasets.show_split(name, data_dir, **own):
-      print(line)
+    lines = datasets.show_split(name, data_dir, **own)
   else:
     status = datasets.status(name, data_dir, **own)
     spec = datasets.find(name, data_dir, **own)
-    print(f'{spec.name}: {status.state}: {status.text}')
+    lines = [f'{spec.name}: {status.state}: {status.text}']
+  for line in lines:
+    print(line)
   return 0
-
-
-def _show_check(found) -> None:
-  """Prints what ``data check`` found."""
-  print(f'{found.name}: {found.source}')
-  if found.note:
-    print(f'note: {found.note}')
-  print(f'digest: {found.digest}')
-  sizes = ', '.join(f'{h}x{w}: {n}' for (h, w), n in found.sizes.items())
-  print(f'stored sizes: {sizes or "vectors"}')
-  print(f'test samples that are training samples too: {len(found.duplicates)}')
-  for test, train in found.duplicates:
-    print(f'  {test} = {train}')
-  print('class: train, test')
-  for name, count in found.train_counts.items():
-    print(f'  {name}: {count}, {found.test_counts.get(name, 0)}')
-  if found.grid is not None:
-    print(f'pictures: {found.grid}')
 
 
 @app.command

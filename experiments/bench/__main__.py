@@ -12,7 +12,7 @@ from typing import Literal
 import tyro
 
 from experiments import terminal
-from experiments.bench import scaling
+from experiments.bench import epoch, scaling
 from experiments.runs.launch import Interrupted
 from experiments.training import machine
 
@@ -24,8 +24,8 @@ Precision = Literal['float32', 'tensorfloat32', 'bfloat16']
 _OUT = Path('results/bench')
 
 app = tyro.extras.SubcommandApp()
+app.command(name='epoch')(epoch.epoch)
 app.command(name='grid')(scaling.grid)
-app.command(name='store')(scaling.read_and_report)
 
 
 @app.command(name='steps')

@@ -3,9 +3,7 @@
 Nothing here imports JAX before it is set up.
 """
 
-import itertools
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -16,10 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.datasets import SPECS
-from experiments.paper import results
-from experiments.paper.conditions import COLUMNS, Condition
-from experiments.paper.protocol import Data, Protocol, Run, runs_of, unique
+from experiments.paper.conditions import Condition
+from experiments.paper.protocol import Protocol
 from experiments.runs import launch, processes, store
 from experiments.runs.progress import reporter
 from experiments.runs.selection import Selection
@@ -143,70 +139,3 @@ def grid(repeats: int = 3, epochs: int = 20) -> None:
       flush=True,
     )
   print(f'{len(runs)} runs, median speed-up {np.median(ratios):.2f}')
-
-
-def read_and_report(sizes: tuple[int, ...] = (1000, 3000, 10_000)) -> None:
-  """Time to read and report a results folder of made-up runs of 65 epochs.
-
-  Prints seconds: of reading the folder; until `experiments report` has printed
-  its tables, with its start but without reading; and from there until its files
-  are written.
-
-  Args:
-    sizes: numbers of runs.
-  """
-  print('  runs     load   tables   report')
-  with tempfile.TemporaryDirectory() as folder:
-    made_up, made = _made_up_runs(), 0
-    for size in sorted(sizes):
-      for run in itertools.islice(made_up, size - made):
-        _write(store.RunFolder(folder, run))
-      made = size
-      began = time.perf_counter()
-      store.load(folder)
-      loaded = time.perf_counter()
-      with subprocess.Popen(
-        [sys.executable, '-m', 'experiments', 'report', folder],
-        stdout=subprocess.PIPE,
-        env=os.environ | {'PYTHONUNBUFFERED': '1'},
-      ) as report:
-        assert report.stdout is not None
-        report.stdout.readline()
-        printed = time.perf_counter()
-        report.stdout.read()
-      if report.returncode:
-        raise ValueError('`experiments report` has failed; see above.')
-      loading, whole = loaded - began, time.perf_counter() - printed
-      times = loading, printed - loaded - loading, whole
-      print(f'{size:>6}', *(f'{x:>6.2f} s' for x in times), flush=True)
-
-
-def _made_up_runs() -> Iterator[Run]:
-  """All runs of all datasets, seed by seed."""
-  for seed in itertools.count():
-    yield from unique(
-      run
-      for name, column in itertools.product(SPECS, COLUMNS.values())
-      for run in runs_of(
-        column,
-        seeds=(seed,),
-        dataset=Data(name, f'digest of {name}'),
-        protocol=Protocol(),
-      )
-    )
-
-
-def _write(folder: store.RunFolder) -> None:
-  chance = random.Random(folder.run.run_id)
-  best = chance.uniform(1, 80)
-  parts = itertools.product(('train', 'test', 'holdout'), ('loss', 'error'))
-  names = ['_'.join(part) for part in parts]
-  folder.path.mkdir()
-  folder.begin()
-  for epoch in range(1, folder.run.protocol.epochs + 1):
-    scale = best + 20 * chance.random() / epoch
-    scores = {name: scale * chance.random() for name in names}
-    folder.append({'epoch': epoch, 'finite': True, 'seconds': 1.5} | scores)
-  spec, lines = SPECS[folder.run.dataset.name], folder.metrics()
-  result = results.result(lines, classes=spec.classes, train_images=spec.train)
-  folder.finish(result, {})

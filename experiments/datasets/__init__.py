@@ -4,9 +4,14 @@
 `check` and `show_split` are what `python -m experiments data` shows.
 """
 
-from experiments.datasets.checks import Report, check, show_split
+from experiments.datasets.commands import (
+  Status,
+  check,
+  prepare,
+  show_split,
+  status,
+)
 from experiments.datasets.loader import Dataset, Loader, find, load
-from experiments.datasets.prepare import Status, prepare, status
 from experiments.datasets.specs import (
   SHAPES,
   SPECS,
@@ -24,7 +29,6 @@ __all__ = [
   'DatasetError',
   'Draw',
   'Loader',
-  'Report',
   'Spec',
   'Status',
   'check',

@@ -10,11 +10,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import lzma
 import re
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -104,11 +102,6 @@ ORIGINALS: Mapping[str, Original] = {
   ),
 }
 
-# What reading a damaged, encrypted or unsupported archive raises.
-_DAMAGED = (
-  tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError,
-  EOFError, KeyError, RuntimeError, UnicodeError, OverflowError, ValueError,
-)  # fmt: skip
 _PACKED = re.compile(r'\.(zip|tar|tgz|tbz2?|txz|tar\.\w+)$', re.IGNORECASE)
 _AGAIN = 'delete it, with the .INFO file beside a download, and get it again'
 _DEEPEST = 3  # archives in archives
@@ -252,7 +245,8 @@ def _reading(at: str) -> Iterator[None]:
     yield
   except DatasetError:
     raise
-  except _DAMAGED as error:
+  # Damaged, encrypted or unsupported archives surface as anything.
+  except Exception as error:
     raise DatasetError(
       f'{at}: damaged or truncated archive, or of an unknown kind: {error}; '
       f'{_AGAIN}'

@@ -1,6 +1,6 @@
 """tensorflow-datasets builders for the sets it lacks.
 
-Importing this module registers them; `experiments.datasets.prepare` runs them.
+Importing this module registers them; `experiments.datasets.commands` runs them.
 """
 
 import collections

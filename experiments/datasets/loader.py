@@ -115,8 +115,6 @@ def load(
   classes = tuple(facts['classes'])
   train = {key: arrays[f'{key}_train'] for key in ('x', 'y', 'hash', 'file')}
   test = {key: arrays[f'{key}_test'] for key in ('x', 'y', 'hash', 'file')}
-  if spec.source == 'own':
-    spec = _counted(spec, len(classes), len(train['y']), len(test['y']))
   notes = _notes(spec, source, facts, len(train['y']), len(test['y']))
   if train_size is not None and train_size != len(train['y']):
     rows = balanced_rows(train['y'], train_size, seed)
@@ -181,19 +179,15 @@ def find(
   name: str,
   data_dir: _Folder = None,
   *,
-  seed: int = 0,
   architecture: str | None = None,
   test_share: float | None = None,
 ) -> Spec:
-  """The spec of a dataset, which is read if it is the user's own.
+  """The spec of a dataset; only one of the user's own must be there.
 
   Arguments and errors are those of `load`.
   """
-  if known := _known(name, architecture, test_share):
-    return known
-  spec, source = locate(name, data_dir, seed, architecture, test_share)
-  raw = source.read()
-  return _counted(spec, len(raw.classes), len(raw.train), len(raw.test))
+  known = _known(name, architecture, test_share)
+  return known or _own(name, data_dir, 0, architecture, test_share)[0]
 
 
 def locate(
@@ -316,7 +310,7 @@ def _own(
   architecture: str | None,
   share: float | None,
 ) -> tuple[Spec, Source]:
-  """A dataset of the user's own; its counts are not known yet."""
+  """A dataset of the user's own, which says nothing of its counts."""
   path = None if data_dir is None else _entry(data_dir, name)
   if path is None:
     where = '' if data_dir is None else f' and is not in {data_dir}'
@@ -344,10 +338,6 @@ def _own(
     aliases=(name,),
     in_paper=False,
   ), source
-
-
-def _counted(spec: Spec, classes: int, train: int, test: int) -> Spec:
-  return dataclasses.replace(spec, classes=classes, train=train, test=test)
 
 
 def _fitting(source: Source) -> str:
@@ -433,13 +423,14 @@ def _notes(
     notes.append(f'network {spec.architecture} ({shape})')
     if spec.draw is not None:
       notes.append(spec.protocol)
-  if classes != spec.classes:
-    notes.append(f"{classes} of the paper's {spec.classes} classes")
-  if (train, test) != (spec.train, spec.test):
-    notes.append(
-      f"{train} / {test} train / test samples, the paper's are {spec.train} / "
-      f'{spec.test}'
-    )
+  else:
+    if classes != spec.classes:
+      notes.append(f"{classes} of the paper's {spec.classes} classes")
+    if (train, test) != (spec.train, spec.test):
+      notes.append(
+        f"{train} / {test} train / test samples, the paper's are {spec.train} "
+        f'/ {spec.test}'
+      )
   if spec.lossless and facts['jpeg']:
     notes.append('lossy: kept as JPEG, the original pictures are not')
   notes += [f'{count} {text}' for text, count in facts['remarks'].items()]

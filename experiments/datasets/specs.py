@@ -75,7 +75,7 @@ class Spec:
 
   Attributes:
     name: the paper's name, as in its tables.
-    classes: number of classes.
+    classes: number of classes; 0, like the samples, where it is not known.
     architecture: column of Table 1, a key of `SHAPES`.
     train: training samples in all.
     test: test samples in all.

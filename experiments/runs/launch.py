@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
 
 from experiments.paper.protocol import Run
 from experiments.runs.store import RunFolder, tidy
@@ -75,14 +74,6 @@ class Summary:
   failed: int = 0  # for good
 
 
-class LaunchListener(Listener, Protocol):
-  """Receives the progress of runs and the outcome of attempts."""
-
-  def run_failed(self, run: Run, error: str, again: bool) -> None:
-    """A run has failed; it may be tried again."""
-    ...
-
-
 Launcher = Callable[
   [Sequence[Run], Listener, StopRequest], Iterator[tuple[Run, Outcome]]
 ]
@@ -92,7 +83,7 @@ def launch(
   runs: Iterable[Run],
   launcher: Launcher,
   options: Options,
-  listener: LaunchListener,
+  listener: Listener,
   retries: int = 2,
 ) -> Summary:
   """Trains every run that has no result yet.

@@ -44,7 +44,7 @@ class _Console(Console):
 
 
 class Reporter:
-  """Shows what a launch does; a ``launch.LaunchListener``."""
+  """Shows what a launch does; a ``train.Listener``."""
 
   def __init__(self, console: Console, progress: Progress | None, total: int):
     """Shows messages on the console, and bars if there is a progress."""

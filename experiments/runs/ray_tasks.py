@@ -39,9 +39,8 @@ def on_ray(
 ) -> Launcher:
   """Trains each run as a Ray task; as many at once as the cluster has room for.
 
-  During a launch, two hidden files are in the results folder. Tasks stop when
-  the first one is removed, and refuse to start where they cannot see the
-  second one, a lock.
+  During a launch, a hidden file is in the results folder, a lock. Tasks stop
+  when it is removed, and do not start where they cannot see it.
 
   Args:
     options: how to train.
@@ -59,7 +58,8 @@ def on_ray(
   def launched(runs, listener, stop) -> Iterator[tuple[Run, Outcome]]:
     ray = _start(address, platforms)
     waiting, tasks, seen = list(runs), {}, {}
-    token, lock = _token(options.results)
+    lock = _begin(options.results)
+    token = Path(lock.lock_file)
     try:
       remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(_task)
       room = _room(ray, address, cpus, gpus)
@@ -86,29 +86,20 @@ def on_ray(
           yield run, outcome
     finally:
       token.unlink(missing_ok=True)
-      Path(lock.lock_file).unlink(missing_ok=True)
       lock.release()
       ray.shutdown()
 
   return launched
 
 
-def _token(results: Path) -> tuple[Path, filelock.BaseFileLock]:
-  """A file that says that this launch lasts; removes those of dead drivers."""
-  for path in results.glob('.launch-*.lock'):
-    lock = filelock.FileLock(path, timeout=0)
-    with contextlib.suppress(filelock.Timeout), lock:
-      path.with_suffix('').unlink(missing_ok=True)
+def _begin(results: Path) -> filelock.BaseFileLock:
+  """A lock as long as this launch lasts; removes those of dead drivers."""
+  for path in results.glob('.launch-*'):
+    with contextlib.suppress(filelock.Timeout), filelock.FileLock(path, 0):
       path.unlink(missing_ok=True)
-  token = results / f'.launch-{uuid.uuid4().hex}'
-  lock = filelock.FileLock(_lock_of(token))
+  lock = filelock.FileLock(results / f'.launch-{uuid.uuid4().hex}')
   lock.acquire()
-  token.touch()
-  return token, lock
-
-
-def _lock_of(token: Path) -> Path:
-  return token.with_suffix('.lock')
+  return lock
 
 
 def _show(run: Run, options: Options, listener: Any, seen: dict) -> None:
@@ -190,7 +181,7 @@ def _outcome(
 ) -> tuple[Outcome, Sequence[str]]:
   """The outcome of a task, and messages for the user."""
   try:
-    return ray.get(task)
+    outcome, messages = ray.get(task)
   except ray.exceptions.RayTaskError as error:
     raise error.cause from None
   except ray.exceptions.RayError as error:
@@ -198,6 +189,11 @@ def _outcome(
       return Outcome('stopped'), ()
     reason = str(error).splitlines()[0]
     return Outcome('failed', f'its worker has died ({reason})'), ()
+  if outcome.status != 'unseen':
+    return outcome, messages
+  if stopping:  # which has removed the lock
+    return Outcome('stopped'), ()
+  raise StoreError(outcome.error)
 
 
 def _task(
@@ -206,8 +202,8 @@ def _task(
   """Trains a run in a Ray worker, which has not imported JAX before."""
   import ray
 
-  if not _lock_of(token).exists():
-    raise StoreError(_NOT_SHARED.format(options.results))
+  if not token.exists():
+    return Outcome('unseen', _NOT_SHARED.format(options.results)), ()
   assigned = ray.get_runtime_context().get_assigned_resources()
   stop, done = threading.Event(), threading.Event()
 

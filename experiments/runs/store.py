@@ -74,12 +74,14 @@ class RunFolder:
 
   Attributes:
     path: of the folder.
+    checkpoints: folder of the run's checkpoints.
     run: whose it is.
   """
 
   def __init__(self, results: str | os.PathLike[str], run: Run):
     """Names the folder; makes nothing."""
     self.path = Path(results) / run.run_id
+    self.checkpoints = self.path / 'checkpoints'
     self.run = run
 
   def result(self) -> dict[str, Any] | None:
@@ -172,31 +174,11 @@ class RunFolder:
     """Records why the run failed for good; a new attempt forgets it."""
     _write_json(self.path / 'error.json', {'error': error})
 
-  def save(self, epoch: int, state: Any) -> None:
-    """Writes the state after an epoch and drops all but the last two."""
-    from experiments.runs import checkpoints
-
-    checkpoints.save(self.path / 'checkpoints', epoch, state)
-
-  def restore(self, like: Any) -> tuple[int, Any | None, list[str]]:
-    """The last epoch whose state and metrics are whole; drops later metrics.
-
-    Args:
-      like: a state with the structure, shapes, dtypes and devices to restore.
-
-    Returns:
-      The epoch (0 if there is none), the state (None then), and the reasons
-      why later checkpoints are not used.
-    """
-    from experiments.runs import checkpoints
-
-    lines = self.metrics()
-    epoch, state, problems = checkpoints.restore(
-      self.path / 'checkpoints', len(lines), like
-    )
-    rows = ''.join(json.dumps(line) + '\n' for line in lines[:epoch])
+  def cut(self, epochs: int) -> None:
+    """Drops the metrics after so many epochs, and half a line at their end."""
+    lines = self.metrics()[:epochs]
+    rows = ''.join(json.dumps(line) + '\n' for line in lines)
     write_atomically(self.path / 'metrics.jsonl', rows)
-    return epoch, state, problems
 
 
 def create(folder: Path) -> None:

@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Listener(Protocol):
-  """Receives the progress of runs."""
+  """Receives the progress of runs and of a launch."""
 
   def run_started(self, run: Run, first_epoch: int) -> None:
     """A run begins, or resumes."""
@@ -68,6 +68,10 @@ class Listener(Protocol):
 
   def run_finished(self, run: Run, result: dict[str, Any]) -> None:
     """A run has its result."""
+    ...
+
+  def run_failed(self, run: Run, error: str, again: bool) -> None:
+    """A run has failed; it may be tried again."""
     ...
 
   def message(self, text: str) -> None:
@@ -120,11 +124,9 @@ def train_runs(
   with contextlib.ExitStack() as locks:
     for run in runs:
       folder = RunFolder(options.results, run)
-      if folder.result():
-        outcomes.append((run, Outcome('skipped')))
-      elif not locks.enter_context(folder.claimed()):
+      if not locks.enter_context(folder.claimed()):
         outcomes.append((run, Outcome('elsewhere')))
-      elif folder.result():  # by another process, meanwhile
+      elif folder.result():
         outcomes.append((run, Outcome('skipped')))
       else:
         try:
@@ -152,6 +154,7 @@ class _Begun:
 
 
 def _begin(folder: RunFolder, options: Options, listener: Listener) -> _Begun:
+  from experiments.runs import checkpoints
   from experiments.training import data, devices, loop
 
   run = folder.run
@@ -159,12 +162,16 @@ def _begin(folder: RunFolder, options: Options, listener: Listener) -> _Begun:
   mesh = devices.mesh_for([run], options.devices)
   on_device = data.device_data(run, options.load, mesh)
   state = loop.start(run, on_device)
-  epoch, restored, problems = folder.restore(state)
+  lines = folder.metrics()
+  epoch, restored, problems = checkpoints.restore(
+    folder.checkpoints, len(lines), state
+  )
+  folder.cut(epoch)
   for problem in problems:
     listener.message(problem)
   listener.run_started(run, epoch + 1)
   state = state if restored is None else restored
-  return _Begun(folder, on_device, state, folder.metrics(), epoch)
+  return _Begun(folder, on_device, state, lines[:epoch], epoch)
 
 
 def _train(
@@ -238,10 +245,12 @@ def _record(
 
 def _save(group: list[_Begun]) -> None:
   """Writes the checkpoints of all runs that have trained since their last."""
+  from experiments.runs import checkpoints
+
   for each in group:
     epoch = len(each.lines)
     if not each.ended and epoch > each.saved:
-      each.folder.save(epoch, each.state)
+      checkpoints.save(each.folder.checkpoints, epoch, each.state)
       each.saved = epoch
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from experiments import datasets
+
 
 def picture(number: int, size: tuple[int, int] = (12, 10)) -> np.ndarray:
   """A smooth RGB picture, uint8 [H, W, 3], different for each number."""
@@ -94,3 +96,8 @@ def packed(path: Path, files: Mapping[str, bytes]) -> Path:
       member.size = len(content)
       archive.addfile(member, io.BytesIO(content))
   return path
+
+
+def load(root: Path, name: str = 'cifar10', **options) -> datasets.Dataset:
+  """A dataset of a data folder, which has the cache too."""
+  return datasets.load(name, data_dir=root, cache_dir=root / 'cache', **options)

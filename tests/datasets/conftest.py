@@ -64,10 +64,8 @@ def _prepare(tmp_path):
   """Prepares a set in the data folder `tmp_path`, or another, and loads it."""
 
   def run(name, root=tmp_path):
-    lines = []
     places = {'data_dir': root, 'cache_dir': root / 'cache'}
-    status = datasets.prepare(name, progress=lines.append, **places)
-    assert status.state == 'ready'
+    lines = [*datasets.prepare(name, **places)]
     assert lines[-1].startswith(f'{name}: ready')
     return datasets.load(name, **places), lines
 

@@ -3,16 +3,15 @@
 import numpy as np
 import pytest
 
-from experiments import datasets
+from experiments.datasets import DatasetError
 from tests.datasets import archives
+from tests.datasets.archives import load
 
 
 def _digest(path, arrays=None, **kwargs):
   if arrays is not None:
     archives.save(path / 'cifar10.npz', arrays)
-  return datasets.load(
-    'cifar10', data_dir=path, cache_dir=path / 'cache', **kwargs
-  ).digest
+  return load(path, **kwargs).digest
 
 
 def test_same_data_elsewhere_has_the_same_digest(tmp_path):
@@ -48,31 +47,25 @@ def test_any_change_changes_it(tmp_path, change):
   assert _digest(tmp_path, arrays) != before
 
 
-def test_a_subset_has_its_own(tmp_path):
+def test_a_subset_is_balanced_and_made_of_the_whole(tmp_path):
+  whole = _digest(tmp_path, archives.raw_arrays())
   digests = {
-    _digest(tmp_path, archives.raw_arrays(), train_size=size, seed=seed)
+    _digest(tmp_path, train_size=size, seed=seed)
     for size, seed in ((None, 0), (6, 0), (6, 1), (9, 0))
   }
   assert len(digests) == 4
-  assert _digest(tmp_path, train_size=12) == _digest(tmp_path)
-
-
-def test_a_subset_is_balanced_and_made_of_the_whole(tmp_path):
-  archives.save(tmp_path / 'cifar10.npz', archives.raw_arrays())
-  whole = datasets.load('cifar10', data_dir=tmp_path, cache_dir=tmp_path)
-  part = datasets.load(
-    'cifar10', data_dir=tmp_path, cache_dir=tmp_path, train_size=6
-  )
+  assert _digest(tmp_path, train_size=12) == whole
+  data, part = load(tmp_path), load(tmp_path, train_size=6)
   assert np.bincount(part.y_train).tolist() == [2, 2, 2]
-  names = whole.files_train.tolist()
+  names = data.files_train.tolist()
   rows = [names.index(name) for name in part.files_train]
   assert rows == sorted(rows)
-  np.testing.assert_array_equal(part.x_train, whole.x_train[rows])
-  np.testing.assert_array_equal(part.y_train, whole.y_train[rows])
-  np.testing.assert_array_equal(part.x_test, whole.x_test)
+  np.testing.assert_array_equal(part.x_train, data.x_train[rows])
+  np.testing.assert_array_equal(part.y_train, data.y_train[rows])
+  np.testing.assert_array_equal(part.x_test, data.x_test)
 
 
 @pytest.mark.parametrize('size', [-1, 0, 2, 13])
 def test_impossible_sizes_are_refused(tmp_path, size):
-  with pytest.raises(datasets.DatasetError, match='from 3 .* to 12'):
+  with pytest.raises(DatasetError, match='from 3 .* to 12'):
     _digest(tmp_path, archives.raw_arrays(), train_size=size)

@@ -6,10 +6,7 @@ import pytest
 from experiments import datasets
 from experiments.datasets import DatasetError
 from tests.datasets import archives
-
-
-def _load(path, name='cifar10', **kwargs):
-  return datasets.load(name, data_dir=path, cache_dir=path / 'cache', **kwargs)
+from tests.datasets.archives import load
 
 
 @pytest.fixture(name='arrays')
@@ -19,7 +16,7 @@ def _arrays():
 
 def test_raw_arrays_arrive_as_they_are(tmp_path, arrays):
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  data = _load(tmp_path)
+  data = load(tmp_path)
   np.testing.assert_array_equal(data.x_train, arrays['x_train'])
   np.testing.assert_array_equal(data.x_test, arrays['x_test'])
   np.testing.assert_array_equal(data.y_train, arrays['y_train'])
@@ -33,24 +30,27 @@ def test_raw_arrays_arrive_as_they_are(tmp_path, arrays):
 
 def test_joined_files_give_the_same_pictures(tmp_path, arrays):
   archives.save(tmp_path / 'cifar10.npz', archives.joined(arrays))
-  data = _load(tmp_path)
+  data = load(tmp_path)
   np.testing.assert_array_equal(data.x_train, arrays['x_train'])
   np.testing.assert_array_equal(data.y_test, arrays['y_test'])
   assert list(data.files_test[:2]) == ['test/0.png', 'test/1.png']
   assert 'lossy' in data.note
+  arrays['classes'] = np.array([7, 8, 9])  # numbers may be names
+  archives.save(tmp_path / 'cifar10.npz', arrays)
+  assert load(tmp_path).classes == ('7', '8', '9')
 
 
 def test_an_npz_file_comes_before_a_folder(tmp_path, arrays):
   archives.image_folder(tmp_path / 'cifar10', archives.raw_arrays(classes=2))
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  assert len(_load(tmp_path).classes) == 3
+  assert len(load(tmp_path).classes) == 3
 
 
 def test_the_name_given_comes_before_other_aliases(tmp_path):
   for name, classes in (('cifar100', 3), ('cifar100_clean10k', 4)):
     archives.save(tmp_path / f'{name}.npz', archives.raw_arrays(classes))
   for name, classes in (('cifar100_clean10k', 4), ('CIFAR100', 3)):
-    assert len(_load(tmp_path, name).classes) == classes
+    assert len(load(tmp_path, name).classes) == classes
 
 
 def test_gray_pictures_without_channel_axis(tmp_path):
@@ -59,7 +59,7 @@ def test_gray_pictures_without_channel_axis(tmp_path):
     for key, value in archives.raw_arrays(size=28).items()
   }
   archives.save(tmp_path / 'mnist.npz', gray)
-  data = _load(tmp_path, 'mnist')
+  data = load(tmp_path, 'mnist')
   np.testing.assert_array_equal(data.x_train[..., 0], gray['x_train'])
   assert data.x_train.shape == (12, 28, 28, 1)
 
@@ -69,18 +69,18 @@ def test_vectors_stay_float32(tmp_path, arrays):
   for part, count in (('train', 12), ('test', 6)):
     arrays[f'x_{part}'] = rng.standard_normal((count, 1845), np.float32)
   archives.save(tmp_path / 'timit.npz', arrays)
-  data = _load(tmp_path, 'TIMIT80')
+  data = load(tmp_path, 'TIMIT80')
   np.testing.assert_array_equal(data.x_train, arrays['x_train'])
   assert data.x_train.dtype == np.float32
   arrays['x_test'][3, 7] = np.nan
   archives.save(tmp_path / 'timit.npz', arrays)
   with pytest.raises(DatasetError, match=r'row 3\) .* not a finite number'):
-    _load(tmp_path, 'TIMIT80')
+    load(tmp_path, 'TIMIT80')
 
 
 def test_the_note_says_what_differs_from_the_paper(tmp_path, arrays):
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  note = _load(tmp_path, train_size=6).note
+  note = load(tmp_path, train_size=6).note
   assert "3 of the paper's 10 classes" in note
   assert "12 / 6 train / test samples, the paper's are 50000 / 10000" in note
   assert 'trained on 6 of 12 samples' in note
@@ -119,31 +119,24 @@ _SAME = {
 @pytest.mark.parametrize('case', _SAME)
 def test_forms_that_mean_the_same(tmp_path, arrays, case):
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  expected = _load(tmp_path)
+  expected = load(tmp_path)
   _SAME[case](arrays)
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  data = _load(tmp_path)
+  data = load(tmp_path)
   assert data.digest == expected.digest
   assert data.classes == expected.classes
   assert data.note == expected.note
 
 
-@pytest.mark.parametrize('kind', ['u1', 'u2', 'i4', 'u8'])
+@pytest.mark.parametrize('kind', ['u1', 'u8'])
 def test_limits_of_any_integer_type(tmp_path, kind):
-  arrays = archives.joined(archives.raw_arrays(size=2))
+  """An unsigned difference of limits would never be negative."""
+  arrays = archives.joined(archives.raw_arrays(1, 1, 1, size=2))
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  expected = _load(tmp_path).digest
-  if arrays['off_train'][-1] <= np.iinfo(kind).max:
-    arrays['off_train'] = arrays['off_train'].astype(kind)
-  arrays['off_test'] = arrays['off_test'].astype('u8')
+  expected = load(tmp_path).digest
+  arrays |= {key: arrays[key].astype(kind) for key in ('off_train', 'off_test')}
   archives.save(tmp_path / 'cifar10.npz', arrays)
-  assert _load(tmp_path).digest == expected
-
-
-def test_names_of_classes_may_be_numbers(tmp_path, arrays):
-  arrays['classes'] = np.array([7, 8, 9])
-  archives.save(tmp_path / 'cifar10.npz', arrays)
-  assert _load(tmp_path).classes == ('7', '8', '9')
+  assert load(tmp_path).digest == expected
 
 
 def _without(key):
@@ -169,8 +162,6 @@ _RAW = {
   'empty class': (_with(y_train=np.arange(12) % 2),
     "y_train: no sample of class 'class 2'"),
   'float labels': (_with(y_train=np.zeros(12)), 'labels must be integers'),
-  'names as labels': (_with(y_train=np.array(['class 0'] * 12)),
-    'labels must be integers'),
   'two ones in a row': (_with(y_train=np.ones((12, 3), int)),
     'a row of one-hot labels must have a single 1'),
   'too wide a row': (_with(y_train=np.eye(4, dtype=int)[np.arange(12) % 3]),
@@ -184,7 +175,6 @@ _RAW = {
   'no area': (_with(x_test=np.zeros((6, 0, 8, 3), np.uint8)), 'must be uint8'),
   'vectors': (_with(x_test=np.zeros((6, 9), np.float32)),
     r'test row 0 .* expected a picture, found shape \(9,\)'),
-  'scalar classes': (_with(classes=np.array('a')), 'classes must be a vector'),
   'no class': (_with(classes=np.array([], 'U1')), 'classes must be a vector'),
   'float names': (_with(classes=np.ones(3)), 'must be a vector of names'),
   'two classes of a name': (_with(classes=np.array(['a', 'b', 'a'])),
@@ -198,13 +188,11 @@ _RAW = {
 
 # fmt: off
 _JOINED = {
-  'not rising': (_with(off_test=np.array([0, 9, 5])), 'must be rising'),
   'unsigned, not rising': (_with(off_test=np.array([0, 9, 5], np.uint32)),
     'must be rising'),
   'past the end': (_with(off_train=np.arange(13) * 10**6),
     'off_train must be rising integers from 0 to'),
   'float limits': (_with(off_train=np.arange(13.0)), 'must be rising'),
-  'no limits': (_with(off_train=np.arange(0)), 'must be rising'),
   'wide bytes': (_with(jpeg_test=np.zeros(9, np.int32)), 'a uint8 vector'),
   'too few names': (_with(file_test=np.array(['a'])), 'file_test has 1 entr'),
   'names in a table': (_with(file_test=np.full((6, 1), 'a')),
@@ -221,35 +209,35 @@ def test_a_broken_file(tmp_path, arrays, case):
   change(arrays)
   path = archives.save(tmp_path / 'cifar10.npz', arrays)
   with pytest.raises(DatasetError, match=message) as caught:
-    _load(tmp_path)
+    load(tmp_path)
   assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize('keep', [0, 3, 0.3, 0.9, 0.999])
-def test_truncated_file(tmp_path, arrays, keep):
-  path = archives.save(tmp_path / 'cifar10.npz', arrays)
-  content = path.read_bytes()
-  size = keep if isinstance(keep, int) else int(keep * len(content))
-  path.write_bytes(content[:size])
-  with pytest.raises(DatasetError, match='cifar10.npz: broken or truncated'):
-    _load(tmp_path)
+def _cut(share):
+  return lambda content: content[: int(share * len(content))]
 
 
-def test_damaged_bytes_within(tmp_path, arrays):
-  path = archives.save(tmp_path / 'cifar10.npz', arrays)
-  content = bytearray(path.read_bytes())
+def _zeros_within(content):
   middle = len(content) // 2
-  content[middle : middle + 40] = bytes(40)
-  path.write_bytes(content)
-  with pytest.raises(DatasetError, match='broken or truncated npz file at'):
-    _load(tmp_path)
+  return content[:middle] + bytes(40) + content[middle + 40 :]
 
 
-@pytest.mark.parametrize('content', [b'<html>404</html>', b'\x93NUMPY\x01\x00'])
-def test_something_else_under_the_name(tmp_path, content):
-  (tmp_path / 'cifar10.npz').write_bytes(content)
-  with pytest.raises(DatasetError, match='broken or truncated npz file'):
-    _load(tmp_path)
+@pytest.mark.parametrize(
+  ('damage', 'message'),
+  [
+    *((_cut(share), '') for share in (0, 0.3, 0.999)),
+    (_zeros_within, ' at '),
+    (lambda _: b'<html>404</html>', ''),
+    (lambda _: b'\x93NUMPY\x01\x00', ''),
+  ],
+)
+def test_damaged_files(tmp_path, arrays, damage, message):
+  path = archives.save(tmp_path / 'cifar10.npz', arrays)
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(
+    DatasetError, match=f'cifar10.npz: broken or truncated npz file{message}'
+  ):
+    load(tmp_path)
 
 
 def test_a_picture_that_does_not_decode_is_named(tmp_path, arrays):
@@ -259,17 +247,14 @@ def test_a_picture_that_does_not_decode_is_named(tmp_path, arrays):
   arrays['jpeg_train'][start : start + 20] = 0
   archives.save(tmp_path / 'cifar10.npz', arrays)
   with pytest.raises(DatasetError, match=r'train/5\.png \(row 5\) cannot be'):
-    _load(tmp_path)
+    load(tmp_path)
 
 
-def test_missing_data_folder(tmp_path):
+def test_missing_data(tmp_path):
   with pytest.raises(DatasetError, match="nowhere' is not a folder"):
-    _load(tmp_path / 'nowhere')
-
-
-def test_missing_dataset_says_how_to_get_it(tmp_path):
+    load(tmp_path / 'nowhere')
   with pytest.raises(DatasetError, match='experiments data prepare SVHN'):
-    _load(tmp_path, 'svhn')
+    load(tmp_path, 'svhn')
 
 
 def test_digits_need_no_folder(tmp_path):

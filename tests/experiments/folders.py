@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.paper.protocol import Run
+from experiments.runs import checkpoints
 from experiments.runs.store import RunFolder
 from tests.experiments import tiny
 
@@ -37,13 +38,16 @@ def interrupted(
     made.begin()
     for epoch in range(1, epochs + 1):
       made.append(line(epoch))
-      made.save(epoch, state(epoch))
+      checkpoints.save(made.checkpoints, epoch, state(epoch))
   return made
 
 
 def check(folder: RunFolder, epoch: int) -> list[str]:
   """Restores; the state and the metrics must be those of the epoch."""
-  found, restored, problems = folder.restore(state(0))
+  found, restored, problems = checkpoints.restore(
+    folder.checkpoints, len(folder.metrics()), state(0)
+  )
+  folder.cut(found)
   assert found == epoch
   assert (restored is None) == (epoch == 0)
   if restored is not None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -67,19 +68,16 @@ def _assert_same_update(*trees):
     np.testing.assert_allclose(y - w, x - w, atol=tolerance)
 
 
-@pytest.mark.parametrize('network', [('timit', 'none'), ('mnist', 'plain')])
+@pytest.mark.parametrize('network', [('timit', 'plain'), ('mnist', 'none')])
 def test_flax_and_the_rule_make_the_same_update(network):
   workload, before, after = _trained(*network)
   rule = contenders.in_jax(workload, 'BP')
   rule.step()
   _assert_same_update(before, after, jax.device_get(rule.step()['params']))
-
-
-def test_repeated_steps_are_one_loop_of_the_same_updates():
-  workload, before, after = _trained('timit', 'plain')
-  loop = contenders.in_jax(dataclasses.replace(workload, repeat=2), 'BP')
-  assert loop.steps == 2
-  _assert_same_update(before, after, jax.device_get(loop.step()['params']))
+  if network[0] == 'timit':  # two steps as one program, too
+    loop = contenders.in_jax(dataclasses.replace(workload, repeat=2), 'BP')
+    assert loop.steps == 2
+    _assert_same_update(before, after, jax.device_get(loop.step()['params']))
 
 
 @pytest.mark.parametrize('norm', ['none', 'plain'])
@@ -177,34 +175,28 @@ def test_ratios_are_of_steps_in_the_same_round():
 
 
 def test_every_contender_makes_two_steps_in_each_round(monkeypatch):
+  calls, now = [], [0.0]
   monkeypatch.setattr(time, 'sleep', lambda _: None)
-  calls = []
-  programs = [
-    Contender(name=name, step=lambda name=name: calls.append(name))
-    for name in 'abc'
-  ]
+  monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+
+  def contender(name, steps):
+    def step():
+      calls.append(name)
+      now[0] += 6.0
+
+    return Contender(name=name, step=step, steps=steps)
+
+  programs = [contender('a', 1), contender('b', 2), contender('c', 3)]
   times = contenders.take_turns(programs, 5)
-  assert times.shape == (5, 3)
-  assert (times > 0).all()
+  assert times.tolist() == 5 * [[6.0, 3.0, 2.0]]
   assert calls[::2] == calls[1::2]
   rounds = [tuple(calls[i : i + 6 : 2]) for i in range(0, len(calls), 6)]
   assert len(rounds) > 5  # the first ones are not measured
   assert all(sorted(each) == ['a', 'b', 'c'] for each in rounds)
   assert len(set(rounds)) > 1
-  began = time.perf_counter()
-  contenders.take_turns(programs, 1, seconds=0.05)
-  assert time.perf_counter() - began >= 0.05
-
-
-def test_times_are_of_one_of_the_steps_in_a_row(monkeypatch):
-  sleep = time.sleep
-  monkeypatch.setattr(time, 'sleep', lambda _: None)
-  programs = [
-    Contender(name=str(steps), step=lambda: sleep(0.02), steps=steps)
-    for steps in (1, 10)
-  ]
-  one, ten = np.min(contenders.take_turns(programs, 3), 0)
-  assert one / ten == pytest.approx(10, rel=0.3)
+  began = now[0]
+  contenders.take_turns(programs, 1, seconds=500.0)
+  assert now[0] - began >= 500
 
 
 def test_steps_without_torch(main, tmp_path):
@@ -235,6 +227,8 @@ def test_steps_without_torch(main, tmp_path):
 
 def test_measurements_go_on_where_they_stopped(main, monkeypatch, tmp_path):
   monkeypatch.setattr(contenders, 'all_in_jax', _instead_of_all_in_jax)
+  product = Contender(name=contenders.PRODUCT, step=list, flops=1)
+  monkeypatch.setattr(contenders, 'product', lambda: product)
   options = '--architecture timit mnist --batch-norm none --steps 1 --seconds 0'
   command = f'steps {options} --out {tmp_path} --batch'
   assert main(f'{command} 4')[0] == 0
@@ -313,21 +307,6 @@ def test_one_and_two_workers_take_turns(main, monkeypatch):
   assert '16 runs, median speed-up' in out
 
 
-@pytest.mark.parametrize('fails', [False, True])
-def test_reading_and_reporting_are_timed(main, monkeypatch, tmp_path, fails):
-  report = tmp_path / 'python'  # stands for ``python -m experiments report``
-  report.write_text(f'#!/bin/sh\nls "$4" | wc -l >> $0.out\nexit {fails:d}')
-  report.chmod(0o755)
-  monkeypatch.setattr(sys, 'executable', str(report))
-  status, out, errors = main('store --sizes 3 12')
-  assert (status, 'has failed' in errors) == (
-    (2, True) if fails else (0, False)
-  )
-  rows = [row.split()[0] for row in out.splitlines()[1:]]
-  counts = (tmp_path / 'python.out').read_text().split()
-  assert (rows, counts) == (([], ['3']) if fails else (['3', '12'],) * 2)
-
-
 def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
   script = Path(bench.__file__).with_name('accelerator.sh')
 
@@ -369,3 +348,20 @@ def test_networks_for_large_pictures(name, multiply_adds, weights):
   x = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
   rules = linen.layer_rules(linen.with_feedback(network, usf()), x, True)
   assert len([row for row in rules if row.rule]) == weights
+
+
+def test_the_parts_of_an_epoch(main):
+  options = '--condition uSF+BN --rate 1 --train-size 200 --repeats 1'
+  status, out, _ = main(f'epoch {options}')
+  _, text = out.split('\ndigits ')
+  assert (status, text.split()[0]) == (0, 'uSF+BN')
+  for part in (
+    'training', 'evaluation, test', 'evaluation, held out',
+    'statistics for testing', 'angles of layers', 'a checkpoint',
+  ):  # fmt: skip
+    assert f'| {part} ' in text
+  shares = re.findall(r'(\d+) %', text)
+  assert 97 <= sum(map(int, shares)) <= 103  # each is rounded
+  assert re.findall(r'\n\| (\d+) ', text) == ['100', '250']
+  status, _, errors = main('epoch --condition SGD --repeats 0')
+  assert (status, 'repeats must be at least 1' in errors) == (2, True)

@@ -60,7 +60,8 @@ def _assert_same_lines(lines, expected):
   ],
 )
 def test_several_devices_are_one(condition, count, scan):
-  run = _run(condition)
+  """Even in a run that goes on with another number of them."""
+  run = _run(condition, layer_metrics=scan)
   if '+BM' in condition:
     # Rounding decides the sign of a gradient that is nearly 0, and the updates
     # after it follow. So one update an epoch, and each from the same state.
@@ -79,20 +80,6 @@ def test_several_devices_are_one(condition, count, scan):
       close = np.isclose(a, b, rtol=1e-3, atol=1e-5)
       assert close.mean() > 0.999 if '+BM' in condition else close.all()
     assert tiny.equal(state['feedback'], wanted['feedback'])
-
-
-def test_layer_metrics_of_several_devices():
-  run = _run('uSF+BN', layer_metrics=True, epochs=1)
-  _assert_same_lines(_trained(run, 4)[1], _trained(run, 1)[1])
-
-
-def test_a_state_goes_on_with_another_number_of_devices():
-  run = _run('frSF+BN', epochs=3)
-  states, lines = _trained(run, 4)
-  _, others = _trained(run, 1, states[0], first=2)
-  _assert_same_lines(others, lines[1:])
-  _, others = _trained(run, 2, states[1], first=3)
-  _assert_same_lines(others, lines[2:])
 
 
 def test_groups_have_their_own_statistics_on_any_number_of_devices():

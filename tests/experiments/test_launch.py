@@ -88,11 +88,8 @@ def test_an_undisturbed_run(tmp_path, undisturbed):
   ('share', 'after', 'act', 'error', 'resumes'),
   [
     (1.0, 1, crash, Crash, 1),  # before its checkpoint, so from the start
-    (1.0, 3, crash, Crash, 3),
     (1.0, 4, crash, Crash, 4),  # all lines and no result
-    (0.0, 3, crash, Crash, 1),
     (0.0, 2, interrupt, Interrupted, 3),  # a stop writes one
-    (0.0, 3, terminate, Interrupted, 4),
     (1.0, 2, terminate, Interrupted, 3),
   ],
 )
@@ -180,14 +177,21 @@ def test_runs_that_another_process_gives_up_are_trained_after_all(tmp_path):
 
 
 def test_a_diverged_run_is_a_result_and_not_run_again(tmp_path):
-  run = tiny.run('uSF', rate=1e30, epochs=3)
+  run = tiny.run('uSF', rate=1e30, epochs=3, layer_metrics=True)
   with pytest.raises(Crash):  # after its last line, before its result
     _launch(tmp_path, [run], Listener(1, crash))
   _launch(tmp_path, [run])
   (record,) = store.load(tmp_path)
+  (line,) = record.metrics
+  assert (line['finite'], line['train_loss'], line['test_loss']) == (
+    False, None, None,
+  )  # fmt: skip
+  assert line['layers']['output']['angle'] is None
   assert record.result is not None
   assert record.result['diverged'] is True
-  assert len(record.metrics) == 1
+  assert record.result['best_test_error'] == 90.0  # by chance
+  assert record.result['held_out_test_error'] == 90.0
+  assert record.result['epochs_run'] == 1
   assert _launch(tmp_path, [run]).skipped == 1
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import filelock
 import psutil
 import pytest
 
@@ -163,16 +164,29 @@ def _on_a_terminal(folder: Path) -> tuple[int, str]:
   return process.wait(timeout=_WAIT), output.decode(errors='replace')
 
 
-def test_two_drivers_share_a_folder(tmp_path, undisturbed):
-  drivers = [_start(tmp_path) for _ in range(2)]
+def test_two_drivers_share_a_folder_and_shards_what_is_left(
+  tmp_path, undisturbed
+):
+  drivers = [_start(tmp_path / 'both') for _ in range(2)]
   output = ''.join([_finish(driver) for driver in drivers])
-  assert folders.contents(tmp_path) == undisturbed[0]
+  assert folders.contents(tmp_path / 'both') == undisturbed[0]
   for condition in ('SGD', 'uSF+BN'):  # each once
     assert len(re.findall(rf'\] digits {re.escape(condition)}, ', output)) == 1
+  # Output that nobody reads loses no results.
+  reader, writer = os.pipe()
+  os.close(reader)
+  silent = _start(tmp_path / 'shards', '--shard', '1/2', stdout=writer)
+  os.close(writer)
+  other = _start(tmp_path / 'shards', '--shard', '2/2')
+  assert 'another process' not in _finish(other)
+  _, errors = silent.communicate(timeout=_WAIT)
+  assert errors == ''
+  assert folders.contents(tmp_path / 'shards') == undisturbed[0]
 
 
-def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
-  process = _start(tmp_path, '--executor', 'processes', '--workers', '1')
+def test_a_driver_that_dies_takes_its_workers_along(tmp_path):
+  long = ('--epochs', '100000', '--condition', 'SGD')  # never done before
+  process = _start(tmp_path, *long, '--executor', 'processes', '--workers', '1')
   driver, end = psutil.Process(process.pid), time.monotonic() + _WAIT
   while not any(record.metrics for record in store.load(tmp_path)):
     assert time.monotonic() < end
@@ -187,56 +201,14 @@ def test_a_driver_that_dies_takes_its_workers_along(tmp_path, undisturbed):
   assert not alive
   shares = {place.cores for place in places(1)}
   assert shares <= cores  # as many as without workers, for the same bits
-  # Nobody waits for its runs, and shards know of each other's.
-  outputs = [
-    _finish(_start(tmp_path, '--shard', shard)) for shard in ('1/2', '2/2')
-  ]
-  assert 'another process' not in ''.join(outputs)
-  assert folders.contents(tmp_path) == undisturbed[0]
-
-
-def test_output_that_nobody_reads_loses_no_results(tmp_path, undisturbed):
-  reader, writer = os.pipe()
-  os.close(reader)
-  process = _start(tmp_path, stdout=writer)
-  os.close(writer)
-  _, errors = process.communicate(timeout=_WAIT)
-  assert errors == ''
-  assert folders.contents(tmp_path) == undisturbed[0]
-
-
-def test_help_and_list_import_no_jax():
-  code = """
-import sys
-from experiments import cli
-sys.argv = ['experiments', *sys.argv[1:]]
-try:
-  cli.main()
-finally:
-  heavy = {'jax', 'flax', 'sklearn', 'scipy', 'matplotlib', 'pandas'}
-  print(sorted(heavy & set(sys.modules)))
-"""
-  for arguments in (['--help'], ['run', '--help'], ['list']):
-    result = subprocess.run(
-      [sys.executable, '-c', code, *arguments],
-      cwd=_ROOT,
-      env=_environment(),
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-    assert result.stdout.endswith('[]\n'), result.stdout[-300:]
+  (record,) = store.load(tmp_path)
+  with filelock.FileLock(tmp_path / record.run_id / '.lock', timeout=0):
+    pass  # nobody waits for its run
 
 
 def _options(folder, share=1.0):
   store.create(folder)
   return Options(folder, tiny.loader(), checkpoint_share=share)
-
-
-_LAUNCHERS = {
-  'processes': lambda options: in_processes(options, places(1)),
-  'ray': lambda options: on_ray(options, None, float(os.cpu_count() or 1)),
-}
 
 
 def _workers() -> list[psutil.Process]:
@@ -304,10 +276,12 @@ def test_a_killed_ray_task_resumes(tmp_path):
     """Kills the task; stops the launch once it has resumed."""
 
     addresses: list[str] = []
+    stopped = False
 
-    def run_started(self, run, first_epoch):
-      super().run_started(run, first_epoch)
-      if self.of('failed'):
+    def epoch_finished(self, run, line):
+      super().epoch_finished(run, line)
+      if self.of('failed') and not self.stopped:
+        self.stopped = True
         terminate()
 
     def run_failed(self, run, error, again):
@@ -315,9 +289,10 @@ def test_a_killed_ray_task_resumes(tmp_path):
       super().run_failed(run, error, again)
 
   options = _options(tmp_path)
+  launcher = on_ray(options, None, float(os.cpu_count() or 1))
   listener = Killer(count=2, act=_kill_the_worker)
   with pytest.raises(launch.Interrupted):
-    launch.launch([_LONG], _LAUNCHERS['ray'](options), options, listener)
+    launch.launch([_LONG], launcher, options, listener)
   ((run_id, error, again),) = listener.of('failed')
   assert (run_id, again) == (_LONG.run_id, True)
   assert 'its worker has died' in error
@@ -326,22 +301,27 @@ def test_a_killed_ray_task_resumes(tmp_path):
   # No other host can reach it.
   assert len(listener.addresses) > 5
   assert set(listener.addresses) <= {'127.0.0.1', '::1', '::ffff:127.0.0.1'}
+  _assert_saved(tmp_path)
 
 
-@pytest.mark.parametrize('name', _LAUNCHERS)
-def test_a_stop_keeps_the_epochs_of_workers(tmp_path, name):
-  options = _options(tmp_path, 0.0)  # no checkpoint is due before
-  with pytest.raises(launch.Interrupted, match='SIGTERM'):
-    launch.launch(
-      [_LONG], _LAUNCHERS[name](options), options, Listener(2, terminate)
-    )
-  (record,) = store.load(tmp_path)
+def _assert_saved(folder: Path) -> int:
+  """The last epoch of the long run, which a stop has saved."""
+  assert not _workers()
+  (record,) = store.load(folder)
   assert record.result is None
   done = len(record.metrics)
+  saved = os.listdir(folder / _LONG.run_id / 'checkpoints')
+  assert f'{done}.msgpack' in saved
+  return done
+
+
+def test_a_stop_keeps_the_epochs_of_workers(tmp_path):
+  options = _options(tmp_path, 0.0)  # no checkpoint is due before
+  launcher = in_processes(options, places(1))
+  with pytest.raises(launch.Interrupted, match='SIGTERM'):
+    launch.launch([_LONG], launcher, options, Listener(2, terminate))
+  done = _assert_saved(tmp_path)
   assert done >= 2
-  saved = os.listdir(tmp_path / _LONG.run_id / 'checkpoints')
-  assert saved == [f'{done}.msgpack']
-  assert not _workers()
   # Another launch resumes there.
   listener = Listener(done + 1, terminate)
   with pytest.raises(launch.Interrupted):

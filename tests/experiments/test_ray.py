@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,10 +19,10 @@ pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 _RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
 
 
-def _launch(folder, **asked):
+def _launch(folder):
   store.create(folder)
   options = Options(folder, tiny.loader())
-  launcher = ray_tasks.on_ray(options, None, **asked)
+  launcher = ray_tasks.on_ray(options, None)
   return launch.launch(_RUNS, launcher, options, Listener())
 
 
@@ -36,20 +37,23 @@ def test_a_task_keeps_to_its_cores_and_has_the_settings(tmp_path, monkeypatch):
   assert not list(tmp_path.glob('.launch*'))
 
 
-def test_more_than_this_host_has_is_refused(tmp_path):
-  with pytest.raises(ValueError, match='gpus_per_run is 500, but this host'):
-    _launch(tmp_path, gpus=500.0)
+def test_more_than_this_host_has_is_refused():
+  ray = SimpleNamespace(cluster_resources=lambda: {'CPU': 5.0})
+  assert ray_tasks._room(ray, None, 2.0, 0.0) == 2
+  with pytest.raises(ValueError, match='gpus_per_run is 1, but this host'):
+    ray_tasks._room(ray, None, 2.0, 1.0)
+  assert ray_tasks._room(ray, 'host:6379', 2.0, 1.0) == 1  # it may grow
 
 
 def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
   def elsewhere(results):
     """The folder of the launch is removed, as if it were on another host."""
-    token, lock = make(results)
+    lock = make(results)
     shutil.rmtree(results)
-    return token, lock
+    return lock
 
-  make = ray_tasks._token
-  monkeypatch.setattr(ray_tasks, '_token', elsewhere)
+  make = ray_tasks._begin
+  monkeypatch.setattr(ray_tasks, '_begin', elsewhere)
   with pytest.raises(StoreError, match='a Ray node cannot see the results fol'):
     _launch(tmp_path / 'results')
 
@@ -57,14 +61,13 @@ def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
 def test_a_launch_removes_what_a_dead_one_left(tmp_path):
   left = tmp_path / '.launch-0123abc'
   left.touch()
-  left.with_suffix('.lock').touch()
-  token, lock = ray_tasks._token(tmp_path)
+  first = ray_tasks._begin(tmp_path)
   assert not left.exists()
-  other, other_lock = ray_tasks._token(tmp_path)
-  assert token.exists()  # its driver is alive
-  assert other.exists()
-  lock.release()
-  other_lock.release()
+  second = ray_tasks._begin(tmp_path)
+  assert os.path.exists(first.lock_file)  # its driver is alive
+  assert os.path.exists(second.lock_file)
+  first.release()
+  second.release()
 
 
 def test_parts_of_a_host_are_shared_only_when_all_are_taken(monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+from jupyter_client.manager import KernelManager
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / 'experiments' / 'tutorials'
@@ -18,8 +19,25 @@ EPOCHS = {
 }
 
 
+@pytest.fixture(name='kernel', scope='module')
+def _kernel():
+  """One kernel for all tutorials, which share its imports and programs.
+
+  It is another process: it imports this checkout, and shares the cache of
+  compiled programs through the environment that conftest.py sets. A user has
+  one CPU device.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('PYTHONPATH', str(ROOT))
+    patch.setenv('XLA_FLAGS', '')
+    manager = KernelManager()
+    manager.start_kernel(cwd=str(TUTORIALS))
+    yield manager
+    manager.shutdown_kernel(now=True)
+
+
 @pytest.mark.parametrize('name', sorted(EPOCHS))
-def test_what_a_tutorial_claims_holds(name, monkeypatch, tmp_path):
+def test_what_a_tutorial_claims_holds(name, kernel, tmp_path):
   notebook = nbformat.read(TUTORIALS / f'{name}.ipynb', as_version=4)
   (index,) = (
     i
@@ -28,15 +46,10 @@ def test_what_a_tutorial_claims_holds(name, monkeypatch, tmp_path):
   )
   settings = f'EPOCHS, RESULTS = {EPOCHS[name]}, {str(tmp_path)!r}'
   notebook.cells.insert(index + 1, nbformat.v4.new_code_cell(settings))
-  # Kernels are other processes: they import this checkout, and share the cache
-  # of compiled programs through the environment that conftest.py sets. A user
-  # has one CPU device.
-  monkeypatch.setenv('PYTHONPATH', str(ROOT))
-  monkeypatch.setenv('XLA_FLAGS', '')
-  client = nbclient.NotebookClient(
-    notebook, timeout=120, resources={'metadata': {'path': str(TUTORIALS)}}
-  )
+  notebook.cells.insert(0, nbformat.v4.new_code_cell('%reset -f'))
+  client = nbclient.NotebookClient(notebook, km=kernel, timeout=120)
   client.execute()
+  client.kc.stop_channels()
   printed = [
     output.text
     for cell in notebook.cells
