@@ -260,7 +260,7 @@ def calibrate(
   statistics = _restart(variables.get('batch_stats', {}))
   for index, inputs in enumerate(_take(batches, num_batches)):
     variables = {**variables, 'batch_stats': statistics}
-    arrays, rebuilt = separate((inputs, apply_kwargs), _is_array)
+    arrays, rebuilt = separate((inputs, apply_kwargs))
     statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
   _check_observed(statistics)
   return {**variables, 'batch_stats': statistics}
@@ -283,14 +283,10 @@ def calibrate_nnx(
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   nnx.update(trained, _restart(statistics))
   for inputs in _take(batches, num_batches):
-    _observe_nnx(trained, *separate(inputs, _is_array))
+    _observe_nnx(trained, *separate(inputs))
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   _check_observed(statistics)
   nnx.update(model, statistics)
-
-
-def _is_array(leaf: Any) -> bool:
-  return hasattr(leaf, 'dtype')
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'rebuilt'))

@@ -18,6 +18,7 @@ Inside ``nn.scan`` and ``nn.vmap`` map asymmetric modules like any others:
 them nothing has to be said.
 """
 
+import copy
 import dataclasses
 import itertools
 import types
@@ -30,19 +31,8 @@ from flax import traverse_util
 from flax.core import FrozenDict, lift, unfreeze
 from flax.core.scope import LazyRng
 
-from symjax_bp import metrics
+from symjax_bp import metrics, transform
 from symjax_bp.feedback import FeedbackRule
-from symjax_bp.transform import (
-  Call,
-  FeedbackFunction,
-  Row,
-  Rules,
-  by_path,
-  format_table,
-  recorded,
-  separate,
-  with_others,
-)
 
 __all__ = [
   'Conv',
@@ -61,7 +51,7 @@ def _call(
   bound: Any,
   plain: nn.Module,
   method: str,
-  rules: Rules | None,
+  rules: transform.Rules | None,
   row_convolution: bool,
   args: Sequence[Any],
   kwargs: Mapping[str, Any],
@@ -89,10 +79,10 @@ def _call(
   if rules is None or above is not None:
     return run(scope, *args, **kwargs)
   initializing = bound.is_initializing()
-  before = _copied(scope.rng_counters)
+  before = copy.deepcopy(scope.rng_counters)
   # A plain call makes the parameters.
   result = run(scope, *args, **kwargs) if initializing else None
-  after = _copied(scope.rng_counters)
+  after = copy.deepcopy(scope.rng_counters)
   path = '/'.join(bound.path)
   prefix = f'{path}/' if path else ''
 
@@ -109,22 +99,19 @@ def _call(
       y = run(inner, *args, **kwargs)
       return y, repack(inner)
 
-    f = FeedbackFunction(function, rules, row_convolution, prefix)
+    f = transform.FeedbackFunction(function, rules, row_convolution, prefix)
     params = variables.get('params', {})
-    call = Call(f, params, (rest, rngs, args, kwargs), {})
+    call = transform.Call(f, params, (rest, rngs, args, kwargs), {})
     if initializing:
       key: Any = _key(scope, 'params')
       states = f.init_states(key, params, call)
-      _check_unmapped(scope, states)
+      _check_unmapped(scope, call)
       return states, repack(scope_fn(groups, rngs))
-    stored = _flat(variables.get('feedback', {}))
-    stored |= _made_now(scope, f, params, stored, call)
-    states = f.check_states(stored)
-    _check_unmapped(scope, states)
-    call.plan(states)
+    states = _flat(variables.get('feedback', {}))
+    states |= _made_now(scope, f, params, states, call)
+    _check_unmapped(scope, call.plan(states))
     if scope.is_mutable_collection('feedback_weights'):
-      fans = {row.path: row.fan for row in call.rows() if row.rule}
-      V = f.weights_by_path(params, states, fans)
+      V = f.weights_by_path(params, states, call.fans())
       _put(scope, 'feedback_weights', V)
     return call.evaluate()
 
@@ -173,9 +160,10 @@ def _retraced(method: Any) -> Callable[..., Any]:
 _OURS = ('feedback', 'feedback_weights', 'params')
 
 
-def _check_unmapped(scope: Any, states: Mapping[str, Any]) -> None:
+def _check_unmapped(scope: Any, call: transform.Call) -> None:
   """Raises if a lift would transform what rules keep, as if it were W."""
-  if states and any('map_variables' in name for name in scope.debug_path):
+  keeps = any(rule.keeps_state for _, rule, _ in call.products())
+  if keeps and any('map_variables' in name for name in scope.debug_path):
     raise ValueError(
       f'{"/".join(scope.path)!r} keeps feedback, which nn.WeightNorm, '
       'nn.SpectralNorm and nn.map_variables would change along with the '
@@ -186,15 +174,7 @@ def _check_unmapped(scope: Any, states: Mapping[str, Any]) -> None:
 def _count_from(scope: Any, counters: Mapping[Any, Any]) -> None:
   # In place, because Flax shares the dictionary between scopes.
   scope.rng_counters.clear()
-  scope.rng_counters.update(_copied(counters))
-
-
-def _copied(counters: Mapping[Any, Any]) -> dict[Any, Any]:
-  """Flax's counters of keys, which are nested."""
-  return {
-    name: _copied(count) if isinstance(count, dict) else count
-    for name, count in counters.items()
-  }
+  scope.rng_counters.update(copy.deepcopy(counters))
 
 
 def _key(scope: Any, otherwise: str = '') -> jax.Array | None:
@@ -216,7 +196,7 @@ def _made_now(scope, f, params, stored, call) -> dict[str, Any]:
   states = {
     path: state
     for path, state in states.items()
-    if path not in stored and (store or f.rules.find(path).redraws)
+    if path not in stored and (store or call.rules[path].redraws)
   }
   if store:
     _put(scope, 'feedback', _named(states))
@@ -259,7 +239,7 @@ class _Asymmetric(nn.Module):
   feedback: FeedbackRule = dataclasses.field(kw_only=True)
 
   def __post_init__(self):
-    Rules.create(self.feedback)
+    transform.Rules.create(self.feedback)
     super().__post_init__()
 
   @nn.nowrap
@@ -272,7 +252,7 @@ class _Asymmetric(nn.Module):
       if field.init and field.name not in ('parent', 'name')
     }
     plain = kind(**fields, parent=None)
-    rules = Rules.create(self.feedback)
+    rules = transform.Rules.create(self.feedback)
     return _call(self, plain, '__call__', rules, False, (inputs,), {})
 
 
@@ -318,7 +298,7 @@ class WithFeedback(nn.Module):
   """
 
   detached: _Detached
-  rules: Rules | None = None
+  rules: transform.Rules | None = None
   row_convolution: bool = False
 
   @nn.nowrap
@@ -391,7 +371,7 @@ def with_feedback(
       f'model must be a flax.linen.Module, not {type(model).__name__}.'
     )
   _refuse_shared(model)
-  created = Rules.create(rules, exclude)
+  created = transform.Rules.create(rules, exclude)
   return WithFeedback(_Detached(model), created, row_convolution)
 
 
@@ -437,7 +417,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
   return WithFeedback(_Detached(model))
 
 
-def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
+def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
   """How each weight of a model is used, in the order of use.
 
   Args:
@@ -448,21 +428,23 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
   Returns:
     A row for each parameter that is no bias or scale.
   """
-  arrays, rebuilt = separate((args, kwargs), lambda x: hasattr(x, 'dtype'))
+  arrays, rebuilt = transform.separate((args, kwargs))
 
   def init(key, arrays):
     args, kwargs = rebuilt(arrays)
     method = _retraced(kwargs.pop('method', None))
     return model.init(key, *args, method=method, **kwargs)
 
-  with recorded() as rows:
+  with transform.recorded() as rows:
     variables = jax.eval_shape(init, jax.random.key(0), arrays)
-  return with_others(rows, by_path(variables.get('params', {})))
+  return transform.with_others(
+    rows, transform.by_path(variables.get('params', {}))
+  )
 
 
 def feedback_table(model: nn.Module, *args, **kwargs) -> str:
   """``layer_rules`` as text: is it really not backpropagation?"""
-  return format_table(layer_rules(model, *args, **kwargs))
+  return transform.format_table(layer_rules(model, *args, **kwargs))
 
 
 def feedback_weights(
@@ -485,7 +467,7 @@ def feedback_weights(
   """
   mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
   _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
-  return by_path(changed.get('feedback_weights', {}))
+  return transform.by_path(changed.get('feedback_weights', {}))
 
 
 def layer_alignment(

@@ -164,8 +164,7 @@ def same_everywhere(array, expected, devices):
 
 @pytest.mark.parametrize(
   'form, devices, axis_name',
-  [(jit_step, 2, 'data'), (jit_step, 8, 'data'), (pmap_step, 4, None),
-   (pmap_step, 8, 'data'), (shard_map_step, 1, 'data'),
+  [(jit_step, 8, 'data'), (pmap_step, 4, None), (pmap_step, 8, 'data'),
    (shard_map_step, 2, 'data'), (shard_map_step, 8, None)],
 )  # fmt: skip
 def test_a_step_is_that_of_one_device(form, devices, axis_name):

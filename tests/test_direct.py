@@ -131,27 +131,27 @@ def unrolled(layer, x, Ws):
   return x
 
 
-@pytest.mark.parametrize(
-  'loop',
-  [
-    lambda layer, x, Ws: lax.scan(layer, x, Ws)[0],
-    lambda layer, x, Ws: lax.scan(jax.checkpoint(layer), x, Ws)[0],
-    lambda layer, x, Ws: unrolled(jax.checkpoint(layer), x, Ws),
-  ],
-  ids=['scan', 'scan of checkpoint', 'checkpoint'],
+LOOPS = (
+  lambda layer, x, Ws: lax.scan(layer, x, Ws)[0],
+  lambda layer, x, Ws: lax.scan(jax.checkpoint(layer), x, Ws)[0],
+  lambda layer, x, Ws: unrolled(jax.checkpoint(layer), x, Ws),
 )
-def test_scan_and_checkpoint_are_the_unrolled_network(float64, loop):
+
+
+def test_scan_and_checkpoint_are_the_unrolled_network(float64):
   """The layers of one parameter share its B; a key is no data."""
   params = {'W': wide(0, 3, 4, 4), 'head': wide(1, 4, 2)}
   x, target, key = wide(2, 7, 4), wide(3, 7, 2), jax.random.key(5)
-  f, g = (with_direct_feedback(network(each)) for each in (unrolled, loop))
+  f, *others = (
+    with_direct_feedback(network(each)) for each in (unrolled, *LOOPS)
+  )
   feedback = f.init(jax.random.key(0), params, x, key)
   assert jax.tree.map(jnp.shape, feedback) == {'W': (4, 2), 'head': (4, 2)}
-  assert_close(g.init(jax.random.key(0), params, x, key), feedback)
-  (expected, *_), (found, *_) = (
-    gradients(each, feedback, params, x, target, key=key) for each in (f, g)
-  )
-  assert_close(found, expected)
+  expected, *_ = gradients(f, feedback, params, x, target, key=key)
+  for g in others:
+    assert_close(g.init(jax.random.key(0), params, x, key), feedback)
+    found, *_ = gradients(g, feedback, params, x, target, key=key)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize('width', [5, 7])

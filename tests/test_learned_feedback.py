@@ -50,7 +50,7 @@ def test_kolen_pollack_aligns_an_unmodified_network():
     W = flatten_dict(variables['params'], sep='/')
     return {path: metrics.alignment_angle(W[path], V[path]) for path in V}
 
-  @jax.jit
+  @fast_jit
   def train(key):
     start = model.init(key, x)
     carry = start, optimizer.init(start)
@@ -375,7 +375,7 @@ def test_the_weight_mirror_aligns_without_labels():
     return jax.tree.map(lambda R, dR: R - 0.1 * dR, stored, gradient), None
 
   keys = jax.random.split(jax.random.key(3), 150)
-  mirrored, _ = jax.jit(lambda stored: lax.scan(step, stored, keys))(stored)
+  mirrored, _ = fast_jit(lambda stored: lax.scan(step, stored, keys))(stored)
   V = f.weights(params, mirrored)
   angles = metrics.alignment_angle(params, V)
   assert angles['dense'] < 5 and angles['conv'] < 15

@@ -124,20 +124,6 @@ def test_weight_decay_mask(make, mask):
   chex.assert_trees_all_equal(updates, expected)
 
 
-def test_multi_transform_freezes():
-  optimizer = optim.batch_manhattan(*EXACT)
-  partly = optax.multi_transform(
-    {'train': optimizer, 'freeze': optax.set_to_zero()},
-    {'kernel': 'train', 'bias': 'freeze'},
-  )
-  state, partly_state = optimizer.init(WEIGHTS), partly.init(WEIGHTS)
-  for g in _gradients(2):
-    expected, state = optimizer.update(g, state, WEIGHTS)
-    updates, partly_state = partly.update(g, partly_state, WEIGHTS)
-    expected['bias'] = np.zeros_like(WEIGHTS['bias'])
-    chex.assert_trees_all_equal(updates, expected)
-
-
 @pytest.mark.accelerator
 def test_multi_steps_takes_the_sign_of_the_mean_gradient():
   optimizer = optax.MultiSteps(optim.batch_manhattan(0.125), 2)

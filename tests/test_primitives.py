@@ -12,7 +12,7 @@ from tests.cases import (
   OPERATIONS,
   assert_same_bits,
   cotangents,
-  expected_cotangents,
+  fast_jit,
   normal,
   operands,
 )
@@ -36,7 +36,7 @@ def test_cotangents_are_bit_equal_to_those_of_jax(name, dtype):
   """dx is that of JAX at V, everything else that of JAX at W."""
   operation = OPERATIONS[name]
   x, W, V, _ = operands(operation, dtype)
-  compiled = jax.jit(value_and_cotangents, static_argnums=0)
+  compiled = fast_jit(value_and_cotangents, static_argnums=0)
   y, (dx, dW) = compiled(operation.plain, x, W)
   _, (dx_at_V, _) = compiled(operation.plain, x, V)
   assert not np.array_equal(dx, dx_at_V)
@@ -44,14 +44,6 @@ def test_cotangents_are_bit_equal_to_those_of_jax(name, dtype):
   asymmetric = lambda V: compiled(operation.asymmetric, x, W, V)
   assert_same_bits(asymmetric(V), (y, (dx_at_V, dW, zero)))
   assert_same_bits(asymmetric(W), (y, (dx, dW, zero)))
-
-
-@pytest.mark.parametrize('name', ('dense', 'conv 2d', 'dense, ragged'))
-def test_cotangents_are_bit_equal_outside_of_jit(name):
-  operation = OPERATIONS[name]
-  x, W, V, g = operands(operation)
-  actual = cotangents(operation, x, W, V, g)
-  assert_same_bits(actual, expected_cotangents(operation, x, W, V, g))
 
 
 WIDE = {'preferred_element_type': jnp.float32}
@@ -100,27 +92,6 @@ def test_an_integer_input_has_no_gradient(dtype):
   assert dx.shape == x.shape and dx.dtype == jax.dtypes.float0
 
 
-def test_a_small_convolution_in_loops():
-  """In float64, where rounding is far below the tolerance."""
-  rng = np.random.default_rng(0)
-  shapes = [(2, 5, 6, 2), (3, 2, 2, 3), (3, 2, 2, 3), (2, 2, 5, 3)]
-  x, W, V, g = map(rng.standard_normal, shapes)
-  with jax.enable_x64(True):
-    y, pullback = jax.vjp(
-      lambda x, W: primitives.conv(x, W, V, (2, 1), 'VALID'), x, W
-    )
-    actual = y, *pullback(jnp.asarray(g))
-  expected = np.zeros(g.shape), np.zeros(x.shape), np.zeros(W.shape)
-  for n, i, j, c in np.ndindex(g.shape):
-    for a, b, d in np.ndindex(3, 2, 2):
-      pixel = n, 2 * i + a, j + b, d
-      expected[0][n, i, j, c] += x[pixel] * W[a, b, d, c]
-      expected[1][pixel] += g[n, i, j, c] * V[a, b, d, c]
-      expected[2][a, b, d, c] += x[pixel] * g[n, i, j, c]
-  for a, e in zip(actual, expected, strict=True):
-    np.testing.assert_allclose(a, e, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize('axes', [1, 3])
 def test_conv_is_the_convolution_of_flax(axes):
   x, V = normal(0, (2, *(9, 8, 7)[:axes], 4)), normal(1, (3,) * axes + (2, 6))
@@ -137,22 +108,25 @@ def test_fan_and_features_by_counting(name):
   """Ones count terms; with W = 1 nothing varies along the features of y."""
   operation = OPERATIONS[name]
   options = dict(operation.product.options)
-  W = jnp.ones(operation.W)
-  y, pullback = jax.vjp(lambda x: operation.plain(x, W), jnp.ones(operation.x))
-  (dx,) = pullback(jnp.ones_like(y))
-  fan = operation.product.fan(operation.W)
-  if 'lhs_dilation' not in options:  # Its zeros are inputs too.
-    assert fan.inputs == y.max()
   images = options.get('batch_group_count', 1)
   groups = images * options.get('feature_group_count', 1)
-  if set(options.get('window_strides', ())) <= {1}:
-    # Initializers count the features of all groups.
-    assert fan.outputs == dx.max() * groups
   x = normal(0, operation.x)
   if groups > 1:  # All see the same, so that only W tells features apart.
     x = jnp.concatenate([x[: len(x) // images, ..., :1]] * images)
     x = jnp.broadcast_to(x, operation.x)
-  y = np.asarray(operation.plain(x, W))
+
+  @fast_jit
+  def run(x, W):
+    y, pullback = jax.vjp(lambda x: operation.plain(x, W), jnp.ones_like(x))
+    return y.max(), pullback(jnp.ones_like(y))[0].max(), operation.plain(x, W)
+
+  inputs, outputs, y = map(np.asarray, run(x, jnp.ones(operation.W)))
+  fan = operation.product.fan(operation.W)
+  if 'lhs_dilation' not in options:  # Its zeros are inputs too.
+    assert fan.inputs == inputs
+  if set(options.get('window_strides', ())) <= {1}:
+    # Initializers count the features of all groups.
+    assert fan.outputs == outputs * groups
   same = [i for i in range(y.ndim) if np.ptp(y, i).max() < 1e-5 * np.ptp(y)]
   features = operation.product.feature_axes(y.ndim, len(operation.W))
   assert features == tuple(same)
