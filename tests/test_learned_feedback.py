@@ -194,8 +194,11 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize('transform', TRANSFORMED)
-@pytest.mark.parametrize('rule', FIXED, ids=repr)
+@pytest.mark.parametrize(
+  'rule, transform',
+  [(rule, 'alone') for rule in FIXED] + [(FIXED[0], t) for t in TRANSFORMED],
+  ids=str,
+)
 def test_what_does_not_learn_is_not_differentiated(rule, transform):
   """Weight decay would shrink it, and no gradient would bring it back."""
   params = {'a': normal(0, (4, 5)), 'b': normal(1, (5, 3))}
