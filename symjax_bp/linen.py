@@ -18,7 +18,6 @@ Inside ``nn.scan`` and ``nn.vmap`` map asymmetric modules like any others:
 them nothing has to be said.
 """
 
-import copy
 import dataclasses
 import itertools
 import types
@@ -79,10 +78,10 @@ def _call(
   if rules is None or above is not None:
     return run(scope, *args, **kwargs)
   initializing = bound.is_initializing()
-  before = copy.deepcopy(scope.rng_counters)
+  before = _copied(scope.rng_counters)
   # A plain call makes the parameters.
   result = run(scope, *args, **kwargs) if initializing else None
-  after = copy.deepcopy(scope.rng_counters)
+  after = _copied(scope.rng_counters)
   path = '/'.join(bound.path)
   prefix = f'{path}/' if path else ''
 
@@ -174,7 +173,15 @@ def _check_unmapped(scope: Any, call: transform.Call) -> None:
 def _count_from(scope: Any, counters: Mapping[Any, Any]) -> None:
   # In place, because Flax shares the dictionary between scopes.
   scope.rng_counters.clear()
-  scope.rng_counters.update(copy.deepcopy(counters))
+  scope.rng_counters.update(_copied(counters))
+
+
+def _copied(counters: Mapping[Any, Any]) -> dict[Any, Any]:
+  """Flax's counters of keys, which are nested; their keys are objects."""
+  return {
+    name: _copied(count) if isinstance(count, dict) else count
+    for name, count in counters.items()
+  }
 
 
 def _key(scope: Any, otherwise: str = '') -> jax.Array | None:

@@ -738,12 +738,12 @@ class Call:
 
   def _multiply(self, op, xs, weight: Value, step: Step) -> jax.Array:
     """A product with feedback."""
-    V, path = self.V(op, weight, step), ' + '.join(step.weight.paths)
-    op = dataclasses.replace(op, rows=self._f.row_convolution)
     rule: Any = self.rules[step.weight.paths[0]]
-    learning, extra, observer = rule.learning, None, _OBSERVER.get()
+    V, learning, extra = self.V(op, weight, step), rule.learning, None
+    op = dataclasses.replace(op, rows=self._f.row_convolution)
+    observer = _OBSERVER.get()
     if observer is not None:
-      path = self._f.prefix + path
+      path = self._f.prefix + ' + '.join(step.weight.paths)
       V, learning, extra = observer(path, op, weight.x, V, step.eqn)
     return asymmetric(op, xs, weight.x, V, learning, extra)
 
