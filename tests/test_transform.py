@@ -565,12 +565,13 @@ def test_a_scale_of_a_weight_gives_no_R(name):
   params = {'W': normal(1, 3, 3), 'g': normal(2, 1, 3) + 9}
   params['g'] = params['g'].reshape(-1) if 'column' in name else params['g']
   x = normal(3, 3)
-  states = [f.init(KEY, params, x) for f in fs]
+  states = [f.init(KEY, params) for f in fs]  # The R of g is not used.
   found = used(fs, params, states, x)
   for f, rule, state, V in zip(fs, DRAWN, states, found, strict=True):
     rows = {row.path: row for row in f.rows(params, x)}
     assert rows['g'].rule is None and rows['g'].use == 'scale'
-    assert rows['W'].use == 'product' and state['g'] is None
+    assert rows['W'].use == 'product'
+    assert_same(f.init(KEY, params, x), {'W': state['W'], 'g': None})
     expected = rule.weights(
       SCALED[name](params['W'], params['g']),
       rule.expand(params['W'], state['W'][rule.state_name]),
