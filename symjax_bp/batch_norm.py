@@ -23,7 +23,6 @@ __all__ = [
   'check_observed',
   'check_options',
   'initial_statistics',
-  'is_array',
   'normalize',
   'num_features',
   'restart',
@@ -32,11 +31,6 @@ __all__ = [
 
 # The statistics before the first mini-batch.
 INITIAL = {'mean': np.float32(0), 'std': np.float32(1), 'count': np.int32(0)}
-
-
-def is_array(leaf: Any) -> bool:
-  """Whether an argument of a model is data; all others are static."""
-  return hasattr(leaf, 'dtype')
 
 
 def take(batches: Iterable[Any], num_batches: int) -> Iterator[tuple]:

@@ -136,9 +136,7 @@ class DirectFunction:
         f'{self.error!r} and targets {"are not" if targets is None else "are"} '
         'given.'
       )
-    arrays, rebuilt = separate(
-      (params, args, kwargs), lambda leaf: hasattr(leaf, 'dtype')
-    )
+    arrays, rebuilt = separate((params, args, kwargs))
     # Integers and keys have no gradient, and must not be closed over.
     reals = {i: x for i, x in arrays.items() if _is_real(x)}
     others = {i: x for i, x in arrays.items() if i not in reals}
@@ -188,9 +186,9 @@ class DirectFunction:
     """The function, with ``visit`` at each product's input."""
 
     def multiply(op, xs, weight, step):
-      if Trait.HIDDEN not in step.inputs[1 - op.at]:
+      if Trait.HIDDEN not in step.inputs[1 - step.at]:
         return op(xs, weight.x)  # The function's own input.
-      path, axis = ' + '.join(weight.kind.paths), op.batch_axis(xs[0].ndim)
+      path, axis = ' + '.join(step.weight.paths), op.batch_axis(xs[0].ndim)
       if axis is None:
         raise ValueError(
           f'the input of {path!r} has shape {xs[0].shape} without a batch: '

@@ -529,11 +529,7 @@ class product_feedback(rndf):
 
   def init(self, key, W):
     """Draws A and B; entries of B A have standard deviation sigma."""
-    inputs, outputs = _matrix(W.shape)
-    width = self.width or inputs
-    keys = jax.random.split(key)
-    B = _normal(keys[0], W, 1 / math.sqrt(width), (inputs, width))
-    A = _normal(keys[1], W, self.sigma, (width, outputs))
+    B, A = _factors(key, W, self.width, self.sigma)
     return {'fixed': B, 'learned': A}
 
   def expand(self, W, state):
@@ -564,10 +560,7 @@ class low_rank(rndf):
 
   def init(self, key, W):
     """Draws P and Q; entries of Q P have standard deviation sigma."""
-    inputs, outputs = _matrix(W.shape)
-    keys = jax.random.split(key)
-    Q = _normal(keys[0], W, 1 / math.sqrt(self.rank), (inputs, self.rank))
-    P = _normal(keys[1], W, self.sigma, (self.rank, outputs))
+    Q, P = _factors(key, W, self.rank, self.sigma)
     return {'learned': {'P': P, 'Q': Q}}
 
   def expand(self, W, state):
@@ -581,10 +574,18 @@ def _check_count(name: str, value: Any) -> None:
     raise ValueError(f'{name} must be a positive integer, not {value!r}.')
 
 
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-  """A kernel as a matrix whose columns are its last axis."""
-  shape = (1,) * (2 - len(shape)) + tuple(shape)
-  return math.prod(shape[:-1]), shape[-1]
+def _factors(
+  key: jax.Array, W: Kernel, rank: int | None, sigma: Number
+) -> tuple[jax.Array, jax.Array]:
+  """Matrices whose product has the size of W, and entries of sigma.
+
+  W is a matrix here whose columns are its last axis.
+  """
+  outputs = W.shape[-1] if W.ndim else 1
+  inputs = math.prod(W.shape[:-1])
+  rank, keys = rank or inputs, jax.random.split(key)
+  left = _normal(keys[0], W, 1 / math.sqrt(rank), (inputs, rank))
+  return left, _normal(keys[1], W, sigma, (rank, outputs))
 
 
 class weight_mirror(_Learned):

@@ -68,7 +68,7 @@ class Kind:
   Attributes:
     level: its place in the chain.
     paths: the parameters that a weight is made of.
-    rule: number of their rule.
+    rule: identifies their rule; None for none.
     needs_R: whether the rule computes V from an array R.
     has_R: whether R is still beside the weight.
     layout: identifies how a weight was last rearranged; 0 is a parameter's own.
@@ -78,7 +78,7 @@ class Kind:
 
   level: Level = Level.CONSTANT
   paths: tuple[str, ...] = ()
-  rule: int = -1
+  rule: Any = None
   needs_R: bool = False
   has_R: bool = False
   layout: int = 0
@@ -139,6 +139,16 @@ class Step(NamedTuple):
   inputs: tuple[Kind, ...]
   outputs: tuple[Kind, ...]
   inner: tuple['Plan', ...] = ()
+
+  @property
+  def at(self) -> int:
+    """Which operand of a product is the weight."""
+    return _weight_at(self.inputs)
+
+  @property
+  def weight(self) -> Kind:
+    """The kind of a product's weight."""
+    return self.inputs[self.at]
 
 
 class Plan(NamedTuple):
@@ -258,6 +268,14 @@ def _size(var: Any) -> int:
   return math.prod(getattr(var.aval, 'shape', ()))
 
 
+def _weight_at(kinds: Sequence[Kind]) -> int:
+  """Which of two operands is rather a weight."""
+  return max(
+    (0, 1),
+    key=lambda i: (kinds[i].level is Level.WEIGHT, not kinds[i].may_be_data),
+  )
+
+
 def _join(a: Kind, b: Kind) -> Kind:
   """The kind of an array that is either of two."""
   if a.level is not b.level:
@@ -355,13 +373,14 @@ class _Analysis:
       return 'bind', CONSTANT
     if not any(k.of_weight for k in kinds):
       return 'bind', self.no_weight(eqn, kinds)
+    decide = self.weights_alone
     if name in BILINEAR:
-      return self.product(eqn, kinds)
-    if any(k.level is Level.DATA for k in kinds):
-      action, kind = self.weight_and_data(eqn, kinds)
-      hidden = kind.level is Level.DATA
-      return action, kind.having(Trait.HIDDEN) if hidden else kind
-    return self.weights_alone(eqn, kinds)
+      decide = self.product
+    elif any(k.level is Level.DATA for k in kinds):
+      decide = self.weight_and_data
+    action, kind = decide(eqn, kinds)
+    hidden = kind.level is Level.DATA
+    return action, kind.having(Trait.HIDDEN) if hidden else kind
 
   def no_weight(self, eqn: Any, kinds: tuple[Kind, ...]) -> Kind:
     name = eqn.primitive.name
@@ -389,23 +408,18 @@ class _Analysis:
     return kind
 
   def product(self, eqn: Any, kinds: tuple[Kind, ...]) -> tuple[str, Kind]:
-    result = DATA.having(Trait.HIDDEN)
-    pair = kinds[:2]
-    weights = [k for k in pair if k.level is Level.WEIGHT and not k.may_be_data]
-    inputs = [k for k in pair if k.may_be_data]
-    if len(weights) == 1 and inputs:
-      self.use_in_product(eqn, weights[0], pair.index(weights[0]))
-      if Trait.UNCLEAR in inputs[0]:
-        blend = {'paths': inputs[0].paths, 'why': inputs[0].why}
-        result = result.having(Trait.BLENDED, **blend)
+    result, at = DATA, _weight_at(kinds)
+    weight, other = kinds[at], kinds[1 - at]
+    is_weight = weight.level is Level.WEIGHT and Trait.UNCLEAR not in weight
+    looked_up = Trait.PICKED in weight and other.level is not Level.DATA
+    if is_weight and other.may_be_data and not looked_up:
+      self.use_in_product(eqn, weight, at)
+      if Trait.UNCLEAR in other:
+        result = result.having(Trait.BLENDED, paths=other.paths, why=other.why)
       return 'product', result
     data = any(k.level is Level.DATA for k in kinds)
-    picked = [k for k in pair if Trait.PICKED in k and Trait.UNCLEAR not in k]
-    if picked and any(k.level is Level.DATA for k in pair):
-      self.use_in_product(eqn, picked[0], pair.index(picked[0]))
-      return 'product', result
-    if data or len(inputs) == 2:
-      kind = next(k for k in pair if k.of_weight)
+    if data or (weight.may_be_data and other.may_be_data):
+      kind = next(k for k in kinds if k.of_weight)
       self.refuse(
         eqn,
         kind,
@@ -426,7 +440,7 @@ class _Analysis:
         f'meets data in a product as {dtype}, but feedback needs a real '
         'floating dtype',
       )
-    elif weight.rule < 0:
+    elif weight.rule is None:
       self.refuse(
         eqn,
         weight,

@@ -34,19 +34,8 @@ from flax.core import FrozenDict, lift, unfreeze
 from flax.core.scope import LazyRng
 from flax.typing import Dtype, Initializer
 
-from symjax_bp import batch_norm, metrics
+from symjax_bp import batch_norm, metrics, transform
 from symjax_bp.feedback import FeedbackRule
-from symjax_bp.transform import (
-  Call,
-  FeedbackFunction,
-  Row,
-  Rules,
-  by_path,
-  format_table,
-  recorded,
-  separate,
-  with_others,
-)
 
 __all__ = [
   'BatchNorm',
@@ -67,7 +56,7 @@ def _call(
   bound: Any,
   plain: nn.Module,
   method: str,
-  rules: Rules | None,
+  rules: transform.Rules | None,
   row_convolution: bool,
   args: Sequence[Any],
   kwargs: Mapping[str, Any],
@@ -115,22 +104,19 @@ def _call(
       y = run(inner, *args, **kwargs)
       return y, repack(inner)
 
-    f = FeedbackFunction(function, rules, row_convolution, prefix)
+    f = transform.FeedbackFunction(function, rules, row_convolution, prefix)
     params = variables.get('params', {})
-    call = Call(f, params, (rest, rngs, args, kwargs), {})
+    call = transform.Call(f, params, (rest, rngs, args, kwargs), {})
     if initializing:
       key: Any = _key(scope, 'params')
       states = f.init_states(key, params, call)
-      _check_unmapped(scope, states)
+      _check_unmapped(scope, call)
       return states, repack(scope_fn(groups, rngs))
-    stored = _flat(variables.get('feedback', {}))
-    stored |= _made_now(scope, f, params, stored, call)
-    states = f.check_states(stored)
-    _check_unmapped(scope, states)
-    call.plan(states)
+    states = _flat(variables.get('feedback', {}))
+    states |= _made_now(scope, f, params, states, call)
+    _check_unmapped(scope, call.plan(states))
     if scope.is_mutable_collection('feedback_weights'):
-      fans = {row.path: row.fan for row in call.rows() if row.rule}
-      V = f.weights_by_path(params, states, fans)
+      V = f.weights_by_path(params, states, call.fans())
       _put(scope, 'feedback_weights', V)
     return call.evaluate()
 
@@ -179,9 +165,10 @@ def _retraced(method: Any) -> Callable[..., Any]:
 _OURS = ('feedback', 'feedback_weights', 'params')
 
 
-def _check_unmapped(scope: Any, states: Mapping[str, Any]) -> None:
+def _check_unmapped(scope: Any, call: transform.Call) -> None:
   """Raises if a lift would transform what rules keep, as if it were W."""
-  if states and any('map_variables' in name for name in scope.debug_path):
+  keeps = any(rule.keeps_state for _, rule, _ in call.products())
+  if keeps and any('map_variables' in name for name in scope.debug_path):
     raise ValueError(
       f'{"/".join(scope.path)!r} keeps feedback, which nn.WeightNorm, '
       'nn.SpectralNorm and nn.map_variables would change along with the '
@@ -196,7 +183,7 @@ def _count_from(scope: Any, counters: Mapping[Any, Any]) -> None:
 
 
 def _copied(counters: Mapping[Any, Any]) -> dict[Any, Any]:
-  """Flax's counters of keys, which are nested."""
+  """Flax's counters of keys, which are nested; their keys are objects."""
   return {
     name: _copied(count) if isinstance(count, dict) else count
     for name, count in counters.items()
@@ -222,7 +209,7 @@ def _made_now(scope, f, params, stored, call) -> dict[str, Any]:
   states = {
     path: state
     for path, state in states.items()
-    if path not in stored and (store or f.rules.find(path).redraws)
+    if path not in stored and (store or call.rules[path].redraws)
   }
   if store:
     _put(scope, 'feedback', _named(states))
@@ -265,7 +252,7 @@ class _Asymmetric(nn.Module):
   feedback: FeedbackRule = dataclasses.field(kw_only=True)
 
   def __post_init__(self):
-    Rules.create(self.feedback)
+    transform.Rules.create(self.feedback)
     super().__post_init__()
 
   @nn.nowrap
@@ -278,7 +265,7 @@ class _Asymmetric(nn.Module):
       if field.init and field.name not in ('parent', 'name')
     }
     plain = kind(**fields, parent=None)
-    rules = Rules.create(self.feedback)
+    rules = transform.Rules.create(self.feedback)
     return _call(self, plain, '__call__', rules, False, (inputs,), {})
 
 
@@ -324,7 +311,7 @@ class WithFeedback(nn.Module):
   """
 
   detached: _Detached
-  rules: Rules | None = None
+  rules: transform.Rules | None = None
   row_convolution: bool = False
 
   @nn.nowrap
@@ -397,7 +384,7 @@ def with_feedback(
       f'model must be a flax.linen.Module, not {type(model).__name__}.'
     )
   _refuse_shared(model)
-  created = Rules.create(rules, exclude)
+  created = transform.Rules.create(rules, exclude)
   return WithFeedback(_Detached(model), created, row_convolution)
 
 
@@ -443,7 +430,7 @@ def without_feedback(model: nn.Module) -> nn.Module:
   return WithFeedback(_Detached(model))
 
 
-def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
+def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
   """Returns how each weight of a model is used, in the order of use.
 
   Args:
@@ -454,21 +441,23 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[Row]:
   Returns:
     A row for each parameter that is not a bias or scale.
   """
-  arrays, rebuilt = separate((args, kwargs), lambda x: hasattr(x, 'dtype'))
+  arrays, rebuilt = transform.separate((args, kwargs))
 
   def init(key, arrays):
     args, kwargs = rebuilt(arrays)
     method = _retraced(kwargs.pop('method', None))
     return model.init(key, *args, method=method, **kwargs)
 
-  with recorded() as rows:
+  with transform.recorded() as rows:
     variables = jax.eval_shape(init, jax.random.key(0), arrays)
-  return with_others(rows, by_path(variables.get('params', {})))
+  return transform.with_others(
+    rows, transform.by_path(variables.get('params', {}))
+  )
 
 
 def feedback_table(model: nn.Module, *args, **kwargs) -> str:
   """Returns ``layer_rules`` as text."""
-  return format_table(layer_rules(model, *args, **kwargs))
+  return transform.format_table(layer_rules(model, *args, **kwargs))
 
 
 def feedback_weights(
@@ -491,7 +480,7 @@ def feedback_weights(
   """
   mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
   _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
-  return by_path(changed.get('feedback_weights', {}))
+  return transform.by_path(changed.get('feedback_weights', {}))
 
 
 def layer_alignment(
@@ -680,7 +669,7 @@ def calibrate(
   statistics = batch_norm.restart(variables.get('batch_stats', {}))
   for index, inputs in enumerate(batch_norm.take(batches, num_batches)):
     variables = {**variables, 'batch_stats': statistics}
-    arrays, rebuilt = separate((inputs, apply_kwargs), batch_norm.is_array)
+    arrays, rebuilt = transform.separate((inputs, apply_kwargs))
     statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
   batch_norm.check_observed(statistics)
   return {**variables, 'batch_stats': statistics}

@@ -26,11 +26,10 @@ by plain backpropagation: write a method.
 
 import copy
 import copyreg
-import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,19 +40,6 @@ from flax.typing import Dtype, Initializer
 
 from symjax_bp import batch_norm, metrics, transform
 from symjax_bp.feedback import FeedbackRule
-from symjax_bp.transform import (
-  Call,
-  FeedbackError,
-  FeedbackFunction,
-  Row,
-  Rules,
-  fold_path,
-  format_table,
-  is_weight,
-  recorded,
-  separate,
-  with_others,
-)
 
 __all__ = [
   'BatchNorm',
@@ -208,27 +194,22 @@ def attached(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   states = nnx.traversals.unflatten_mapping(states)
   for path, each in states.items():
     if len(each) > 1:  # nnx.update adds what it does not find.
-      raise FeedbackError(
+      raise transform.FeedbackError(
         f'{path!r} has feedback of {" and ".join(each)}: the state of a model '
         'with other rules was put into this one.'
       )
   return rules, states
 
 
-@dataclasses.dataclass(frozen=True)
-class _Known(Rules):
-  """Rules that are known by path, None for what is excluded."""
+class _Known(NamedTuple):
+  """Rules that are known by path."""
 
-  by_path: Mapping[str, FeedbackRule | None] = dataclasses.field(kw_only=True)
+  rules: dict[str, FeedbackRule | None]
 
-  def find(self, path: str) -> FeedbackRule | None:
-    return self.by_path.get(path)
-
-  def excludes(self, path: str) -> bool:
-    return path in self.by_path and self.by_path[path] is None
-
-  def check_used(self, paths: Any) -> None:
-    pass
+  def resolve(self, paths: Any) -> dict[str, FeedbackRule | None]:
+    """See ``Rules.resolve``."""
+    del paths
+    return self.rules
 
 
 class _Opened:
@@ -243,7 +224,7 @@ class _Opened:
   """
 
   def __init__(self, model: Any, args: Any, kwargs: Any):
-    parts, self._static = separate(
+    parts, self._static = transform.separate(
       (model, args, kwargs),
       lambda x: _is_object(x) or isinstance(x, (jax.Array, np.ndarray)),
       is_leaf=_is_object,
@@ -317,7 +298,7 @@ class _Changes:
   def check_kept(self, constants: Mapping[str, Any]) -> None:
     """Raises if a constant is gone, which may have been a state."""
     for path, x in constants.items():
-      if is_weight(path, x) and id(x) not in self._kept:
+      if transform.is_weight(path, x) and id(x) not in self._kept:
         raise ValueError(
           f'{path!r} counts as a constant, as arrays do that are attributes, '
           'but the call changes it: hold it in an nnx.Variable.'
@@ -383,9 +364,12 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
     return arrays
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
-  f = FeedbackFunction(traced, _Known((), by_path=rules), prefix=prefix)
-  states = f.check_states(states)
-  arrays = Call(f, opened.params, (opened.others,), {}).plan(states).evaluate()
+  f = transform.FeedbackFunction(traced, _Known(rules), prefix=prefix)
+  arrays = (
+    transform.Call(f, opened.params, (opened.others,), {})
+    .plan(states)
+    .evaluate()
+  )
   changes, is_stream = calls
   y = changes.carry_out(arrays)
   return iter(y) if is_stream else y
@@ -408,7 +392,7 @@ def _key(rngs: nnx.Rngs | None) -> jax.Array | None:
   if stream is None:
     return None
   key = jax.random.fold_in(stream.key[...], stream.count[...])
-  return fold_path(key, 'feedback')
+  return transform.fold_path(key, 'feedback')
 
 
 def _joined(*parts: Any) -> str:
@@ -445,10 +429,10 @@ def _own_params(module: nnx.Module) -> Iterator[tuple[Any, nnx.Param]]:
       yield path, node
 
 
-def _attach(model: Any, rules: Rules, key: jax.Array | None) -> None:
+def _attach(model: Any, rules: transform.Rules, key: jax.Array | None) -> None:
   """Gives the weights of a model their rules, in place."""
   first = {id(node): path for path, node in nnx.iter_graph(model)}
-  rules.check_used(_parameters(model))
+  known = rules.resolve(_parameters(model))
   made: dict[str, dict[str, Feedback]] = {}
   module: Any
   for _, module in list(nnx.iter_modules(model)):
@@ -462,9 +446,9 @@ def _attach(model: Any, rules: Rules, key: jax.Array | None) -> None:
       home = first[id(param)]
       named = zip(_leaves(path, param), _leaves(home, param), strict=True)
       for (name, W), (whole, _) in named:
-        rule = None if rules.excludes(whole) else rules.find(whole)
-        if not is_weight(name, W) or not (rule or rules.excludes(whole)):
+        if not transform.is_weight(name, W) or whole not in known:
           continue
+        rule = known[whole]
         if whole not in made:
           made[whole] = _variables(rule, key, whole, W)
         at = len(found)
@@ -491,7 +475,7 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
       f'rngs must be given for {rule!r}, which keeps something: pass '
       'rngs=nnx.Rngs(...), for instance nnx.Rngs(feedback=0).'
     )
-  state = {rule.state_name: rule.init(fold_path(key, path), W)}
+  state = {rule.state_name: rule.init(transform.fold_path(key, path), W)}
   variables = {}
   for keys, x in jax.tree_util.tree_leaves_with_path(state):
     name = transform.path_of(keys)
@@ -516,7 +500,7 @@ class _Layer:
   def __init__(self, *args, feedback: FeedbackRule, rngs: nnx.Rngs, **kwargs):
     parent: Any = super()
     parent.__init__(*args, rngs=rngs, **kwargs)
-    _attach(self, Rules.create(feedback), _key(rngs))
+    _attach(self, transform.Rules.create(feedback), _key(rngs))
 
 
 class Linear(_Layer, _asymmetric(nnx.Linear)):
@@ -584,7 +568,7 @@ def with_feedback(
       'rngs must be an nnx.Rngs, for instance nnx.Rngs(feedback=0), or None, '
       f'not {rngs!r}.'
     )
-  checked = Rules.create(rules, exclude)
+  checked = transform.Rules.create(rules, exclude)
   keeps = any(rule.keeps_state for _, rule in checked.pairs)
   twin = nnx.clone(model)
   _attach(twin, checked, _key(rngs) if keeps else None)
@@ -640,8 +624,8 @@ def feedback_weights(
     rows = layer_rules(model, *args, **kwargs)
     fans = {row.path: row.fan for row in rows if row.rule}
   rules, states = attached(model)
-  f = FeedbackFunction(lambda params: None, _Known((), by_path=rules))
-  return f.weights_by_path(_parameters(model), f.check_states(states), fans)
+  f = transform.FeedbackFunction(lambda params: None, _Known(rules))
+  return f.weights_by_path(_parameters(model), states, fans)
 
 
 def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:
@@ -654,7 +638,7 @@ def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:
   return model, args, kwargs
 
 
-def layer_rules(model: nnx.Module, *args, **kwargs) -> list[Row]:
+def layer_rules(model: nnx.Module, *args, **kwargs) -> list[transform.Row]:
   """Returns how each weight of a model is used.
 
   Args:
@@ -669,26 +653,26 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[Row]:
   if not (args or kwargs):
     rules, _ = attached(model)
     rows = [
-      Row(path, parameters[path].shape, rule, '')
+      transform.Row(path, parameters[path].shape, rule, '')
       for path, rule in rules.items()
       if rule is not None and path in parameters
     ]
-    return with_others(rows, parameters)
+    return transform.with_others(rows, parameters)
   opened = _Opened(model, args, kwargs)
 
   def call(*state):
     model, args, kwargs = _copy_with_paths(opened, *state)
     model(*args, **kwargs)
 
-  with recorded() as rows:
+  with transform.recorded() as rows:
     jax.eval_shape(call, opened.params, opened.others)
   rows = [row for row in rows if row.rule or row.path in parameters]
-  return with_others(rows, parameters)
+  return transform.with_others(rows, parameters)
 
 
 def feedback_table(model: nnx.Module, *args, **kwargs) -> str:
   """Returns ``layer_rules`` as text."""
-  return format_table(layer_rules(model, *args, **kwargs))
+  return transform.format_table(layer_rules(model, *args, **kwargs))
 
 
 def layer_alignment(
@@ -714,7 +698,9 @@ def layer_alignment(
     model, args, kwargs = _copy_with_paths(opened, params, opened.others)
     return loss(model(*args, **kwargs))
 
-  weights = {p: W for p, W in opened.params.items() if is_weight(p, W)}
+  weights = {
+    p: W for p, W in opened.params.items() if transform.is_weight(p, W)
+  }
   return metrics.layer_alignment(evaluate, weights)
 
 
@@ -827,7 +813,7 @@ def calibrate(
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   nnx.update(trained, batch_norm.restart(statistics))
   for inputs in batch_norm.take(batches, num_batches):
-    _observe(trained, *separate(inputs, batch_norm.is_array))
+    _observe(trained, *transform.separate(inputs))
   statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
   batch_norm.check_observed(statistics)
   nnx.update(model, statistics)

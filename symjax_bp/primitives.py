@@ -355,8 +355,6 @@ def conv(
   V: jax.Array,
   strides: int | Sequence[int] = 1,
   padding: str | Sequence[tuple[int, int]] = 'SAME',
-  lhs_dilation: int | Sequence[int] = 1,
-  rhs_dilation: int | Sequence[int] = 1,
   **options: Any,
 ) -> jax.Array:
   """Convolution with any number n of spatial axes, features last.
@@ -373,9 +371,8 @@ def conv(
     V: of the shape of W.
     strides: one number or n.
     padding: 'SAME', 'VALID', 'SAME_LOWER' or n pairs (low, high).
-    lhs_dilation: one number or n; dilation of x.
-    rhs_dilation: one number or n; dilation of W.
-    **options: of ``conv_general_dilated``.
+    **options: of ``conv_general_dilated``; ``lhs_dilation`` (of x) and
+      ``rhs_dilation`` (of W) may be one number.
 
   Returns:
     y: ``(batch, *spatial, features)``.
@@ -397,16 +394,11 @@ def conv(
   def each(option: int | Sequence[int]) -> tuple[int, ...]:
     return (option,) * (rank - 2) if isinstance(option, int) else tuple(option)
 
+  dilations = ('lhs_dilation', 'rhs_dilation')
+  options |= {name: each(options.get(name, 1)) for name in dilations}
+  numbers = lax.ConvDimensionNumbers(features_last, kernel_last, features_last)
   return conv_general_dilated(
-    x,
-    W,
-    V,
-    each(strides),
-    padding,
-    each(lhs_dilation),
-    each(rhs_dilation),
-    lax.ConvDimensionNumbers(features_last, kernel_last, features_last),
-    **options,
+    x, W, V, each(strides), padding, dimension_numbers=numbers, **options
   )
 
 

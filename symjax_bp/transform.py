@@ -85,23 +85,26 @@ class Rules:
         ) from error
     return cls(tuple(pairs.items()), exclude)
 
-  def find(self, path: str) -> FeedbackRule | None:
-    """The rule of a parameter, or None where no expression is found."""
-    found = (rule for pattern, rule in self.pairs if re.search(pattern, path))
-    return next(found, None)
+  def resolve(self, paths: Iterable[str]) -> dict[str, FeedbackRule | None]:
+    """{path: its rule, or None if it is excluded}, without those of no rule.
 
-  def excludes(self, path: str) -> bool:
-    """Whether a parameter is trained by plain backpropagation."""
-    return any(re.search(pattern, path) for pattern in self.exclude)
-
-  def check_used(self, paths: Iterable[str]) -> None:
-    """Raises if an expression is found in none of the paths."""
+    Raises:
+      ValueError: if an expression is found in none of the paths.
+    """
     paths = sorted(paths)
     for pattern in (*dict(self.pairs), *self.exclude):
       if not any(re.search(pattern, path) for path in paths):
         raise ValueError(
           f'{pattern!r} matches no parameter; their paths are {paths}.'
         )
+    rules = {}
+    for path in paths:
+      if any(re.search(pattern, path) for pattern in self.exclude):
+        rules[path] = None
+      for pattern, rule in self.pairs:
+        if re.search(pattern, path):
+          rules.setdefault(path, rule)
+    return rules
 
 
 # --- Parameters and their feedback by path ----------------------------------
@@ -141,16 +144,6 @@ def fold_path(key: jax.Array, path: str) -> jax.Array:
   """A key for one parameter."""
   digest = hashlib.sha256(path.encode()).digest()
   return jax.random.fold_in(key, int.from_bytes(digest[:4], 'little'))
-
-
-def _check_state(path: str, rule: FeedbackRule, stored: Any) -> Any:
-  """The rule's state from {name of the rule that made it: state}."""
-  if rule.state_name in stored:
-    return stored[rule.state_name]
-  raise FeedbackError(
-    f'the feedback of {path!r} was made by {" and ".join(stored)}, but its '
-    f'rule is {rule!r}: make the feedback anew with init.'
-  )
 
 
 # Rules are called 'kolen_pollack()', so no parameter has such a path.
@@ -278,45 +271,24 @@ def redraw(feedback: Any, step: Any) -> Any:
 
 
 class Value(NamedTuple):
-  """An array, the R beside it if it is a weight that has one, and its kind."""
+  """An array, and the R beside it if it is a weight that has one."""
 
   x: Any
-  R: Any
-  kind: Kind
+  R: Any = None
 
 
 # Evaluates a product: (product, its other operands, weight, step) -> y.
 Multiply = Callable[[Product, list[Any], Value, Step], jax.Array]
 
 
-def _pack(values: Iterable[Value]) -> list[Any]:
-  """Arrays, each R behind its weight."""
-  return [
-    array
-    for value in values
-    for array in ((value.x, value.R) if value.kind.has_R else (value.x,))
-  ]
-
-
-def _unpack(arrays: Iterable[Any], each: Iterable[Kind]) -> list[Value]:
-  rest = iter(arrays)
-  return [
-    Value(next(rest), next(rest) if kind.has_R else None, kind) for kind in each
-  ]
-
-
-def _as_kinds(values: Iterable[Value], each: Iterable[Kind]) -> list[Value]:
+def _fitted(values: Iterable[Value], each: Iterable[Kind]) -> list[Value]:
   """Values as the kinds of a loop or a branch.
 
   R may be lost there; a constant in the place of a weight is its own R.
   """
-
-  def R_of(value: Value) -> Any:
-    return value.R if value.kind.has_R else value.x
-
   return [
-    Value(value.x, R_of(value) if kind.has_R else None, kind)
-    for value, kind in zip(values, each, strict=True)
+    Value(x, (x if R is None else R) if kind.has_R else None)
+    for (x, R), kind in zip(values, each, strict=True)
   ]
 
 
@@ -334,16 +306,11 @@ def _evaluate(
 ) -> list[Value]:
   """Evaluates a planned function."""
   jaxpr = plan.closed.jaxpr
-  known: dict[Any, Value] = {
-    var: Value(const, None, CONSTANT)
-    for var, const in zip(jaxpr.constvars, plan.closed.consts, strict=True)
-  }
-  known.update(zip(jaxpr.invars, values, strict=True))
+  constants = zip(jaxpr.constvars, map(Value, plan.closed.consts), strict=True)
+  known = dict(zip(jaxpr.invars, values, strict=True)) | dict(constants)
 
   def read(var: Any) -> Value:
-    if hasattr(var, 'val'):
-      return Value(var.val, None, CONSTANT)
-    return known[var]
+    return Value(var.val) if hasattr(var, 'val') else known[var]
 
   for step in plan.steps:
     eqn = step.eqn
@@ -356,48 +323,40 @@ def _evaluate(
 
 def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   eqn, action = step.eqn, step.action
-  xs = [value.x for value in inputs]
   if action == 'enter':
     return _enter(step, inputs, multiply)
+  xs = [value.x for value in inputs]
   if action == 'product':
-    at = _weight_at(inputs)
-    op = _product(eqn, at)
-    y = multiply(op, xs[:at] + xs[at + 1 :], inputs[at], step)
-    return [Value(y, None, step.outputs[0])]
+    del xs[step.at]
+    return [Value(multiply(_product(eqn, step.at), xs, inputs[step.at], step))]
   results = _bind(eqn, xs)
   if action == 'through':
-    Rs = [value.R for value in inputs]
+    Rs = [R for _, R in inputs]
   elif not any(kind.has_R for kind in step.outputs):
     Rs = [None] * len(results)
   elif action == 'move':
     Rs = _move(eqn, inputs)
   else:
-    R = _kept(step.outputs[0], inputs)
+    R = _kept(step, inputs)
     if action == 'mask':
-      R = _mask(R, next(v for v in inputs if not v.kind.has_R))
+      R = _mask(R, next(x for x, R in inputs if R is None))
     Rs = [R] * len(results)
   triples = zip(results, Rs, step.outputs, strict=True)
-  return [Value(x, R if kind.has_R else None, kind) for x, R, kind in triples]
+  return [Value(x, R if kind.has_R else None) for x, R, kind in triples]
 
 
-def _kept(kind: Kind, inputs: Sequence[Value]) -> Any:
+def _kept(step: Step, inputs: Sequence[Value]) -> Any:
   """The R that arithmetic keeps: that of the weight, not of its scale."""
-  each = [value for value in inputs if value.kind.has_R]
-  return next((v.R for v in each if v.kind.paths == kind.paths), each[0].R)
+  each = [
+    (kind.paths, R)
+    for kind, (_, R) in zip(step.inputs, inputs, strict=True)
+    if R is not None
+  ]
+  return dict(each[::-1]).get(step.outputs[0].paths, each[0][1])
 
 
 def _product(eqn: Any, at: int) -> Product:
   return Product.create(eqn.primitive.bind, eqn.params, at=at)
-
-
-def _weight_at(inputs: Sequence[Value]) -> int:
-  """Which of the first two operands is the weight; the second of two."""
-
-  def clarity(i: int) -> tuple[bool, bool, int]:
-    kind = inputs[i].kind
-    return kind.level is Level.WEIGHT, not kind.may_be_data, i
-
-  return max((0, 1), key=clarity)
 
 
 def _move(eqn: Any, inputs: Sequence[Value]) -> list[Any]:
@@ -406,97 +365,76 @@ def _move(eqn: Any, inputs: Sequence[Value]) -> list[Any]:
     eqn.params['new_dtype'], jnp.floating
   ):
     return [inputs[0].R]  # Integers are for the weight: a quantization.
-  moved = [v.R if v.kind.has_R else v.x for v in inputs]
+  dtype = next(R.dtype for _, R in inputs if R is not None)
+
+  def moved(x, R):
+    if R is not None:
+      return R
+    x = jnp.asarray(x)
+    return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+  arrays = [moved(*value) for value in inputs]
   if eqn.primitive.name == 'pad':
-    moved[1] = jnp.zeros_like(moved[1])
-  first = next(R for R, v in zip(moved, inputs, strict=True) if v.kind.has_R)
-  moved = [
-    a.astype(first.dtype)
-    if not v.kind.has_R and a.dtype != first.dtype and _floating(a)
-    else a
-    for a, v in zip(map(jnp.asarray, moved), inputs, strict=True)
-  ]
-  return _bind(eqn, moved)
+    arrays[1] = jnp.zeros_like(arrays[1])
+  return _bind(eqn, arrays)
 
 
-def _floating(array: Any) -> bool:
-  return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _mask(R: Any, factor: Value) -> Any:
+def _mask(R: Any, factor: Any) -> Any:
   """R is 0 where a weight is masked by a constant."""
-  if factor.kind.level is not Level.CONSTANT or not jnp.ndim(factor.x):
+  if not jnp.ndim(factor):
     return R
-  kept = (jnp.asarray(factor.x) != 0).astype(R.dtype)
+  kept = (jnp.asarray(factor) != 0).astype(R.dtype)
   return R * jnp.broadcast_to(kept, R.shape)
 
 
 def _enter(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   """Evaluates the functions inside an equation of control flow."""
   name, params = step.eqn.primitive.name, step.eqn.params
-  given, outputs = step.inputs, step.outputs
-
-  def function(plan: Plan, into: Sequence[Kind]) -> Callable[..., list[Any]]:
-    def flat(*arrays):
-      results = _evaluate(plan, _unpack(arrays, plan.inputs), multiply)
-      return _pack(_as_kinds(results, into))
-
-    return flat
-
+  functions = [
+    lambda values, plan=plan: _fitted(
+      _evaluate(plan, values, multiply), step.outputs
+    )
+    for plan in step.inner
+  ]
   if name == 'cond':
-    branches = [function(plan, outputs) for plan in step.inner]
-    results = lax.switch(inputs[0].x, branches, *_pack(inputs[1:]))
-    return _unpack(results, outputs)
-  (plan,) = step.inner
-  body = function(plan, outputs)
+    return lax.switch(inputs[0].x, functions, inputs[1:])
+  (function,) = functions
   if name in ('remat2', 'checkpoint'):
     options = {key: params[key] for key in ('prevent_cse', 'policy')}
-    return _unpack(jax.checkpoint(body, **options)(*_pack(inputs)), outputs)
-  if name == 'scan':
-    return _scan(step, inputs, function)
-  if name == 'shard_map':
-
-    def with_R(specs, each):
-      return tuple(
-        spec
-        for spec, kind in zip(specs, each, strict=True)
-        for spec in ((spec, spec) if kind.has_R else (spec,))
-      )
-
-    mapped = jax.shard_map(
-      body,
+    return jax.checkpoint(function, **options)(inputs)
+  if name == 'shard_map':  # A weight and its R are placed alike.
+    return jax.shard_map(
+      function,
       mesh=params['mesh'],
-      in_specs=with_R(params['in_specs'], given),
-      out_specs=list(with_R(params['out_specs'], outputs)),
+      in_specs=(list(params['in_specs']),),
+      out_specs=list(params['out_specs']),
       check_vma=params['check_vma'],
       axis_names=set(params['newly_manual_axes']),
-    )
-    return _unpack(mapped(*_pack(inputs)), outputs)
-  return _evaluate(plan, inputs, multiply)  # jit and other calls: inlined
+    )(inputs)
+  if name == 'scan':
+    return _scan(step, inputs, function)
+  return function(inputs)  # jit and other calls: inlined
 
 
 def _scan(step: Step, inputs: list[Value], function) -> list[Value]:
   params, (plan,) = step.eqn.params, step.inner
   constants, carry = kinds.scan_counts(params)
   end = constants + carry
-  initial = _as_kinds(inputs[constants:end], plan.inputs[constants:end])
-  body = function(plan, step.outputs)
-  fixed = _pack(inputs[:constants])
-  split = len(_pack(initial))
+  fixed, initial, each = inputs[:constants], inputs[constants:end], inputs[end:]
 
   def iterate(carried, x):
-    results = body(*fixed, *carried, *x)
-    return results[:split], results[split:]
+    results = function([*fixed, *carried, *x])
+    return results[:carry], results[carry:]
 
   carried, stacked = lax.scan(
     iterate,
-    _pack(initial),
-    _pack(inputs[end:]),
+    _fitted(initial, plan.inputs[constants:end]),
+    each,
     length=params['length'],
     reverse=params['reverse'],
     unroll=params['unroll'],
   )
-  return _unpack([*carried, *stacked], step.outputs)
+  return [*carried, *stacked]
 
 
 # --- The interface ----------------------------------------------------------
@@ -508,8 +446,6 @@ Observer = Callable[..., tuple[jax.Array, Any, Any]]
 _OBSERVER: contextvars.ContextVar[Observer | None] = contextvars.ContextVar(
   'observer', default=None
 )
-
-
 _RECORD: contextvars.ContextVar[list['Row'] | None] = contextvars.ContextVar(
   'record', default=None
 )
@@ -601,8 +537,13 @@ class Static:
     return jax.tree.unflatten(self.tree, leaves)
 
 
+def is_array(leaf: Any) -> bool:
+  """Whether a leaf is an array, or the shape of one."""
+  return hasattr(leaf, 'dtype')
+
+
 def separate(
-  tree: Any, take: Callable[[Any], bool], is_leaf: Any = None
+  tree: Any, take: Callable[[Any], bool] = is_array, is_leaf: Any = None
 ) -> tuple[dict[int, Any], Static]:
   """Takes some leaves out of a tree, by position, and what puts them back."""
   leaves, structure = jax.tree.flatten(tree, is_leaf=is_leaf)
@@ -611,18 +552,23 @@ def separate(
   return parts, Static(tuple(rest), structure)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_data(leaf: Any) -> bool:
   kinds = (jax.Array, np.ndarray, np.generic, float, complex)
   return isinstance(leaf, kinds) and not isinstance(leaf, bool)
 
 
 class Call:
-  """A traced call of a function with feedback; ``plan`` comes first."""
+  """A traced call of a function with feedback; ``plan`` comes first.
 
-  log: kinds.Log
+  Attributes:
+    params: {path: parameter}.
+    rules: their rules by path, see ``Rules.resolve``.
+    uses: how weights meet data.
+  """
+
+  uses: list[kinds.Use]
   _plan: Plan
   _values: list[Value]
-  _rules: list[FeedbackRule | None]
   _results: list[int]  # Where arrays stand in the result.
   _finish: Static
 
@@ -633,19 +579,19 @@ class Call:
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
   ):
-    self._f, self._params = f, by_path(params)
-    self._arrays, rebuilt = separate((params, args, kwargs), _is_array)
+    self._f, self.params = f, by_path(params)
+    self.rules = f.rules.resolve(self.params)
+    self._arrays, rebuilt = separate((params, args, kwargs), _is_data)
 
     def flat(*arrays):
       parts = dict(zip(self._arrays, arrays, strict=True))
       given, positional, named = rebuilt(parts)
       results = f.function(given, *positional, **named)
-      parts, self._finish = separate(results, _is_array)
+      parts, self._finish = separate(results, _is_data)
       self._results = list(parts)
       return list(parts.values())
 
     self._closed = jax.make_jaxpr(flat)(*self._arrays.values())
-    f.rules.check_used(self._params)
 
   def plan(
     self,
@@ -657,121 +603,134 @@ class Call:
     """Decides every equation.
 
     Args:
-      states: {path: state}; None for a plan as if all were there.
+      states: {path: {name of the rule: state}}; None for a plan as if all were
+        there.
       checked: whether a problem is an error.
       mirrored: whether it is the weight mirror's noise phase.
 
     Returns:
       This call.
     """
-    paths = list(self._params)
-    self._rules, self._values = [], []
+    paths = list(self.params)
+    self._values, each = [], []
     for i, array in self._arrays.items():
+      kind, R = CONSTANT if _is_key(array) else DATA, None
       if i < len(paths):
-        value = self._parameter(paths[i], array, states, mirrored)
-      else:
-        value = Value(array, None, CONSTANT if _is_key(array) else DATA)
-      self._values.append(value)
-    each = [value.kind for value in self._values]
-    self._plan, self.log = kinds.plan(self._closed, each)
+        kind = self._kind(paths[i], states)
+        if kind.has_R and states is not None:
+          R = self._R(paths[i], states[paths[i]], mirrored)
+      self._values.append(Value(array, R))
+      each.append(kind)
+    self._plan, log = kinds.plan(self._closed, each)
+    self.uses = log.uses
     if checked:
-      self._check(states)
+      self._check(states, log.problems)
     return self
 
-  def _parameter(self, path, leaf, states, mirrored) -> Value:
-    """A parameter as a value, with its R."""
-    f, plain = self._f, Value(leaf, None, CONSTANT.having(Trait.HIDDEN))
-    # A complex weight has no feedback: it is followed, to be refused.
-    if not is_weight(path, leaf, jnp.inexact) or f.rules.excludes(path):
-      return plain
-    rule = f.rules.find(path)
-    if rule is None or not is_weight(path, leaf):
-      return Value(leaf, None, Kind(Level.WEIGHT, (path,)))
-    known = (i for i, r in enumerate(self._rules) if _same(r, rule))
-    number = next(known, len(self._rules))
-    if number == len(self._rules):
-      self._rules.append(rule)
-    R = None
-    has_R = rule.keeps_state and (states is None or path in states)
-    if has_R and states is not None:
-      W = jnp.asarray(leaf)
-      learns = mirrored or rule.learning is not None
-      R = rule.expand(W, f.guarded(path, rule, states[path], learns))
-      shape = None if R is None else R.shape
-      if shape != W.shape:
-        raise FeedbackError(
-          f'the feedback of {f.prefix + path!r} has shape {shape}, '
-          f'but the weight has {W.shape}: make the feedback anew with init.'
-        )
-    kind = Kind(Level.WEIGHT, (path,), number, rule.keeps_state, has_R)
-    return Value(leaf, R, kind)
+  def _excludes(self, path: str) -> bool:
+    return path in self.rules and self.rules[path] is None
 
-  def _check(self, states: Mapping[str, Any] | None) -> None:
+  def _kind(self, path: str, states: Mapping[str, Any] | None) -> Kind:
+    leaf, rule = self.params[path], self.rules.get(path)
+    # A complex weight has no feedback: it is followed, to be refused.
+    if self._excludes(path) or not is_weight(path, leaf, jnp.inexact):
+      return CONSTANT.having(Trait.HIDDEN)
+    kind = Kind(Level.WEIGHT, (path,))
+    if rule is None or not is_weight(path, leaf):
+      return kind
+    has_R = rule.keeps_state and (states is None or path in states)
+    identity = _identity(rule)
+    return kind.having(rule=identity, needs_R=rule.keeps_state, has_R=has_R)
+
+  def _R(self, path: str, stored: Any, mirrored: bool) -> Any:
+    f, W = self._f, jnp.asarray(self.params[path])
+    rule: Any = self.rules[path]
+    what = f'the feedback of {f.prefix + path!r}'
+    learns = mirrored or rule.learning is not None
+
+    def guard(keys, x):
+      if learns and is_learned(f'{rule.state_name}/{path_of(keys)}'):
+        return x
+      return undifferentiated(f'{what}, which {rule!r} keeps,', x)
+
+    state = f.state_of(path, rule, stored)
+    R = rule.expand(W, jax.tree_util.tree_map_with_path(guard, state))
+    shape = None if R is None else R.shape
+    if shape != W.shape:
+      raise FeedbackError(
+        f'{what} has shape {shape}, but the weight has {W.shape}: make the '
+        'feedback anew with init.'
+      )
+    return R
+
+  def products(self) -> Iterator[tuple[str, FeedbackRule, kinds.Use]]:
+    """The products with feedback: path and rule of the weight, and the use."""
+    for use in self.uses:
+      for path in use.paths:
+        rule = self.rules.get(path)
+        if use.how == 'product' and rule is not None:
+          yield path, rule, use
+
+  def _check(self, states: Mapping[str, Any] | None, problems: list[str]):
     """Raises if a weight cannot have feedback, or its state is missing."""
-    f, uses = self._f, self.log.uses
+    prefix = self._f.prefix
     missing = [
-      f.prefix + path
-      for use in uses
-      for path in use.paths
-      if use.how == 'product' and states is not None and path not in states
-      for rule in (f.rules.find(path),)
-      if rule is not None and rule.keeps_state
+      repr(prefix + path)
+      for path, rule, _ in self.products()
+      if states is not None and rule.keeps_state and path not in states
     ]
     if missing:
       raise FeedbackError(
-        f'the feedback of {", ".join(map(repr, dict.fromkeys(missing)))} is '
-        'missing: pass what init returned for these parameters and this call.'
+        f'the feedback of {", ".join(dict.fromkeys(missing))} is missing: pass '
+        'what init returned for these parameters and this call.'
       )
-    found = [*self.log.problems, *self._without_fan()]
-    if found:
-      problems = '\n  '.join(dict.fromkeys(found))
-      inside = f' in {f.prefix[:-1]!r}' if f.prefix else ''
+    problems = problems + [
+      f'{" and ".join(map(repr, use.paths))} meets data in an outer product '
+      f'written by hand, which has no fan-in for {rule!r} '
+      f'({kinds.where(use.eqn)})'
+      for _, rule, use in self.products()
+      if rule.needs_fan and _fan(use) is None
+    ]
+    if problems:
+      found = '\n  '.join(dict.fromkeys(problems))
+      inside = f' in {prefix[:-1]!r}' if prefix else ''
       raise FeedbackError(
-        f'weights that cannot be given feedback{inside}:\n  {problems}\n'
+        f'weights that cannot be given feedback{inside}:\n  {found}\n'
         'Exclude them (exclude=PATH) to train them by plain backpropagation, '
         'or rewrite the operation as a product of a weight and data.'
       )
     record = _RECORD.get()
     if record is not None:
-      for row in self.rows():
-        record.append(row._replace(path=f.prefix + row.path))
-
-  def _without_fan(self) -> Iterator[str]:
-    """Problems of rules that need the sizes of a product that has none."""
-    for use in self.log.uses:
-      rules = [self._f.rules.find(path) for path in use.paths]
-      rule = next((r for r in rules if r is not None and r.needs_fan), None)
-      if use.how == 'product' and rule is not None and _fan(use) is None:
-        yield (
-          f'{" and ".join(map(repr, use.paths))} meets data in an outer '
-          f'product written by hand, which has no fan-in for {rule!r} '
-          f'({kinds.where(use.eqn)})'
-        )
+      record += [row._replace(path=prefix + row.path) for row in self.rows()]
 
   def rows(self) -> list['Row']:
     """How each weight is used, in the order of use; biases are left out."""
-    rules = self._f.rules
-    uses: dict[str, list[kinds.Use]] = {}
-    for use in self.log.uses:
+    uses: dict[str, list[str]] = {}
+    for use in self.uses:
       for path in use.paths:
-        uses.setdefault(path, []).append(use)
-    for path, W in self._params.items():
+        uses.setdefault(path, []).append(use.how)
+    for path, W in self.params.items():
       if is_weight(path, W, jnp.inexact):
-        uses.setdefault(path, [])
+        rest = 'excluded' if self._excludes(path) else 'unused'
+        uses.setdefault(path, [rest])
+    first = {}
+    for path, rule, use in self.products():
+      first.setdefault(path, (rule, use))
     rows = []
     for path, each in uses.items():
-      how = ', '.join(dict.fromkeys(use.how for use in each))
-      how = how or ('excluded' if rules.excludes(path) else 'unused')
-      row = Row(path, jnp.shape(self._params[path]), None, how)
-      product = next((use for use in each if use.how == 'product'), None)
-      if product is not None:
-        row = row._replace(rule=rules.find(path), fan=_fan(product))
-      rows.append(row)
+      rule, use = first.get(path, (None, None))
+      how = ', '.join(dict.fromkeys(each))
+      shape = jnp.shape(self.params[path])
+      rows.append(Row(path, shape, rule, how, use and _fan(use)))
     return rows
 
-  def V(self, op: Product, weight: Value) -> jax.Array:
+  def fans(self) -> dict[str, Fan | None]:
+    """Sizes of the first product of each weight with feedback."""
+    return {row.path: row.fan for row in self.rows() if row.rule}
+
+  def V(self, op: Product, weight: Value, step: Step) -> jax.Array:
     """The feedback weights of a product."""
-    rule: Any = self._rules[weight.kind.rule]
+    rule: Any = self.rules[step.weight.paths[0]]
     # A second reverse pass differentiates the first one, with its V. What V
     # learns is for R alone.
     W = weight.x if rule.learning is None else lax.stop_gradient(weight.x)
@@ -779,12 +738,12 @@ class Call:
 
   def _multiply(self, op, xs, weight: Value, step: Step) -> jax.Array:
     """A product with feedback."""
-    V = self.V(op, weight)
+    rule: Any = self.rules[step.weight.paths[0]]
+    V, learning, extra = self.V(op, weight, step), rule.learning, None
     op = dataclasses.replace(op, rows=self._f.row_convolution)
-    rule: Any = self._rules[weight.kind.rule]
-    learning, extra, observer = rule.learning, None, _OBSERVER.get()
+    observer = _OBSERVER.get()
     if observer is not None:
-      path = self._f.prefix + ' + '.join(weight.kind.paths)
+      path = self._f.prefix + ' + '.join(step.weight.paths)
       V, learning, extra = observer(path, op, weight.x, V, step.eqn)
     return asymmetric(op, xs, weight.x, V, learning, extra)
 
@@ -807,13 +766,13 @@ class FeedbackFunction:
 
   Attributes:
     function: the function.
-    rules: its rules by path.
+    rules: gives the rule of each parameter by its path: ``Rules``.
     row_convolution: see ``with_feedback``.
     prefix: path of the parameters in a larger model.
   """
 
   function: Callable[..., Any]
-  rules: Rules
+  rules: Any
   row_convolution: bool = False
   prefix: str = ''
 
@@ -837,20 +796,13 @@ class FeedbackFunction:
     self, key: jax.Array, params: Any, call: Call | None = None
   ) -> dict[str, dict[str, Any]]:
     """{path: {name of the rule: state}}; see ``init``."""
-    weights = self._weights_of(params)
-    if call is not None:
-      others, multiplied = set(), set()
-      for use in call.plan(None).log.uses:
-        (multiplied if use.how == 'product' else others).update(use.paths)
-      for path in others - multiplied:
-        weights.pop(path, None)
-    states = {}
-    for path, W in weights.items():
-      rule = self.rules.find(path)
-      if rule is not None and rule.keeps_state:
-        state = rule.init(fold_path(key, path), jnp.asarray(W))
-        states[path] = {rule.state_name: state}
-    return states
+    rows = call.plan(None).rows() if call else ()
+    skipped = {row.path for row in rows if not row.rule and row.use != 'unused'}
+    return {
+      path: {rule.state_name: rule.init(fold_path(key, path), jnp.asarray(W))}
+      for path, W, rule in self._weights(params)
+      if rule.keeps_state and path not in skipped
+    }
 
   def __call__(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
     """Calls the function; its backward pass uses feedback weights.
@@ -861,7 +813,7 @@ class FeedbackFunction:
       FeedbackError: if a weight is used in a way for which no feedback is
         defined; the message names all of them.
     """
-    states = self.states(params, feedback)
+    states = self._states(params, feedback)
     return Call(self, params, args, kwargs).plan(states).evaluate()
 
   def weights(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
@@ -874,11 +826,10 @@ class FeedbackFunction:
     Returns:
       A tree parallel to ``params``, with None for parameters without feedback.
     """
-    states = self.states(params, feedback)
+    states = self._states(params, feedback)
     fans = None
     if args or kwargs:
-      rows = Call(self, params, args, kwargs).plan(states).rows()
-      fans = {row.path: row.fan for row in rows if row.rule}
+      fans = Call(self, params, args, kwargs).plan(states).fans()
     return _parallel(params, self.weights_by_path(params, states, fans))
 
   def weights_by_path(
@@ -889,15 +840,14 @@ class FeedbackFunction:
   ) -> dict[str, jax.Array]:
     """{path: V}; of the paths of ``fans`` alone, if given."""
     V = {}
-    for path, W in self._weights_of(params).items():
-      rule = self.rules.find(path)
-      if rule is None or (rule.keeps_state and path not in states):
+    for path, W, rule in self._weights(params):
+      if rule.keeps_state and path not in states:
         continue
-      if fans is not None and path not in fans:
-        continue
-      W = lax.stop_gradient(jnp.asarray(W))
-      R = rule.expand(W, states.get(path))
-      V[path] = rule.weights(W, R, fans[path] if fans else None)
+      if fans is None or path in fans:
+        stored, W = states.get(path), lax.stop_gradient(jnp.asarray(W))
+        state = self.state_of(path, rule, stored) if rule.keeps_state else None
+        R = rule.expand(W, state)
+        V[path] = rule.weights(W, R, fans[path] if fans else None)
     return V
 
   def mirror(
@@ -929,17 +879,17 @@ class FeedbackFunction:
       an optimizer.
     """
     learned, fixed = partition(feedback)
+    call = Call(self, params, args, kwargs)
+
+    def multiply(op, xs, weight, step):
+      noise = fold_path(key, ' '.join(step.weight.paths))
+      V, extra = call.V(op, weight, step), jax.random.key_data(noise)
+      return asymmetric(op, xs, weight.x, V, _mirror, extra)
 
     def total(learned):
-      states = self.states(params, combine(learned, fixed))
-      call = Call(self, params, args, kwargs).plan(states, mirrored=True)
-
-      def multiply(op, xs, weight, step):
-        noise = fold_path(key, ' '.join(weight.kind.paths))
-        V, extra = call.V(op, weight), jax.random.key_data(noise)
-        return asymmetric(op, xs, weight.x, V, _mirror, extra)
-
-      leaves = filter(_is_array, jax.tree.leaves(call.evaluate(multiply)))
+      states = self._states(params, combine(learned, fixed))
+      y = call.plan(states, mirrored=True).evaluate(multiply)
+      leaves = filter(_is_data, jax.tree.leaves(y))
       return sum(jnp.sum(y.astype(jnp.float32)) for y in leaves)
 
     return jax.tree.map(
@@ -956,45 +906,32 @@ class FeedbackFunction:
     """Returns the rule and the use of each weight as text."""
     return format_table(self.rows(params, *args, **kwargs))
 
-  def states(self, params: Any, feedback: Any) -> dict[str, Any]:
-    """{path: state} from a tree parallel to the parameters."""
+  def _states(self, params: Any, feedback: Any) -> dict[str, Any]:
+    """{path: {name of the rule: state}} from a tree like the parameters."""
     leaves, tree = jax.tree.flatten(params)
     none = [None] * len(leaves)
     stored = none if feedback is None else tree.flatten_up_to(feedback)
     found = zip(by_path(params), stored, strict=True)
-    return self.check_states({p: s for p, s in found if s is not None})
+    return {path: state for path, state in found if state is not None}
 
-  def check_states(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """{path: state} from {path: {name of the rule: state}}."""
-    states = {}
-    for path, each in stored.items():
-      rule = self.rules.find(path)
-      if rule is not None and rule.keeps_state:
-        states[path] = _check_state(self.prefix + path, rule, each)
-    return states
+  def state_of(self, path: str, rule: FeedbackRule, stored: Any) -> Any:
+    """The rule's state from {name of the rule that made it: state}."""
+    if rule.state_name in stored:
+      return stored[rule.state_name]
+    raise FeedbackError(
+      f'the feedback of {self.prefix + path!r} was made by '
+      f'{" and ".join(stored)}, but its rule is {rule!r}: make the feedback '
+      'anew with init.'
+    )
 
-  def guarded(
-    self, path: str, rule: FeedbackRule, state: Any, learns: bool
-  ) -> Any:
-    """A state of which only what learns can be differentiated."""
-    what = f'the feedback of {self.prefix + path!r}, which {rule!r} keeps,'
-
-    def guard(keys, x):
-      name = f'{rule.state_name}/{path_of(keys)}'
-      free = learns and is_learned(name)
-      return x if free else undifferentiated(what, x)
-
-    return jax.tree_util.tree_map_with_path(guard, state)
-
-  def _weights_of(self, params: Any) -> dict[str, Any]:
-    """Parameters that can have feedback."""
+  def _weights(self, params: Any) -> Iterator[tuple[str, Any, FeedbackRule]]:
+    """Path, leaf and rule of each parameter that can have feedback."""
     leaves = by_path(params)
-    self.rules.check_used(leaves)
-    return {
-      path: leaf
-      for path, leaf in leaves.items()
-      if is_weight(path, leaf) and not self.rules.excludes(path)
-    }
+    rules = self.rules.resolve(leaves)
+    for path, leaf in leaves.items():
+      rule = rules.get(path)
+      if rule is not None and is_weight(path, leaf):
+        yield path, leaf, rule
 
 
 def _mirror(op, xs, W, V, g, dW, extra):
@@ -1015,14 +952,13 @@ def _is_key(array: Any) -> bool:
   return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _same(a: Any, b: Any) -> bool:
-  """Whether two rules are one; those with arrays in them are themselves."""
-  if a is b:
-    return True
+def _identity(rule: FeedbackRule) -> Any:
+  """Equal for equal rules; those with arrays in them are themselves."""
   try:
-    return hash(a) == hash(b) and a == b
+    hash(rule)
   except TypeError:
-    return False
+    return id(rule)
+  return rule
 
 
 def _parallel(params: Any, leaves: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Batch norm is its closed form, and its averages are of deviations."""
+"""Batch norm is its closed form on any devices, and keeps its digits."""
 
 import functools
 
@@ -8,11 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from symjax_bp import nnx as asymmetric
-from symjax_bp.linen import BatchNorm
-from tests import batch_norms
-from tests.batch_norms import FORMS, ROUNDING, random_array, statistics_of
+from symjax_bp.linen import BatchNorm, calibrate
+from tests.batch_norms import (
+  EPSILON,
+  FORMS,
+  ROUNDING,
+  linen_form,
+  nnx_form,
+  numpy_average,
+  numpy_statistics,
+  random_array,
+  statistics_of,
+  with_gradient,
+)
 
 TRAINING = BatchNorm(use_running_average=False)
 INITIAL = {
@@ -29,8 +40,8 @@ INITIAL = {
 def test_training_is_the_closed_form_in_float64(form, shape, axis):
   x, g = (np.float64(random_array(shape, seed)) for seed in range(2))
   with jax.enable_x64(True):
-    y, dx, statistics = batch_norms.with_gradient(form, x, g, axis=axis)
-  mean, std = batch_norms.numpy_statistics(x, axis)
+    y, dx, statistics = with_gradient(form, x, g, axis=axis)
+  mean, std = numpy_statistics(x, axis)
   axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   centered = (x - mean) / std
   projection = centered * (g * centered).mean(axes, keepdims=True)
@@ -55,15 +66,15 @@ def test_averages_are_bias_corrected_and_of_deviations(alpha):
     layer(x)
   statistics = dict(variables['batch_stats'])
   chex.assert_trees_all_equal(statistics_of(layer), statistics)
-  means, stds = zip(*map(batch_norms.numpy_statistics, batches), strict=True)
+  means, stds = zip(*map(numpy_statistics, batches), strict=True)
   # 10 additions per mini-batch, then 25 updates of 4 operations each.
   atol = (10 + 4 * 25) * ROUNDING * np.abs(batches).max()
   assert statistics['count'] == 25
   for name, values in (('mean', means), ('std', stds)):
-    expected = batch_norms.numpy_average(values, alpha)[0]
+    expected = numpy_average(values, alpha)[0]
     np.testing.assert_allclose(statistics[name], expected, rtol=0, atol=atol)
   if alpha < 1.0:  # The average of variances is another number.
-    variance = batch_norms.numpy_average(np.square(stds), alpha)[0]
+    variance = numpy_average(np.square(stds), alpha)[0]
     assert (np.sqrt(variance) > statistics['std'] + 10 * atol).all()
   # Evaluation adds no second epsilon, and moves nothing.
   x = random_array((4, 3))
@@ -180,3 +191,132 @@ def test_mode_and_rngs_errors():
     asymmetric.BatchNorm(5, use_running_average=None)(X)
   with pytest.raises(ValueError, match='use_scale.*rngs=nnx.Rngs'):
     asymmetric.BatchNorm(5, use_scale=True)
+
+
+# --- Precision ----------------------------------------------------------------
+
+
+CONSTANTS = np.float32([0.1, 1 / 3, 12345.678, -3e6 + 0.25])
+
+
+@FORMS
+def test_large_mean_does_not_drown_the_deviation(form):
+  x = random_array((100, 3), scale=0.5, offset=5e4)
+  _, std = numpy_statistics(x)
+  _, statistics = form(x)
+  # The mean is rounded to float32, by at most 5e4 * ROUNDING / 2, whose square
+  # is added to the variance; sums of 100 small numbers do the rest.
+  rtol = (5e4 * ROUNDING / 2 / 0.5) ** 2 / 2 + 100 * ROUNDING
+  np.testing.assert_allclose(statistics['std'], std.ravel(), rtol=rtol)
+
+
+@FORMS
+@pytest.mark.parametrize('shape', [(7, 13, 13, 4), (1, 4), (4,)])
+def test_constant_features_become_exactly_zero(form, shape):
+  # Rounding in the mean, divided by sqrt(epsilon), would be as large as 1.
+  x = np.broadcast_to(CONSTANTS, shape)
+  y, dx, statistics = with_gradient(form, x, random_array(shape))
+  np.testing.assert_array_equal(y, np.zeros_like(x))
+  np.testing.assert_array_equal(statistics['mean'], CONSTANTS)
+  np.testing.assert_allclose(statistics['std'], np.sqrt(EPSILON), 4 * ROUNDING)
+  assert np.isfinite(dx).all()
+
+
+def test_constant_features_stay_zero_in_evaluation():
+  x, layer = np.broadcast_to(CONSTANTS, (9, 4)), BatchNorm()
+  variables = layer.init(jax.random.key(0), x, use_running_average=True)
+  variables = calibrate(layer, variables, [x] * 5, 5, use_running_average=False)
+  y = layer.apply(variables, x, use_running_average=True)
+  np.testing.assert_array_equal(y, np.zeros_like(x))
+
+
+@FORMS
+def test_half_precision(form):
+  # A bfloat16 mean of 1024 numbers near 3 would be wrong in its first digit.
+  rows = 1024
+  x = jnp.asarray(random_array((rows, 3), scale=0.5, offset=3.0), jnp.bfloat16)
+  mean, std = numpy_statistics(x)
+  y, statistics = form(x)
+  np.testing.assert_allclose(statistics['mean'], mean[0], rtol=rows * ROUNDING)
+  np.testing.assert_allclose(statistics['std'], std[0], rtol=rows * ROUNDING)
+  # y is rounded to 8 bits; the float32 mean is off by rows roundings of x.
+  expected = (np.asarray(x, np.float64) - mean) / std
+  atol = rows * ROUNDING * 3.0 / 0.5
+  np.testing.assert_allclose(np.float64(y), expected, rtol=2.0**-8, atol=atol)
+
+
+@FORMS
+@pytest.mark.parametrize(
+  ('x_dtype', 'dtype', 'expected'),
+  [
+    (jnp.float32, jnp.bfloat16, jnp.bfloat16),
+    (jnp.bfloat16, jnp.float32, jnp.float32),
+    (jnp.float16, None, jnp.float16),
+    (jnp.uint8, None, jnp.float32),
+  ],
+)
+def test_dtype_of_the_result(form, x_dtype, dtype, expected):
+  x = jnp.asarray(random_array((8, 5), scale=3.0, offset=9.0), x_dtype)
+  y, statistics = form(x, dtype=dtype)
+  chex.assert_type(
+    [y, statistics['mean'], statistics['std']],
+    [expected, jnp.float32, jnp.float32],
+  )
+
+
+# --- Devices ------------------------------------------------------------------
+
+
+DEVICES, SHAPE = 4, (8, 3, 3, 5)
+DEVICE = {'axis_name': 'batch', 'devices': jax.devices()[:DEVICES]}
+
+
+def _shard_map(function, x, g):
+  split, whole = PartitionSpec('batch'), PartitionSpec()
+  mesh = Mesh(DEVICE['devices'], ('batch',))
+  specs = {'in_specs': split, 'out_specs': (split, split, whole)}
+  return jax.jit(
+    jax.shard_map(lambda x, g: function(x[0], g[0]), mesh=mesh, **specs)
+  )(x, g)
+
+
+TRANSFORMATIONS = {
+  'vmap': lambda function, *xs: jax.vmap(function, axis_name='batch')(*xs),
+  'pmap': lambda function, *xs: jax.pmap(function, **DEVICE)(*xs),
+  'shard_map': _shard_map,
+}
+
+
+@pytest.mark.parametrize(
+  ('name', 'form'),
+  [
+    *((name, linen_form) for name in TRANSFORMATIONS),
+    ('pmap', nnx_form),
+  ],
+)
+def test_devices_are_the_whole_batch(name, form):
+  with jax.enable_x64(True):
+    x, g = (jnp.asarray(random_array(SHAPE, k), jnp.float64) for k in (0, 1))
+    y, dx, statistics = TRANSFORMATIONS[name](
+      functools.partial(with_gradient, form, axis_name='batch'),
+      *(a.reshape(DEVICES, -1, *SHAPE[1:]) for a in (x, g)),
+    )
+    expected, gradient, whole = with_gradient(form, x, g)
+  # 72 additions of numbers up to 100, each rounded by 1e-16.
+  np.testing.assert_allclose(y.reshape(SHAPE), expected, rtol=0, atol=1e-11)
+  np.testing.assert_allclose(dx.reshape(SHAPE), gradient, rtol=0, atol=1e-11)
+  for name, value in whole.items():
+    for device in statistics[name].reshape(-1, *value.shape):
+      np.testing.assert_allclose(device, value, rtol=ROUNDING)
+
+
+def test_axis_index_groups():
+  x = random_array((DEVICES, 2, 5))
+  layer = BatchNorm(False, axis_name='batch')
+  layer.init(jax.random.key(0), x)  # Initialization needs no axis.
+  layer = layer.clone(axis_index_groups=[[0, 1], [2, 3]])
+  y = jax.pmap(functools.partial(layer.apply, {}), **DEVICE)(x)
+  expected = [linen_form(half.reshape(4, 5))[0] for half in np.split(x, 2)]
+  # 4 additions of deviations up to 5, and the rounding of x up to 0.5.
+  atol = (4 * 5 + 0.5 / 0.05) * ROUNDING
+  np.testing.assert_allclose(y.reshape(2, 4, 5), expected, rtol=0, atol=atol)

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import symjax_bp
 from symjax_bp import feedback
 from symjax_bp.primitives import Fan
-from tests.cases import RULES, assert_same_bits, normal
+from tests.cases import RULES, assert_same_bits, fast_jit, normal
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 every_rule = pytest.mark.parametrize('rule', RULES.values(), ids=str)
@@ -89,14 +89,6 @@ def test_rules_without_a_state_are_their_equations(shape, fan, fans):
     # Two roundings of float32: of the scale and of the product.
     found = rule.weights(kernel, None, fan)
     np.testing.assert_allclose(found, expected, rtol=2**-22, err_msg=rule)
-
-
-def test_scales_of_other_libraries_in_numbers():
-  """BioTorch: sqrt(2 / (k k (in + out))); Xiao: sqrt(2 / (k k out))."""
-  conv = jnp.ones((3, 3, 4, 8))
-  for scale, number in (('biotorch', 1 / math.sqrt(54)), ('xiao', 1 / 6)):
-    V = feedback.usf(scale=scale).weights(conv)
-    np.testing.assert_allclose(V, jnp.full_like(V, number), rtol=2**-22)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16, jnp.float16])
@@ -194,15 +186,13 @@ def test_brsf_is_drawn_anew_for_every_bit_of_W(dtype):
     np.fill_diagonal(flips, [1 << i % bits for i in range(32)])
     several = (words ^ flips).view(kernel.dtype).reshape(34, 4, 8)
     state = rule.init(jax.random.key(0), kernel)
-    draw = jax.jit(jax.vmap(lambda W: rule.expand(W, state)))
+    draw = fast_jit(jax.vmap(lambda W: rule.expand(W, state)))
     R = np.asarray(draw(jnp.asarray(several)), np.float64)
   assert len(np.unique(R, axis=0)) == 33
   assert (R[-1] == R[-2]).all()
 
 
-@pytest.mark.parametrize(
-  'implementation', ['threefry2x32', 'rbg', 'unsafe_rbg']
-)
+@pytest.mark.parametrize('implementation', ['threefry2x32', 'unsafe_rbg'])
 def test_brsf_is_the_same_in_every_program(implementation):
   """Eager, compiled, batched and sharded, whatever PRNG a program uses."""
   rule, kernels = feedback.brsf(0.3), jnp.stack([W, -W])

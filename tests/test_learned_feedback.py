@@ -50,7 +50,7 @@ def test_kolen_pollack_aligns_an_unmodified_network():
     W = flatten_dict(variables['params'], sep='/')
     return {path: metrics.alignment_angle(W[path], V[path]) for path in V}
 
-  @jax.jit
+  @fast_jit
   def train(key):
     start = model.init(key, x)
     carry = start, optimizer.init(start)
@@ -194,8 +194,11 @@ TRANSFORMED = {
 }
 
 
-@pytest.mark.parametrize('transform', TRANSFORMED)
-@pytest.mark.parametrize('rule', FIXED, ids=repr)
+@pytest.mark.parametrize(
+  'rule, transform',
+  [(rule, 'alone') for rule in FIXED] + [(FIXED[0], t) for t in TRANSFORMED],
+  ids=str,
+)
 def test_what_does_not_learn_is_not_differentiated(rule, transform):
   """Weight decay would shrink it, and no gradient would bring it back."""
   params = {'a': normal(0, (4, 5)), 'b': normal(1, (5, 3))}
@@ -375,7 +378,7 @@ def test_the_weight_mirror_aligns_without_labels():
     return jax.tree.map(lambda R, dR: R - 0.1 * dR, stored, gradient), None
 
   keys = jax.random.split(jax.random.key(3), 150)
-  mirrored, _ = jax.jit(lambda stored: lax.scan(step, stored, keys))(stored)
+  mirrored, _ = fast_jit(lambda stored: lax.scan(step, stored, keys))(stored)
   V = f.weights(params, mirrored)
   angles = metrics.alignment_angle(params, V)
   assert angles['dense'] < 5 and angles['conv'] < 15

@@ -15,7 +15,7 @@ from flax import nnx
 import symjax_bp as sbp
 from symjax_bp import nnx as asymmetric
 from symjax_bp.nnx import Feedback, feedback_weights
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, fast_jit, normal
 from tests.nnx_models import (
   CNN,
   IMAGES,
@@ -296,19 +296,13 @@ def check_stack(model, plain, x):
 
 
 @pytest.mark.parametrize(
-  'layer, rule, impl',
-  [
-    ('Linear', sbp.brsf(), 'rbg'),
-    ('LinearGeneral', sbp.nusf(), 'rbg'),
-    ('Conv', sbp.rndf(), 'threefry2x32'),
-  ],
+  'layer, rule', [('LinearGeneral', sbp.nusf()), ('Conv', sbp.rndf())]
 )
-def test_every_layer_of_a_stack_has_a_V_of_its_own(layer, rule, impl):
+def test_every_layer_of_a_stack_has_a_V_of_its_own(layer, rule):
   make, shape = STACKS[layer]
-  with jax.default_prng_impl(impl):
-    plain = Stack(make)
-    model = asymmetric.with_feedback(plain, rule, rngs=nnx.Rngs(1))
-    V = check_stack(model, plain, normal(0, shape))
+  plain = Stack(make)
+  model = asymmetric.with_feedback(plain, rule, rngs=nnx.Rngs(1))
+  V = check_stack(model, plain, normal(0, shape))
   if rule.keeps_state:
     assert not ((abs(V[0]) == abs(V[1])) & (V[0] != 0)).any()
 
@@ -330,8 +324,7 @@ def test_a_stack_of_our_own_layers_is_redrawn_and_measured():
 
 
 @pytest.mark.parametrize(
-  'dtypes',
-  [('float64', 'float32'), ('float32', 'float64'), ('float32', 'bfloat16')],
+  'dtypes', [('float64', 'float32'), ('float32', 'bfloat16')]
 )
 def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes):
   with jax.enable_x64(True):
@@ -340,7 +333,7 @@ def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes):
       dtype=dtypes[1], rngs=nnx.Rngs(0),
     )  # fmt: skip
     x = jnp.ones(3, dtypes[1])
-    used = jax.jacrev(layer)(x).T
+    used = fast_jit(jax.jacrev(layer))(x).T
     V = feedback_weights(layer)['kernel']
     assert (V.dtype, used.dtype) == dtypes
     np.testing.assert_array_equal(V.astype(used.dtype), used)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import symjax_bp
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, fast_jit, normal
 
 SHAPES = ((6, 12), (12, 8), (8, 3))
 
@@ -43,7 +43,8 @@ def train(rule, optimizer, scales):
     start = params, optimizer.init(params)
     return jax.lax.scan(step, start, length=200)[0][0]
 
-  return [jax.jit(run)(jnp.float32(scale)) for scale in scales]
+  compiled = fast_jit(run)
+  return [compiled(jnp.float32(scale)) for scale in scales]
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def reference(params, V, x):
   return network(product, params, V, x)
 
 
-RULES = {'W': sbp.rndf(1.0), 'U': sbp.frsf(0.5)}
+RULES = {'W': sbp.rndf(1.0), 'U': sbp.brsf(0.5)}
 
 
 def setup(function=plain):
@@ -264,15 +264,6 @@ def test_a_tracer_that_the_function_closes_over_gets_its_gradient():
   assert_close(gradient(params, x, factor), expected(factor))
 
 
-def test_a_loop_that_only_runs_forwards_is_as_it_was():
-  f, args, _ = setup()
-  grown = lambda function: lax.while_loop(
-    lambda x: (x**2).sum() < 1e3, lambda x: x + jnp.abs(function(x)), args[2]
-  )
-  actual = grown(lambda x: f(*args[:2], x))
-  assert_close(actual, grown(lambda x: plain(args[0], x)), atol=1e-9)
-
-
 def test_arguments_and_results_of_every_type():
   """Static arguments, keys, and results that are no arrays."""
 
@@ -302,7 +293,8 @@ def dots_and_convolutions(function, args):
     return sum(jnp.sum(leaf.astype(float) ** 2) for leaf in leaves)
 
   gradient = jax.jit(jax.grad(loss, range(len(args)), allow_int=True))
-  text = str(gradient.lower(*args).compile().as_text())
+  options = {'xla_backend_optimization_level': 0}
+  text = str(gradient.lower(*args).compile(options).as_text())
   return len(re.findall(r'\b(?:dot|convolution|custom-call)\(', text))
 
 
@@ -422,11 +414,14 @@ def test_what_cannot_have_feedback_is_refused_and_can_be_excluded(name):
     assert found and all(0 <= int(each) - line < 4 for each in found), message
   rest = {'W': sbp.symmetric(), 'U': sbp.symmetric()}
   excluded = sbp.with_feedback(call, rest, exclude=tuple(offenders))
-  gradient = lambda f: jax.jit(
-    jax.grad(lambda params, x: jnp.sum(f(params, x) ** 2), (0, 1))
-  )
-  actual = gradient(lambda params, x: excluded(params, None, x))(params, x)
-  assert_same(actual, gradient(call)(params, x))
+
+  @fast_jit
+  def gradients(params, x):
+    each = call, lambda params, x: excluded(params, None, x)
+    squares = [lambda *args, f=f: jnp.sum(f(*args) ** 2) for f in each]
+    return [jax.grad(square, (0, 1))(params, x) for square in squares]
+
+  assert_same(*gradients(params, x))
 
 
 @pytest.mark.parametrize(
@@ -460,9 +455,19 @@ def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
 # --- V -----------------------------------------------------------------------
 
 
-def used(f, params, feedback, x):
-  """V of a function that is linear in one row: the transposed Jacobian."""
-  return fast_jit(jax.jacrev(lambda x: f(params, feedback, x)))(x).T
+def used(functions, params, states, x):
+  """V of functions that are linear in one row: the transposed Jacobians."""
+
+  @fast_jit
+  def run(params, states, x):
+    pairs = zip(functions, states, strict=True)
+    return [jax.jacrev(f, 2)(params, state, x).T for f, state in pairs]
+
+  return run(params, states, x)
+
+
+def asymmetric(function, rules):
+  return [sbp.with_feedback(function, rule) for rule in rules]
 
 
 def through_stack(W, x):
@@ -473,18 +478,18 @@ DRAWN = (sbp.brsf(0.3), sbp.frsf(0.3), sbp.rndf())
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg', 'unsafe_rbg'])
-@pytest.mark.parametrize('rule', DRAWN, ids=str)
-def test_V_as_reported_is_V_as_used(rule, impl):
+@pytest.mark.parametrize('impl', ['threefry2x32', 'unsafe_rbg'])
+def test_V_as_reported_is_V_as_used(impl):
   """Also in a scan, where each layer has a V of its own (case F6)."""
-  f = sbp.with_feedback(through_stack, rule)
+  fs = asymmetric(through_stack, DRAWN)
   W, x = normal(1, 3, 4, 4), normal(2, 4)
   with jax.default_prng_impl(impl):
-    feedback = f.init(jax.random.key(1), W)
-    V = f.weights(W, feedback)
-    actual = used(f, W, feedback, x)
-  assert_close(actual, V[0] @ V[1] @ V[2])
-  assert len(np.unique(np.abs(V))) == V.size
+    states = [f.init(jax.random.key(1), W) for f in fs]
+    every = [f.weights(W, state) for f, state in zip(fs, states, strict=True)]
+    actual = used(fs, W, states, x)
+  for V, product in zip(every, actual, strict=True):
+    assert_close(product, V[0] @ V[1] @ V[2])
+    assert len(np.unique(np.abs(V))) == V.size
 
 
 @pytest.mark.accelerator
@@ -502,19 +507,6 @@ def test_brsf_draws_again_if_and_only_if_that_weight_changes():
   assert_same(jnp.sign(changed['W']), jnp.sign(W))
   other = f.weights(params, sbp.redraw(feedback, jax.random.key(5)))
   assert all((other[name] != first[name]).all() for name in params)
-
-
-@pytest.mark.accelerator
-@pytest.mark.parametrize('rule', DRAWN, ids=str)
-def test_micro_batches_add_up_to_the_batch(rule):
-  f = sbp.with_feedback(plain, rule)
-  _, (params, _, x), _ = setup()
-  feedback = f.init(KEY, params)
-  g = fast_jit(gradient_of(f))
-  total, dx = g(params, feedback, x)
-  parts = [g(params, feedback, part) for part in jnp.split(x, 4)]
-  assert_close(jax.tree.map(lambda *a: sum(a), *[p[0] for p in parts]), total)
-  assert_close(jnp.concatenate([part[1] for part in parts]), dx)
 
 
 @pytest.mark.parametrize(
@@ -546,14 +538,14 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize('rule', [sbp.usf(), *DRAWN], ids=str)
 @pytest.mark.parametrize('mask', MASKS)
-def test_V_is_0_where_the_weight_is_masked(mask, rule):
-  f = sbp.with_feedback(lambda W, x: x @ MASKS[mask](W), rule)
+def test_V_is_0_where_the_weight_is_masked(mask):
+  fs = asymmetric(lambda W, x: x @ MASKS[mask](W), (sbp.usf(), *DRAWN))
   W = normal(1, 4, 3)
-  feedback = f.init(KEY, W)
-  V = f.weights(W, feedback)
-  assert_same(used(f, W, feedback, normal(2, 4)), MASK * V)
+  states = [f.init(KEY, W) for f in fs]
+  found = used(fs, W, states, normal(2, 4))
+  for f, state, V in zip(fs, states, found, strict=True):
+    assert_same(V, MASK * f.weights(W, state))
 
 
 SCALED = {
@@ -567,22 +559,24 @@ SCALED = {
 }
 
 
-@pytest.mark.parametrize('rule', DRAWN, ids=str)
 @pytest.mark.parametrize('name', SCALED)
-def test_a_scale_of_a_weight_gives_no_R(name, rule):
-  f = sbp.with_feedback(lambda p, x: x @ SCALED[name](p['W'], p['g']), rule)
+def test_a_scale_of_a_weight_gives_no_R(name):
+  fs = asymmetric(lambda p, x: x @ SCALED[name](p['W'], p['g']), DRAWN)
   params = {'W': normal(1, 3, 3), 'g': normal(2, 1, 3) + 9}
   params['g'] = params['g'].reshape(-1) if 'column' in name else params['g']
   x = normal(3, 3)
-  feedback = f.init(KEY, params, x)
-  rows = {row.path: row for row in f.rows(params, x)}
-  assert rows['g'].rule is None and rows['g'].use == 'scale'
-  assert rows['W'].use == 'product' and feedback['g'] is None
-  V = rule.weights(
-    SCALED[name](params['W'], params['g']),
-    rule.expand(params['W'], feedback['W'][rule.state_name]),
-  )
-  assert_close(used(f, params, feedback, x), V)
+  states = [f.init(KEY, params) for f in fs]  # The R of g is not used.
+  found = used(fs, params, states, x)
+  for f, rule, state, V in zip(fs, DRAWN, states, found, strict=True):
+    rows = {row.path: row for row in f.rows(params, x)}
+    assert rows['g'].rule is None and rows['g'].use == 'scale'
+    assert rows['W'].use == 'product'
+    assert_same(f.init(KEY, params, x), {'W': state['W'], 'g': None})
+    expected = rule.weights(
+      SCALED[name](params['W'], params['g']),
+      rule.expand(params['W'], state['W'][rule.state_name]),
+    )
+    assert_close(V, expected)
 
 
 def test_a_key_argument_drops_connections_of_V_too():

@@ -78,19 +78,17 @@ def test_symmetric_is_plain_jax_bit_for_bit(name):
   'name', [name for name in zoo.NAMES if name not in UNREFERENCED]
 )
 def test_usf_is_the_reference_without_custom_vjp(name):
-  """So is a rule whose R = sign(W), made at the start, moves with W."""
+  """As R = sign(W), which is made at the start and moves with W."""
+  rule = sbp.usf() if name in zoo.ARITHMETIC else sbp.frozen_sign()
   # In float64, where another order of summation explains no difference.
   with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):
     model = zoo.model(name, wide=True)
-    functions = [model.reference, asymmetric(model, sbp.usf())]
-    if name not in zoo.ARITHMETIC:
-      functions.append(asymmetric(model, sbp.frozen_sign()))
-    expected, *actual = map(by_path, every_gradient(functions, model))
-  for each in actual:
-    assert each.keys() == expected.keys()
-    for path, value in expected.items():
-      atol = 1e-10 * np.abs(value).max(initial=1)
-      np.testing.assert_allclose(each[path], value, 0, atol, err_msg=path)
+    functions = model.reference, asymmetric(model, rule)
+    expected, actual = map(by_path, every_gradient(functions, model))
+  assert actual.keys() == expected.keys()
+  for path, value in expected.items():
+    atol = 1e-10 * np.abs(value).max(initial=1)
+    np.testing.assert_allclose(actual[path], value, 0, atol, err_msg=path)
 
 
 @pytest.mark.parametrize('name', zoo.NAMES)
