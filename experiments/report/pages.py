@@ -48,11 +48,11 @@ HOW = (
   "Errors in %, ours | the paper's. The first number of a cell is the best "
   'test error: the lowest over epochs and rates, as in the paper. The held-out '
   'test error is the one at the epoch and rate with the lowest error on a '
-  'held-out part of the training set (ties: the first epoch, the highest rate).'
-  ' [a, b] is a 95 % bootstrap interval over seeds, or over datasets for a mean '
-  'over datasets; for two or three values it is their range. ▲: 3 points or '
-  'more worse than the baseline of the row (yellow in the paper). ▼: 3 points '
-  'or more better (blue).'
+  'held-out part of the training set (ties: the first epoch, the highest '
+  'rate). [a, b] is a 95 % bootstrap interval over seeds, or over datasets for '
+  'a mean over datasets; for two or three values it is their range. ▲: 3 '
+  'points or more worse than the baseline of the row (yellow in the paper). '
+  '▼: 3 points or more better (blue).'
 )
 # The legend on a terminal explains only the signs that are shown.
 _LEGEND = {
