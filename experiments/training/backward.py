@@ -175,7 +175,7 @@ def _direct(model: nn.Module, rule: Direct) -> Backward:
   def targets(params, y):
     if rule.error != 'target':
       return {}
-    classes = params['output']['bias'].size
+    classes = params['output']['kernel'].shape[-1]
     return {'targets': jax.nn.one_hot(y, classes) / len(y)}
 
   def logits(params, feedback, x, y):
