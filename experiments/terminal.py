@@ -75,9 +75,20 @@ def width() -> int:
   return max(40, min(shutil.get_terminal_size((120, 24)).columns, 160))
 
 
+def filled(text: str, columns: int, hanging: str = '') -> str:
+  """Wraps a text between words; names stay whole."""
+  return textwrap.fill(
+    text,
+    columns,
+    subsequent_indent=hanging,
+    break_long_words=False,
+    break_on_hyphens=False,
+  )
+
+
 def say(text: str) -> None:
-  """Prints a paragraph, wrapped between words."""
-  print(_filled(text))
+  """Prints a paragraph, wrapped to the terminal's width."""
+  print(filled(text, width()))
 
 
 def print_table(
@@ -101,7 +112,7 @@ def print_table(
       labels = [f'{name} {cell}'.strip() for name, cell in
                 zip(names[1:], rest, strict=True)]  # fmt: skip
       print(first)
-      print(_filled(', '.join(labels), ' ' * 6))
+      print(filled(' ' * 6 + ', '.join(labels), width(), ' ' * 6))
     return
   table = Table(box=None, show_header=bool(head), pad_edge=False)
   for name, column in zip(names, zip(*cells, strict=True), strict=True):
@@ -113,13 +124,6 @@ def print_table(
   with console.capture() as captured:
     console.print(table)
   print('\n'.join(line.rstrip() for line in captured.get().splitlines()))
-
-
-def _filled(text: str, indent: str = '') -> str:
-  return textwrap.fill(
-    text, width(), initial_indent=indent, subsequent_indent=indent,
-    break_long_words=False, break_on_hyphens=False,
-  )  # fmt: skip
 
 
 def as_typed(text: str) -> str:

@@ -151,11 +151,12 @@ def with_feedback(target, rules, exclude=(), **options):
 
   Args:
     target: a function ``f(params, *args, **kwargs)`` of any pytree of
-      parameters, a Linen module or an NNX module. The other arguments of a
-      function are data, but keys are constants, and what is no array is static.
+      parameters, a Linen module or an NNX module. Its other arguments are data,
+      except that PRNG keys are constants and values that are not arrays are
+      static.
     rules: a rule for all weights, or {regular expression: rule}. An expression
       is searched for in a parameter's path, such as ``'encoder/Conv_0/kernel'``
-      (``^`` and ``$`` anchor it); the first that is found wins. Parameters
+      (``^`` and ``$`` anchor it); the first match wins. Parameters
       called ``bias`` or ``scale`` have no rule.
     exclude: one or more regular expressions for the paths of parameters that
       plain backpropagation trains.
@@ -169,7 +170,7 @@ def with_feedback(target, rules, exclude=(), **options):
     ``table(params, *args)``; else a module with the methods of the target.
 
   Raises:
-    TypeError: if ``target`` is none of these, or a rule is no rule.
+    TypeError: ``target`` is none of these, or a rule is not a rule.
     ValueError: if an expression matches no parameter; when called,
       ``FeedbackError`` if a weight cannot be given feedback.
   """
@@ -181,7 +182,7 @@ def with_feedback(target, rules, exclude=(), **options):
   return transform.with_feedback(target, rules, exclude, **options)
 
 
-# Importing Flax takes longer than all of this: it waits for those who use it.
+# Importing Flax takes longer than the rest, so it waits until it is used.
 _IMPORT_FLAX = ('linen', 'nnx', 'testing')
 
 

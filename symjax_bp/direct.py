@@ -1,21 +1,21 @@
 r"""Direct feedback: errors reach each layer from the output, past the others.
 
 In direct feedback alignment (DFA, Nokland 2016) the error at the input h of a
-layer is a fixed random projection of the error e at the output of the model, in
-the place of what the layers above would send back:
+layer is a fixed random projection of the error e at the output of the model,
+instead of the error that the layers above would send back:
 
 .. code-block:: text
 
-  forward                       as it is
+  forward                       unchanged
   error at a layer's input h    B e, from the loss's gradient e at the output
   gradients of a layer          from that error, by the chain rule of the layer
 
-``with_direct_feedback(function)`` does so at every product of an unmodified
-function whose input depends on a parameter; the last layer learns by the true
-error. What lies between two products (activations, normalization, residual
-connections) is differentiated as it is. The error e is known only after the
+``with_direct_feedback(function)`` does this at every product of an unmodified
+function whose input depends on a parameter; the last layer learns from the true
+error. Operations between two products (activations, normalization, residual
+connections) are differentiated as usual. The error e is known only after the
 forward pass, so the function is traced again for the backward pass; a compiled
-program shares the two.
+program shares the common work.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ _ERRORS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DirectFunction:
-  """What ``with_direct_feedback`` makes of ``function(params, *args)``.
+  """A function with direct feedback, as ``with_direct_feedback`` returns it.
 
   Attributes:
     plain: the function, its products found by ``symjax_bp.transform``. For the
@@ -361,7 +361,7 @@ def with_direct_feedback(
       error of the layer above as usual.
     error: what B projects: 'error' (DFA), 'sign' (of the error), 'centered'
       (minus its mean over the batch) or 'target' (DRTP: ``targets`` of the
-      call, in the place of the error).
+      call instead of the error).
     shared: whether all layers use rows of one B (Launay et al. 2020).
     density: share of the entries of B that are not 0 (Crafton et al. 2019).
     sigma: standard deviation of B (of its other entries, for a density of 1);

@@ -10,8 +10,8 @@ A rule knows no layer and no product. It takes and returns arrays, in two steps:
 
 R travels with W through reshapes, transposes, slices and so on, so ``weights``
 sees both as the product does: ``fan`` has the sizes of that very product.
-What learns in a state is under its key ``'learned'``; no optimizer may see the
-rest, see ``symjax_bp.partition``.
+Arrays that learn are under the key ``'learned'`` of a state. No optimizer may
+see the rest, see ``symjax_bp.partition``.
 
 ``sign(0) = 0``. A rule of your own is ``rule(function)``, or a subclass of
 ``FeedbackRule`` like those here. Their names are in lower case because they are
@@ -116,7 +116,7 @@ def _hash_of_bits(W: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FeedbackRule:
-  """A rule. For your own override ``unscaled``, and ``init`` for a state.
+  """A feedback rule; your own overrides ``unscaled``, and ``init`` for a state.
 
   Rules are frozen, comparable and picklable, and hashable unless a number in
   them is an array (which may be traced: a schedule, or a vmap over numbers).
@@ -184,7 +184,7 @@ class FeedbackRule:
   def init(self, key: jax.Array, W: Kernel) -> Any:
     """Makes the state for a kernel: arrays, or None for a rule without one.
 
-    What learns is in a dictionary, under ``'learned'``.
+    Arrays that learn are in a dictionary under ``'learned'``.
 
     Args:
       key: a PRNG key. The same key gives the same state.
@@ -397,7 +397,7 @@ class rndf(FeedbackRule):
 
   Attributes:
     sigma: standard deviation of V; 0.05 in all of the paper's experiments. May
-      be a traced scalar. The rules that start from RndF have it too.
+      be a traced scalar. Rules that start from RndF have it too.
   """
 
   sigma: Number = 0.05
@@ -453,7 +453,7 @@ class frozen_noise(rndf):
 
 
 class tied_norm(FeedbackRule):
-  r"""Random directions of W's length, :math:`V = R\,|W| / |R|`.
+  r"""Random directions with the norm of W, :math:`V = R\,|W| / |R|`.
 
   R ~ N(0, 1) is fixed; norms are of whole kernels. After Moskovitz,
   Litwin-Kumar and Abbott (2018).
@@ -493,8 +493,8 @@ class _Learned(rndf):
 class kolen_pollack(_Learned):
   r"""Learned feedback, :math:`V = R` with the gradient :math:`dR = dW`.
 
-  Give R the optimizer and the weight decay of W, and V converges to W: their
-  difference decays. After Kolen and Pollack (1994) and Akrout et al. (2019).
+  If R has the optimizer and the weight decay of W, V converges to W, because
+  their difference decays. After Kolen and Pollack (1994), Akrout et al. (2019).
 
   >>> f = lambda rule, W, R: rule.learning(None, None, W, R, None, 2 * W, None)
   >>> print(f(kolen_pollack(), jnp.ones(2), jnp.zeros(2))[0])
@@ -508,7 +508,7 @@ class kolen_pollack(_Learned):
 class product_feedback(rndf):
   r"""Product feedback (PFA), :math:`V = B A` with :math:`dA = B^T dW`.
 
-  B is fixed. Kernels are matrices here whose columns are the last axis. After
+  B is fixed. Kernels count as matrices whose columns are the last axis. After
   "Deep Learning without Weight Symmetry" (2024).
 
   >>> rule = product_feedback(width=8)
@@ -591,9 +591,9 @@ def _factors(
 class weight_mirror(_Learned):
   r"""Weight mirror: :math:`V = R`, learned from noise in a phase of its own.
 
-  Training steps leave R alone; ``mirror`` of what ``with_feedback`` returns
-  gives the gradient :math:`dR \sim -x^T (x W)` at inputs x ~ N(0, 1), without
-  labels. After Akrout et al. (2019).
+  Training steps do not change R. The method ``mirror`` of a function with
+  feedback returns the gradient :math:`dR \sim -x^T (x W)` at inputs
+  x ~ N(0, 1), without labels. After Akrout et al. (2019).
   """
 
 

@@ -5,17 +5,18 @@ a module with the parameters, initial values, outputs and methods of the model.
 ``Dense``, ``DenseGeneral`` and ``Conv`` are Flax's own layers with a rule each.
 The outermost ``with_feedback`` wins.
 
-What a rule keeps is ``variables['feedback']``, never in ``params``: a tree of
-the model's modules, in which ``'kernel:rndf()'`` is what the rule ``rndf()``
-keeps for ``kernel``. Pass it to ``apply`` along with ``params``; an optimizer
-may have the part that learns, see ``symjax_bp.partition``. For parameters that
-came without, ``apply(..., rngs={'feedback': key}, mutable=['feedback'])`` makes
-it. A rule that redraws (brSF) can also take its seed from
-``rngs={'feedback': key}`` alone. ``mutable=['feedback_weights']`` returns V.
+The states of the rules are in ``variables['feedback']``, never in ``params``: a
+tree of the model's modules, in which ``'kernel:rndf()'`` is the state of the
+rule ``rndf()`` for ``kernel``. Pass it to ``apply`` along with ``params``; an
+optimizer may have the part that learns, see ``symjax_bp.partition``. For
+parameters without states, ``apply(..., rngs={'feedback': key},
+mutable=['feedback'])`` makes them. A rule that redraws (brSF) can also take its
+seed from ``rngs={'feedback': key}`` alone. ``mutable=['feedback_weights']``
+returns V.
 
-Inside ``nn.scan`` and ``nn.vmap`` map asymmetric modules like any others:
-``variable_axes={'feedback': 0}``, ``split_rngs={'feedback': True}``. Around
-them nothing has to be said.
+For modules with feedback inside ``nn.scan`` and ``nn.vmap``, map the collection
+and the key stream: ``variable_axes={'feedback': 0}``,
+``split_rngs={'feedback': True}``. ``with_feedback`` around them needs neither.
 """
 
 import dataclasses
@@ -360,9 +361,9 @@ def with_feedback(
   *,
   row_convolution: bool = False,
 ) -> WithFeedback:
-  """``symjax_bp.with_feedback`` for Linen models, which are not changed.
+  """``symjax_bp.with_feedback`` for a Linen model, which stays unchanged.
 
-  A model that shares a submodule with the one around it is a ValueError.
+  A model that shares a submodule with the module around it is a ValueError.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> mlp = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
@@ -430,7 +431,7 @@ def without_feedback(model: nn.Module) -> nn.Module:
 
 
 def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
-  """How each weight of a model is used, in the order of use.
+  """Returns how each weight of a model is used, in the order of use.
 
   Args:
     model: any Linen model.
@@ -438,7 +439,7 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
       matter.
 
   Returns:
-    A row for each parameter that is no bias or scale.
+    A row for each parameter that is not a bias or scale.
   """
   arrays, rebuilt = transform.separate((args, kwargs))
 
@@ -455,14 +456,14 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
 
 
 def feedback_table(model: nn.Module, *args, **kwargs) -> str:
-  """``layer_rules`` as text: is it really not backpropagation?"""
+  """Returns ``layer_rules`` as text."""
   return transform.format_table(layer_rules(model, *args, **kwargs))
 
 
 def feedback_weights(
   model: nn.Module, variables: Mapping[str, Any], *args, **kwargs
 ) -> dict[str, jax.Array]:
-  """V of each weight with feedback, by its path, as it was used.
+  """Returns V of each weight with feedback, by its path, as it was used.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> layer, x = Dense(2, feedback=symjax_bp.usf()), jnp.ones((1, 1))

@@ -1,4 +1,4 @@
-r"""How asymmetric is it? Signs, angles and norms of feedback and errors.
+r"""Measures of asymmetry: signs, angles and norms of feedback and errors.
 
 ``W`` is a forward kernel, ``V`` its feedback kernel; arguments come in this
 order. The functions of two arguments take arrays or whole trees of arrays and
@@ -215,7 +215,7 @@ def _measure(axis, op, xs, W, V, g, dW, slot):
 def layer_alignment(
   loss: Callable[[Any], jax.Array], params: Any
 ) -> dict[str, Alignment]:
-  """How well each weight's feedback agrees with backpropagation.
+  """Measures how well each weight's feedback agrees with backpropagation.
 
   ``symjax_bp.linen`` and ``symjax_bp.nnx`` have the same for models.
 
@@ -235,7 +235,7 @@ def layer_alignment(
     params: a tree of arrays.
 
   Returns:
-    {path of the weight: ``Alignment``}, from V as it was used.
+    {path of the weight: ``Alignment``}, with the V that was used.
 
   Raises:
     ValueError: if nothing in the loss has feedback.

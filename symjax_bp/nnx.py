@@ -6,17 +6,17 @@ module in the copy is asymmetric, whether it is called from outside or by
 another. ``Linear``, ``LinearGeneral`` and ``Conv`` are Flax's own layers with a
 rule each; the outermost ``with_feedback`` wins.
 
-What rules keep is held in variables of type ``Feedback``, in the attribute
-``feedback`` of each module with weights. They are no ``nnx.Param``, and no
+The states of the rules are variables of type ``Feedback``, in the attribute
+``feedback`` of each module with weights. They are not ``nnx.Param``, and no
 filter for kernels matches their paths: ``nnx.grad`` and
 ``nnx.Optimizer(..., nnx.Param)`` leave them alone; ``nnx.split``, ``nnx.state``
-and checkpoints carry them. What learns (Kolen-Pollack) is a
+and checkpoints carry them. States that learn (Kolen-Pollack) are
 ``LearnedFeedback``: train ``nnx.Any(nnx.Param, LearnedFeedback)``. A filter for
 a whole module, such as ``nnx.PathContains('layers')``, matches all its
 variables, feedback too: combine it with ``nnx.Param``.
 
-Methods are traced, as by ``jax.jit``: the values of arrays are not known to
-Python in them. ``Net.method(model, ...)`` calls one as it is written.
+Methods are traced, as by ``jax.jit``: Python does not know the values of arrays
+in them. ``Net.method(model, ...)`` calls a method untraced.
 
 Weights are variables of type ``nnx.Param``; other variables are data. Arrays
 that are attributes, such as masks, are constants. Weights that are taken out of
@@ -64,7 +64,7 @@ Model = TypeVar('Model', bound=nnx.Module)
 # Under a name, nnx.bridge can carry it to and from Linen.
 @nnx.register_variable_name('Feedback')
 class Feedback(nnx.Variable):
-  """What a rule keeps for a weight; not a parameter."""
+  """The state of a rule for a weight; not a parameter."""
 
 
 @nnx.register_variable_name('LearnedFeedback')
@@ -513,9 +513,8 @@ class Linear(_Layer, _asymmetric(nnx.Linear)):
   >>> print(jnp.sign(layer.kernel[...]).sum(1))  # = dx
   [ 0. -2.  0.]
 
-  The arguments are those of ``flax.nnx.Linear``, and ``feedback``, the rule.
-  What it keeps is drawn from the stream ``feedback`` of ``rngs`` if there is
-  one.
+  The arguments are those of ``flax.nnx.Linear`` and ``feedback``, the rule.
+  Its state is drawn from the stream ``feedback`` of ``rngs`` if there is one.
   """
 
 
@@ -536,10 +535,10 @@ def with_feedback(
 ) -> Model:
   """``symjax_bp.with_feedback`` for NNX models: an asymmetric copy.
 
-  What a rule keeps follows from the path of its weight and from one key for
-  all: the next one of the stream ``feedback``. If ``rngs`` has no such stream,
-  from the key and the count of ``params``, which does not advance: two calls
-  then draw alike.
+  The state of a rule follows from the path of its weight and from one key for
+  all rules: the next key of the stream ``feedback``. Without such a stream in
+  ``rngs`` it is the key and the count of ``params``, which does not advance:
+  two calls then draw alike.
 
   >>> import symjax_bp
   >>> mlp = nnx.Sequential(
@@ -559,8 +558,8 @@ def with_feedback(
     model: the model; it is not changed.
     rules: see ``symjax_bp.with_feedback``.
     exclude: see there.
-    rngs: key streams such as ``nnx.Rngs(feedback=0)``, without which a rule
-      that keeps something is a ValueError.
+    rngs: key streams such as ``nnx.Rngs(feedback=0)``; a rule with a state
+      raises a ValueError without them.
   """
   if not isinstance(model, nnx.Module):
     raise TypeError(f'model must be an nnx.Module, not {type(model).__name__}.')
@@ -577,7 +576,7 @@ def with_feedback(
 
 
 def without_feedback(model: Model) -> Model:
-  """A copy of a model that is trained by plain backpropagation."""
+  """Returns a copy of a model that plain backpropagation trains."""
   twin = nnx.clone(model)
   for _, module in list(nnx.iter_modules(twin)):
     _remove(module)
@@ -608,7 +607,7 @@ def redraw(model: nnx.Module, key: jax.Array) -> None:
 def feedback_weights(
   model: nnx.Module, *args, **kwargs
 ) -> dict[str, jax.Array]:
-  """V of each weight with feedback, by its path, in the parameters' dtype.
+  """Returns V of each weight with feedback, by its path, in its dtype.
 
   >>> import symjax_bp
   >>> layer = Linear(1, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
@@ -640,7 +639,7 @@ def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:
 
 
 def layer_rules(model: nnx.Module, *args, **kwargs) -> list[transform.Row]:
-  """How each weight of a model is used.
+  """Returns how each weight of a model is used.
 
   Args:
     model: any NNX model.
@@ -648,7 +647,7 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[transform.Row]:
       order of use, and say what the use is.
 
   Returns:
-    A row for each parameter that is no bias or scale.
+    A row for each parameter that is not a bias or scale.
   """
   parameters = _parameters(model)
   if not (args or kwargs):
@@ -672,14 +671,14 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[transform.Row]:
 
 
 def feedback_table(model: nnx.Module, *args, **kwargs) -> str:
-  """``layer_rules`` as text: is it really not backpropagation?"""
+  """Returns ``layer_rules`` as text."""
   return transform.format_table(layer_rules(model, *args, **kwargs))
 
 
 def layer_alignment(
   model: nnx.Module, loss: Callable[[Any], jax.Array], *args, **kwargs
 ) -> dict[str, metrics.Alignment]:
-  """``symjax_bp.metrics.layer_alignment`` for an NNX model, left unchanged.
+  """``symjax_bp.metrics.layer_alignment`` for an NNX model; does not change it.
 
   >>> import jax.numpy as jnp, symjax_bp
   >>> layer = Linear(3, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))

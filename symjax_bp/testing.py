@@ -193,11 +193,11 @@ def assert_asymmetric_gradients(
     model, variables, *args, **kwargs: see ``symjax_bp.testing``. For Linen,
       ``rngs`` and ``mutable=['batch_stats']`` go to ``apply``.
     loss: the scalar loss as a function of the model's output.
-    min_angle: the least angle that counts, in degrees in [0, 180). The default
-      is far above what rounding makes of V = W.
+    min_angle: the smallest angle that counts, in degrees in [0, 180). The
+      default is far above the effect of rounding if V = W.
 
   Raises:
-    AssertionError: if not; the message has rule and angle of each weight.
+    AssertionError: if not; the message has the rule and angle of each weight.
     TypeError, ValueError: if ``model`` and ``variables`` do not go together, or
       ``min_angle`` is out of range.
   """

@@ -156,11 +156,11 @@ def is_learned(path: str) -> bool:
 
 
 def partition(feedback: Any) -> tuple[Any, Any]:
-  """Splits feedback into what learns, for an optimizer, and what is fixed.
+  """Splits feedback into a part that learns and a fixed part.
 
-  Weight decay would shrink what no gradient moves, so it is an error to
-  differentiate fixed feedback. Where rules of both kinds, or product feedback,
-  are in a model, hand the learned part to the optimizer:
+  Differentiating fixed feedback is an error, because weight decay would shrink
+  it. In a model with rules of both kinds or with product feedback, give the
+  optimizer the learned part:
 
   >>> import symjax_bp
   >>> f = symjax_bp.with_feedback(
@@ -180,7 +180,7 @@ def partition(feedback: Any) -> tuple[Any, Any]:
 
   Returns:
     Two trees like ``feedback``, each with None in the place of the other's
-    arrays; ``combine`` puts them together.
+    arrays; ``combine`` joins them.
   """
   return tuple(
     jax.tree_util.tree_map_with_path(
@@ -194,7 +194,7 @@ def partition(feedback: Any) -> tuple[Any, Any]:
 
 
 def combine(learned: Any, fixed: Any) -> Any:
-  """Puts together what ``partition`` split."""
+  """Joins the two trees of ``partition``."""
   return jax.tree.map(
     lambda a, b: b if a is None else a,
     learned,
@@ -229,9 +229,9 @@ def redraw(feedback: Any, step: Any) -> Any:
   """Chooses the draws of rules that redraw (brSF) by a step number or a key.
 
   Without this, V follows from a seed and the bits of W and changes with every
-  update. What this returns ignores the bits of W: V is then the same for a step
-  even where W differs in rounding, such as on another number of devices. Apply
-  it to the stored feedback at each step.
+  update. The result ignores the bits of W: V of a step is the same even if W
+  differs by rounding, as on another number of devices. Apply it to the stored
+  feedback at each step.
 
   >>> import symjax_bp
   >>> f = symjax_bp.with_feedback(lambda W, x: x @ W, symjax_bp.brsf())
@@ -762,7 +762,7 @@ def _fan(use: kinds.Use) -> Fan | None:
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackFunction:
-  """What ``with_feedback`` makes of ``function(params, *args, **kwargs)``.
+  """A function with feedback, as ``with_feedback`` returns it.
 
   Attributes:
     function: the function.
@@ -819,9 +819,9 @@ class FeedbackFunction:
   def weights(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
     """Returns V of each weight, as its rule computes it from the parameter.
 
-    Where the function masks or normalizes a weight first, the product uses V of
-    that. NuSF and scales by name depend on the product: pass arguments to call
-    the function with; without them kernels count as in Flax's layout.
+    If the function masks or normalizes a weight first, its product uses the V
+    of the result. NuSF and named scales depend on the product: pass arguments
+    to call the function with, or kernels count as in Flax's layout.
 
     Returns:
       A tree parallel to ``params``, with None for parameters without feedback.
@@ -865,7 +865,7 @@ class FeedbackFunction:
 
     .. math:: dR = -x^T (x W) / n + \mathrm{decay} \cdot R
 
-    with the mean over the n rows of x. No error and no label takes part.
+    with the mean over the n rows of x. It uses no error and no label.
 
     Args:
       key: a PRNG key for the noise.
@@ -875,8 +875,8 @@ class FeedbackFunction:
       decay: weight decay of R; R converges to W / decay.
 
     Returns:
-      A tree like the learned part of ``feedback``, see ``partition``, to be
-      given to an optimizer.
+      A tree like the learned part of ``feedback``, see ``partition``, for
+      an optimizer.
     """
     learned, fixed = partition(feedback)
     call = Call(self, params, args, kwargs)
@@ -903,7 +903,7 @@ class FeedbackFunction:
     return Call(self, params, args, kwargs).plan(None, checked=False).rows()
 
   def table(self, params: Any, *args, **kwargs) -> str:
-    """What uses which rule, as text: is it really not backpropagation?"""
+    """Returns the rule and the use of each weight as text."""
     return format_table(self.rows(params, *args, **kwargs))
 
   def _states(self, params: Any, feedback: Any) -> dict[str, Any]:

@@ -44,10 +44,11 @@ def answers_text(records: 'Iterable[Record]', width: int = 120) -> str:
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
   """
-  from experiments.report import frame, pages, plain
+  from experiments.report import frame, plain
+  from experiments.terminal import filled
 
   found = plain.answers(frame.read(records))
-  return '\n'.join(pages.filled(answer, width) for answer in found)
+  return '\n'.join(filled(answer, width) for answer in found)
 
 
 def claims_text(records: 'Iterable[Record]', width: int = 120) -> str:

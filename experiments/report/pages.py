@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import re
-import textwrap
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from experiments.report.tables import (
   grids,
   settings,
 )
-from experiments.terminal import as_typed
+from experiments.terminal import as_typed, filled
 
 if typing.TYPE_CHECKING:
   from experiments.report.plots import Picture
@@ -48,13 +47,12 @@ if typing.TYPE_CHECKING:
 HOW = (
   "Errors in %, ours | the paper's. The first number of a cell is the best "
   'test error: the lowest over epochs and rates, as in the paper. The held-out '
-  'test '
-  'error is the one at the epoch and rate with the lowest error on a held-out '
-  'part of the training set (ties: the first epoch, the highest rate). [a, b] '
-  'is a 95 % bootstrap interval over seeds, or over datasets for a mean over '
-  'datasets; for two or three values it is their range. ▲: 3 points or more '
-  'worse than the baseline of the row (yellow in the paper). ▼: 3 points or '
-  'more better (blue).'
+  'test error is the one at the epoch and rate with the lowest error on a '
+  'held-out part of the training set (ties: the first epoch, the highest '
+  'rate). [a, b] is a 95 % bootstrap interval over seeds, or over datasets for '
+  'a mean over datasets; for two or three values it is their range. ▲: 3 '
+  'points or more worse than the baseline of the row (yellow in the paper). '
+  '▼: 3 points or more better (blue).'
 )
 # The legend on a terminal explains only the signs that are shown.
 _LEGEND = {
@@ -93,13 +91,6 @@ def text_tables(
     *(filled(note, width) for note in notes(results)),
     *tables,
   ]).rstrip() + '\n'  # fmt: skip
-
-
-def filled(text: str, width: int) -> str:
-  """Wraps a text between words; names stay whole."""
-  return textwrap.fill(
-    text, width, break_long_words=False, break_on_hyphens=False
-  )
 
 
 def _underlined(title: str, line: str, width: int) -> list[str]:
@@ -210,20 +201,10 @@ def text_claims(
     by_protocol=_by_protocol(claims),
   )
   return '\n'.join(
-    line if line in results.warnings else _indented(line, width)
+    line
+    if line in results.warnings
+    else filled(line, width, ' ' * (len(line) - len(line.lstrip()) + 4))
     for line in text.split('\n')
-  )
-
-
-def _indented(line: str, width: int) -> str:
-  """Wraps a line and indents its continuation."""
-  indent = len(line) - len(line.lstrip()) + 4
-  return textwrap.fill(
-    line,
-    width,
-    subsequent_indent=' ' * indent,
-    break_long_words=False,
-    break_on_hyphens=False,
   )
 
 

@@ -387,7 +387,9 @@ def curves(results: Results, grid: Grid, line: Line) -> Picture:
         markevery=[-1],
         **look(place) | crossed,
       )
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(
+      ticker.MaxNLocator(integer=True, min_n_ticks=1)
+    )
     axes.set_xlabel('epoch (×: diverged there)')
     axes.set_ylabel('test error (%)')
     # In the order of the lines' ends.
@@ -437,7 +439,7 @@ def alignment(results: Results, row: Row) -> Picture | None:
     return None
   name = file_name(row, 'alignment')
   title = 'Alignment with backpropagation by layer and epoch, best rate'
-  about = f'{_short(row.label)}, {_short(row.protocol)}'
+  about = f'{_short(row.label)}, {_short(row.protocol, 70)}'
   layers = list(dict.fromkeys(
     layer for table in shown.values() for layer in table.index.unique('layer')
   ))  # fmt: skip
@@ -465,7 +467,9 @@ def alignment(results: Results, row: Row) -> Picture | None:
         axes.axhline(high / 2, **_CHANCE)
         axes.set_ylim(-0.04 * high, 1.04 * high)
         axes.set_yticks([0, high / 2, high])
-      axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
+      axes.xaxis.set_major_locator(
+        ticker.MaxNLocator(4, integer=True, min_n_ticks=1)
+      )
       if at < across:
         axes.set_title(words)
       if at >= across * (len(shown) - 1):

@@ -52,7 +52,9 @@ document.addEventListener('toggle', ({ target }) => {
     const text = place.parentElement.querySelector('.errors').textContent;
     const errors = text.trim().split(' ').map(Number);
     const step = 110 / Math.max(errors.length - 1, 1);
-    const points = errors.map((error, at) => `${at * step},${24 - 0.22 * error}`);
+    const high = Math.max(...errors, 1e-9);
+    const points = errors.map((error, at) =>
+      `${at * step},${25 - 23 * error / high}`);
     if (text.trim()) {
       place.innerHTML = '<svg width="112" height="26"><polyline/></svg>';
       place.querySelector('polyline').setAttribute('points', points.join(' '));
