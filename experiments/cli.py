@@ -1,12 +1,11 @@
-"""The command line: every command is a function, its options its parameters.
+"""The command line: a command is a function, and its options are parameters.
 
-Nothing here imports JAX before a command needs it, so ``--help`` is quick.
+JAX is imported only by the commands that need it, so ``--help`` is quick.
 """
 
 import dataclasses
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +17,24 @@ from experiments import terminal
 from experiments.paper.protocol import Protocol, Run
 from experiments.runs.selection import Selection, shard_of
 
-# All rates, so that the paper's conclusions on these conditions are decided.
+# All rates: the paper's conclusions need them.
 _DEMO = Selection(condition=('SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM'))
 _DEMO_PROTOCOL = Protocol(epochs=5, layer_metrics=True)
 
 app = tyro.extras.SubcommandApp()
+
+_Path = Annotated[
+  Path | None, tyro.conf.arg(metavar='PATH', help_behavior_hint='')
+]
+_Text = Annotated[
+  str | None, tyro.conf.arg(metavar='STR', help_behavior_hint='')
+]
+_Share = Annotated[
+  float | None, tyro.conf.arg(metavar='FLOAT', help_behavior_hint='')
+]
+_Verbose = Annotated[
+  bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=['-v'])
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,23 +42,24 @@ class Execution:
   """Where and how runs are trained.
 
   Attributes:
-    executor: this process, one worker process for each part of this host, or
-      Ray tasks.
-    workers: number of worker processes (default: one for each accelerator, or
-      else each core).
-    devices: of this process, over which mini-batches are divided (default: as
-      many accelerators as divide them; one CPU).
-    together: how many runs that differ in rate or seed only this process trains
-      as one program (default: up to 32 on a single accelerator, else 1).
-    ray_address: of a Ray cluster (default: one is started on this host).
-    cpus_per_run: that a Ray task asks for (default: 1).
-    gpus_per_run: that a Ray task asks for (default: 0).
-    shard: I/N, the I-th of N equal parts of the runs, such as 1/4.
-    retries: how often a run that fails is tried again; then its error is
-      recorded, and the others go on.
+    executor: `local` trains in this process, `processes` in worker processes
+      that divide this host, `ray` in Ray tasks.
+    workers: number of worker processes (default: one per accelerator, or one
+      per core without accelerators).
+    devices: devices of this process that share each mini-batch (default: as
+      many accelerators as divide every mini-batch; 1 on a CPU).
+    together: number of runs that this process trains as one program; they
+      differ only in rate or seed (default: up to 32 on a single accelerator,
+      else 1).
+    ray_address: address of a Ray cluster (default: start one on this host).
+    cpus_per_run: CPUs that each Ray task requests (default: 1).
+    gpus_per_run: GPUs that each Ray task requests (default: 0).
+    shard: I/N trains the I-th of N equal parts of the runs, such as 1/4.
+    retries: how often a run that fails is tried again. After that its error is
+      recorded and the other runs go on.
     scan: compile a whole epoch as one loop (default: not on a CPU).
-    checkpoint_share: share of a run's time that checkpoints may take; 1 writes
-      one after every epoch.
+    checkpoint_share: largest share of the training time that goes into
+      checkpoints; 1 writes one after every epoch.
   """
 
   executor: Literal['local', 'processes', 'ray'] = 'local'
@@ -62,10 +75,10 @@ class Execution:
   checkpoint_share: float = 0.03
 
   def check(self) -> None:
-    """Checks ranges, and that each option belongs to the executor.
+    """Checks the ranges of the options, and that the executor has each.
 
     Raises:
-      ValueError: if not; names the option.
+      ValueError: an option is wrong; names it.
     """
     for name, allowed, holds in (
       ('workers', 'positive', self.workers is None or self.workers > 0),
@@ -97,7 +110,7 @@ class Execution:
 
 @app.command
 def demo(results: Path = Path('results/demo')) -> int:
-  """Trains four conditions on embedded data; writes a report. A minute.
+  """Trains four conditions on embedded data and writes a report, in a minute.
 
   Args:
     results: results folder.
@@ -116,33 +129,20 @@ def demo(results: Path = Path('results/demo')) -> int:
   records = load(results)
   page = results / 'report' / 'report.html'
   reports.write_report(records, page.parent)
-  print('\n' + reports.text_tables(records, width=_width()))
-  print(reports.answers_text(records, _width()))
-  print(f"""
-Open the page: {page}
-
-Next, from this folder:
-  {_typed('list')}
-      conditions, datasets and tables to choose from
-  {_typed('claims', results)}
-      the paper's conclusions, judged by these runs
-  {
-    _typed(
-      'run',
-      '--condition',
-      'RndF',
-      'RndF+BN+BM',
-      '--epochs',
-      5,
-      '--layer-metrics',
-      '--results',
-      results,
-    )
-  }
-  {_typed('report', results)}
-      the same page with random feedback too
-  {_typed('run', '--help')}
-      all options""")
+  print('\n' + reports.text_tables(records, width=terminal.width()))
+  print(reports.answers_text(records, terminal.width()))
+  print(f'\nOpen the page: {page}\n\nNext, from this folder:')
+  folder = shlex.quote(str(results))
+  more = '--condition RndF RndF+BN+BM --epochs 5 --layer-metrics'
+  for command, why in (
+    ('list', 'conditions, datasets and tables to choose from'),
+    (f'claims {folder}', "the paper's conclusions, judged by these runs"),
+    (f'run {more} --results {folder}', 'adds random feedback to these runs'),
+    (f'report {folder}', 'the same page with random feedback too'),
+    ('run --help', 'all options'),
+  ):
+    typed = terminal.as_typed(f'python -m experiments {command}')
+    print(f'  {typed}\n      {why}')
   return 0
 
 
@@ -152,18 +152,16 @@ def run(
   protocol: Protocol = Protocol(),  # noqa: B008
   execution: Execution = Execution(),  # noqa: B008
   results: Path = Path('results'),
-  verbose: Annotated[
-    bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=['-v'])
-  ] = False,
+  verbose: _Verbose = False,
 ) -> int:
-  """Runs a part of the grid; finished runs are not run again.
+  """Trains a part of the grid; skips finished runs.
 
   Args:
-    selection: which cells.
-    protocol: what they all share.
-    execution: where and how.
+    selection: the cells to train.
+    protocol: the settings that all runs share.
+    execution: where and how to train.
     results: results folder.
-    verbose: also print what is set for JAX, XLA and malloc.
+    verbose: also print the settings of JAX, XLA and malloc.
   """
   execution.check()
   runs = selection.runs(protocol, execution.devices or 1)
@@ -180,8 +178,9 @@ def run(
     records = [record for record in load(results) if record.run_id in ids]
     tables = [table.name for table in selection.tables()]
     if any(record.result for record in records):
-      print(reports.text_tables(records, tables or None, _width()))
-    print(f'report: {_typed("report", results)}')
+      print(reports.text_tables(records, tables or None, terminal.width()))
+    command = shlex.join(['report', str(results)])
+    print(terminal.as_typed(f'report: python -m experiments {command}'))
   return status
 
 
@@ -191,54 +190,64 @@ def plan(
   protocol: Protocol = Protocol(),  # noqa: B008
   results: Path = Path('results'),
   calibrate: bool = False,
+  verbose: _Verbose = False,
 ) -> int:
-  """Says which runs are missing and what they cost; runs nothing.
+  """Shows which runs are missing and what they cost; trains nothing.
 
   Args:
-    selection: which cells.
-    protocol: what they all share.
+    selection: the cells to plan.
+    protocol: the settings that all runs share.
     results: results folder.
-    calibrate: time a few steps of each network and estimate hours.
+    calibrate: time a few steps of each network on this machine.
+    verbose: also print the settings of JAX, XLA and malloc.
   """
   from experiments.paper.conditions import names_of
   from experiments.training import machine
 
   runs = selection.runs(protocol)
   missing = _missing(runs, results)
-  machine.start_jax()
+  for line in machine.configure():
+    if verbose:
+      print(f'set {line}')
   from experiments.training import cost
 
   load = selection.loader()
   print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
+  if not missing:
+    return 0
   cells: dict[tuple[str, str], list[Run]] = {}
   for each in missing:
     key = each.dataset.name, names_of(each.condition)[0]
     cells.setdefault(key, []).append(each)
-  total_flops = total_hours = 0.0
+  rows, total_flops, total_hours = [], 0.0, 0.0
   for (name, condition), members in cells.items():
     dataset = load(name, protocol.train_size)
     flops = sum(cost.run_flops(each, dataset) for each in members)
-    total_flops += flops
-    line = (
-      f'{name:<12} {condition:<18} {len(members):>4} runs  {flops:.2e} FLOP'
-    )
     if calibrate:
       speed = cost.flops_per_second(members[0], dataset)
-      total_hours += flops / speed / 3600
-      line += f'  {speed / 1e9:6.1f} GFLOP/s  {flops / speed / 3600:8.2f} h'
-    print(line)
-  total = f'{len(missing)} runs missing: {total_flops:.2e} FLOP'
-  if calibrate:
-    total += f', about {total_hours:.2f} h on this machine'
-  elif missing:
-    total += ' (--calibrate estimates the time)'
-  print(total)
+    else:
+      speed = cost.stored_speed(dataset.spec.architecture)
+    hours = flops / speed / 3600
+    total_flops, total_hours = total_flops + flops, total_hours + hours
+    rows.append((
+      name, condition, len(members), f'{flops:.2e}', f'{speed / 1e9:.0f}',
+      _duration(hours),
+    ))  # fmt: skip
+  head = 'dataset', 'condition', 'runs', 'FLOP', 'GFLOP/s', 'time'
+  terminal.print_table(rows, head)
+  where = 'on this machine' if calibrate else f'on {cost.STORED_ON}'
+  terminal.say(
+    f'{len(missing)} runs missing: {total_flops:.2e} FLOP, about '
+    f'{_duration(total_hours)} {where}'
+  )
+  if not calibrate:
+    terminal.say('--calibrate measures the speed of this machine instead.')
   return 0
 
 
 @app.command(name='list')
-def list_all(data_dir: Path | None = None) -> int:
-  """Lists datasets and where each would come from, conditions and tables.
+def list_all(data_dir: _Path = None) -> int:
+  """Lists datasets, conditions and tables.
 
   Args:
     data_dir: folder with NAME.npz files or image folders.
@@ -246,17 +255,24 @@ def list_all(data_dir: Path | None = None) -> int:
   from experiments import datasets
   from experiments.paper import conditions
 
-  print('datasets')
-  for name, spec in datasets.SPECS.items():
+  def status_of(name: str) -> str:
     status = datasets.status(name, data_dir)
-    print(
-      f'  {name:<12} {spec.classes:>4} classes  {spec.architecture:<8} '
-      f'{status.state}: {status.text}'
-    )
-  print(
-    '\nconditions (any RULE[+BN][+BM[1-3]|+Adam] works, such as frSF-10%+BN)'
+    is_ready = status.state == 'ready'
+    return f'{status.state}: {status.text}' if is_ready else status.state
+
+  print('datasets')
+  terminal.print_table(
+    (f'  {name}', f'{spec.classes} classes', spec.architecture, status_of(name))
+    for name, spec in datasets.SPECS.items()
+  )
+  command = terminal.as_typed('python -m experiments data')
+  terminal.say(f'`{command} NAME` says how to get a dataset.')
+  print()
+  terminal.say(
+    'conditions (any RULE[+BN][+BM[1-3]|+Adam] works, such as frSF-10%+BN)'
   )
   norms = {'none': 'no BN', 'plain': 'BN', 'affine': 'BN, learnable'}
+  rows = []
   for column in conditions.COLUMNS.values():
     first = column.conditions[0]
     plans = ' or '.join(
@@ -265,35 +281,43 @@ def list_all(data_dir: Path | None = None) -> int:
     )
     setting = first.batch_manhattan
     update = f'BM setting {setting}' if setting else 'SGD'
-    print(
-      f'  {column.name:<18} {first.rule:<10} {update:<12} '
-      f'{norms[first.batch_norm]:<13} batch {plans}'
-      + ('' if first.frozen == 'nothing' else f', {first.frozen} frozen')
-    )
-  print('\nrules that the paper does not have, such as KP+BN')
-  for rule, text in conditions.FAMILY.items():
-    print(f'  {rule:<18} {text}')
+    frozen = '' if first.frozen == 'nothing' else f', {first.frozen} frozen'
+    rows.append((
+      f'  {column.name}', first.rule, update, norms[first.batch_norm],
+      f'batch {plans}{frozen}',
+    ))  # fmt: skip
+  terminal.print_table(rows)
+  print()
+  terminal.say('rules that the paper does not have, such as KP+BN')
+  terminal.print_table(
+    (f'  {rule}', text) for rule, text in conditions.FAMILY.items()
+  )
   print('\ntables')
-  for table in conditions.TABLES.values():
-    print(f'  {table.name:<5} {table.title}: {", ".join(table.columns)}')
+  terminal.print_table(
+    (f'  {table.name}', f'{table.title}: {", ".join(table.columns)}')
+    for table in conditions.TABLES.values()
+  )
   return 0
 
 
 @app.command(name='data')
 def show_data(
-  words: tyro.conf.Positional[tuple[str, ...]],
-  data_dir: Path | None = None,
+  words: Annotated[
+    tyro.conf.Positional[tuple[str, ...]],
+    tyro.conf.arg(metavar='[ACTION] NAME', help_behavior_hint=''),
+  ],
+  data_dir: _Path = None,
   show_split: bool = False,
-  grid: Path | None = None,
-  architecture: str | None = None,
-  test_share: float | None = None,
+  grid: _Path = None,
+  architecture: _Text = None,
+  test_share: _Share = None,
 ) -> int:
   """Prepares, checks or shows a dataset: data [prepare|check] NAME.
 
   Args:
     words: NAME, or an action (prepare, check) and NAME.
-    data_dir: folder with NAME.npz files or image folders, and for prepared
-      ones.
+    data_dir: folder with NAME.npz files or image folders; `prepare` writes to
+      it.
     show_split: print the chosen samples of each class.
     grid: where `check` draws a grid of labeled pictures (PNG).
     architecture: network for a dataset of your own.
@@ -328,28 +352,32 @@ def show_data(
 @app.command
 def report(
   results: tyro.conf.Positional[Path] = Path('results'),
-  out: Path | None = None,
+  out: _Path = None,
   markdown_only: bool = False,
 ) -> int:
   """Writes tables, plots and one HTML page from results.
 
   Args:
-    results: results folder, a study's JSONL file, or a folder of them.
-    out: where to write; default: the folder `report` in a results folder.
-    markdown_only: write RESULTS.md and its plots, nothing else.
+    results: results folder, a study's JSONL file, or a folder of such files.
+    out: where to write (default: the folder `report` beside the results).
+    markdown_only: write only RESULTS.md and its plots.
   """
   from experiments import report as reports
   from experiments.studies import load
 
   records = load(results)
-  print(reports.text_tables(records, width=_width()))
+  print(reports.text_tables(records, width=terminal.width()))
   default = (results if results.is_dir() else results.parent) / 'report'
   paths = reports.write_report(
     records, out or default, markdown_only=markdown_only
   )
+  plots = [path for path in paths if path.parent.name == 'plots']
   print('written:')
   for path in paths:
-    print(f'  {path}')
+    if path not in plots:
+      print(f'  {path}')
+  if plots:
+    print(f'  {len(plots)} plots in {plots[0].parent}')
   return 0
 
 
@@ -360,12 +388,12 @@ def claims(
   """Checks the paper's conclusions against results.
 
   Args:
-    results: results folder, a study's JSONL file, or a folder of them.
+    results: results folder, a study's JSONL file, or a folder of such files.
   """
   from experiments import report as reports
   from experiments.studies import load
 
-  print(reports.claims_text(load(results), _width()))
+  print(reports.claims_text(load(results), terminal.width()))
   return 0
 
 
@@ -377,7 +405,7 @@ def fold(
 
   Args:
     results: results folder.
-    study: file to write, such as experiments/results/NAME.jsonl.
+    study: the file to write, such as experiments/results/NAME.jsonl.
   """
   from experiments import studies
 
@@ -385,17 +413,12 @@ def fold(
   return 0
 
 
-def _width() -> int:
-  """Characters in a line of the terminal, within reason."""
-  return max(40, min(shutil.get_terminal_size((120, 24)).columns, 160))
-
-
-def _typed(*words: object) -> str:
-  """A command of this program that works as typed in the current folder."""
-  python = Path(sys.executable)
-  inside = python.is_relative_to(Path.cwd())
-  name = python.relative_to(Path.cwd()) if inside else 'python'
-  return shlex.join(map(str, (name, '-m', 'experiments', *words)))
+def _duration(hours: float) -> str:
+  """Such as '40 s', '12 min' or '3.5 h'."""
+  if hours >= 1:
+    return f'{hours:.1f} h'
+  seconds = max(round(3600 * hours), 1)
+  return f'{seconds} s' if seconds < 60 else f'{round(seconds / 60)} min'
 
 
 def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
@@ -449,7 +472,7 @@ def _train(
     except launch.Interrupted as stopped:
       listener.message(
         f'{stopped}; nothing recorded is lost. Resume with: '
-        f'{_typed(*sys.argv[1:])}'
+        + terminal.as_typed(f'python -m experiments {shlex.join(sys.argv[1:])}')
       )
       return 128 + stopped.signal
   if summary.elsewhere:
@@ -488,7 +511,7 @@ def _launcher(execution: Execution, options):
       1.0 if cpus is None else cpus,
       execution.gpus_per_run or 0.0,
     )
-  os.environ['JAX_PLATFORMS'] = 'cpu'  # accelerators are for the workers
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # leaves accelerators to the workers
   return launcher
 
 

@@ -1,4 +1,4 @@
-"""Conditions, rules and networks of one's own, from a Python file.
+"""Plugins: conditions, rules and networks of a user, from a Python file.
 
 A plugin is a Python file that defines any of these dictionaries::
 
@@ -6,13 +6,16 @@ A plugin is a Python file that defines any of these dictionaries::
   NETWORKS = {
     'small': (Full(lambda classes: 64), Full(lambda classes: classes))
   }
-  CONDITIONS = {'half+BM': Condition(rule='half', batch_manhattan=1)}
+  CONDITIONS = {'mine': Condition(rule='half', batch_norm='affine')}
 
-A network is a sequence of layers (``experiments.training.models``), or a
-function ``(classes, batch_norm)`` that returns a Flax module called with
-``(x, train)``, whose last layer has the name ``output``. A run that uses a
-plugin keeps its source in its configuration, and the source is a part of the
-run's identity. Stored source is never executed.
+A rule is used like the paper's: ``half``, ``half+BN+BM``. It is a
+``symjax_bp.FeedbackRule`` or an ``experiments.training.backward.Direct``. A
+condition needs an entry only for what such a name cannot say. A network is a
+sequence of layers (``experiments.training.models``), or a function
+``(classes, batch_norm)`` that returns a Flax module. The module is called with
+``(x, train)``, and its last layer is named ``output``. A run that uses a plugin
+keeps its source in its configuration, and the source is a part of the run's
+identity. Stored source is never executed.
 """
 
 import dataclasses
@@ -30,14 +33,14 @@ _KINDS = ('RULES', 'NETWORKS', 'CONDITIONS')
 
 @dataclasses.dataclass(frozen=True)
 class Plugin:
-  """What a plugin defines, by name."""
+  """The definitions of a plugin by name."""
 
   rules: Mapping[str, Any]
   networks: Mapping[str, Any]
   conditions: Mapping[str, Condition]
 
   def rule(self, name: str) -> Any:
-    """The feedback rule of a name; its own come first."""
+    """Returns the rule of that name: the plugin's, or else the paper's."""
     from experiments.training.backward import rule_of
 
     return self.rules[name] if name in self.rules else rule_of(name)
@@ -45,10 +48,12 @@ class Plugin:
 
 @functools.lru_cache
 def load(source: str) -> Plugin:
-  """Executes the source of a plugin that the user named; '' defines nothing.
+  """Executes the source of a plugin; '' defines nothing.
+
+  Call it only with source that the user has named.
 
   Raises:
-    ValueError: if it fails, or defines nothing.
+    ValueError: the source fails or defines nothing.
   """
   names: dict[str, Any] = {}
   if source:
@@ -62,7 +67,8 @@ def load(source: str) -> Plugin:
   for name, kind in zip(_KINDS, kinds, strict=True):
     if not isinstance(kind, Mapping):
       raise ValueError(
-        f'{name} of the plugin is {kind!r}, but must be a dictionary by name.'
+        f'{name} of the plugin is {kind!r}, but must be a dictionary with '
+        'names as keys.'
       )
   if source and not any(kinds):
     raise ValueError(
@@ -78,10 +84,10 @@ def load(source: str) -> Plugin:
 
 
 def read(path: Path | None) -> str:
-  """The source of a plugin; '' without a path.
+  """Returns the source of a plugin; '' without a path.
 
   Raises:
-    ValueError: if the file cannot be read.
+    ValueError: the file cannot be read.
   """
   if path is None:
     return ''

@@ -22,8 +22,7 @@ Backpropagation?", AAAI 2016).
 
 Modules: ``feedback`` (the rules), ``transform`` (``with_feedback``),
 ``primitives`` (the products), ``linen`` and ``nnx`` (Flax), ``direct`` (direct
-feedback alignment), ``optim`` (Batch Manhattan), ``batch_norm`` (the paper's
-batch normalization), ``metrics`` and ``testing``.
+feedback alignment), ``optim`` (Batch Manhattan), ``metrics`` and ``testing``.
 """
 
 import difflib
@@ -63,7 +62,7 @@ if typing.TYPE_CHECKING:
   import flax.linen
   import flax.nnx
 
-  from symjax_bp import batch_norm, linen, nnx, testing
+  from symjax_bp import linen, nnx, testing
 
 __version__ = '0.2.0'
 
@@ -71,7 +70,6 @@ __all__ = [
   'FeedbackError',
   'FeedbackFunction',
   'FeedbackRule',
-  'batch_norm',
   'brsf',
   'combine',
   'direct',
@@ -184,7 +182,7 @@ def with_feedback(target, rules, exclude=(), **options):
 
 
 # Importing Flax takes longer than all of this: it waits for those who use it.
-_IMPORT_FLAX = ('batch_norm', 'linen', 'nnx', 'testing')
+_IMPORT_FLAX = ('linen', 'nnx', 'testing')
 
 
 def __getattr__(name: str):

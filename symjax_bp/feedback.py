@@ -627,15 +627,13 @@ class _LocalGradient:
 class local_loss(_Learned):
   r"""Feedback learned by local losses, after Kunin et al. (2020).
 
-  ========= ================================= =============================
-  factor    loss                              gradient in V
-  ========= ================================= =============================
-  decay     :math:`|V|^2 / 2`                 V
-  self      :math:`-\langle V, W \rangle`     -W
-  amplify   :math:`-\langle xV, xW \rangle`   :math:`-x^T x W`
-  sparse    :math:`|x V|^2 / 2`               :math:`x^T x V`
-  null      :math:`|V y|^2 / 2`, y = x W      :math:`(V y)^T y`
-  ========= ================================= =============================
+  By factor, the loss and its gradient in V, with y = op(x, W):
+
+  - ``decay``: :math:`\lVert V \rVert^2 / 2`; :math:`V`
+  - ``self``: :math:`-\langle V, W \rangle`; :math:`-W`
+  - ``amplify``: :math:`-\langle xV, xW \rangle`; :math:`-x^T x W`
+  - ``sparse``: :math:`\lVert xV \rVert^2 / 2`; :math:`x^T x V`
+  - ``null``: :math:`\lVert V y \rVert^2 / 2`; :math:`(V y)^T y`
 
   >>> symmetric_alignment = local_loss(factors={'decay': 0.5, 'self': 0.5})
 

@@ -19,18 +19,21 @@ them nothing has to be said.
 """
 
 import dataclasses
+import functools
 import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, lift, unfreeze
 from flax.core.scope import LazyRng
+from flax.typing import Dtype, Initializer
 
-from symjax_bp import metrics
+from symjax_bp import batch_norm, metrics
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.transform import (
   Call,
@@ -45,15 +48,17 @@ from symjax_bp.transform import (
 )
 
 __all__ = [
+  'BatchNorm',
   'Conv',
   'Dense',
   'DenseGeneral',
+  'calibrate',
   'feedback_table',
   'feedback_weights',
   'layer_alignment',
   'layer_rules',
-  'plain_twin',
   'with_feedback',
+  'without_feedback',
 ]
 
 
@@ -427,7 +432,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f'{field.name}.{name}', x) for name, x in _parts(value))
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
+def without_feedback(model: nn.Module) -> nn.Module:
   """The same model trained by plain backpropagation, on the same variables.
 
   It needs neither the collection nor the key stream ``feedback``, so it is
@@ -523,3 +528,169 @@ def layer_alignment(
     return loss(output)
 
   return metrics.layer_alignment(evaluate, variables['params'])
+
+
+class BatchNorm(nn.Module):
+  r"""Batch normalization with averages of standard deviations .
+
+  Takes x of shape (batch, spatial axes..., features), floats or integers, and
+  returns y of the same shape. Training uses the mean :math:`\mu` and the
+  population variance :math:`v` of the mini-batch over every axis but ``axis``,
+
+  .. math::
+    y = (x - \mu) / \sigma, \qquad \sigma = \sqrt{v + \epsilon}
+
+  and, if the collection ``batch_stats`` is mutable, updates the averages in it
+  with :math:`x_k = \mu` and :math:`x_k = \sigma` of the k-th mini-batch:
+
+  .. math::
+    a_k = a_{k-1} + w_k\,(x_k - a_{k-1}), \qquad
+    w_k = \alpha / (1 - (1 - \alpha)^k)
+
+  with which the first mini-batch counts in full. Evaluation normalizes with the
+  averages, which are 0 and 1 before the first mini-batch. A feature that is
+  constant over the mini-batch becomes exactly 0.
+
+  Attributes:
+    use_running_average: True to evaluate, False to train; here or in the call.
+    axis: The axis of the features.
+    alpha: :math:`\alpha` in (0, 1].
+    epsilon: :math:`\epsilon > 0`, in units of the variance.
+    dtype: The dtype of y (default: that of x, or float32 for integers).
+      Statistics are computed in float32 or wider and stored in float32.
+    param_dtype: The dtype of scale and bias.
+    use_bias, use_scale: Whether y has a learnable bias, a learnable scale.
+    bias_init, scale_init: Their initializers.
+    axis_name, axis_index_groups: The pmap, shard_map or vmap axis over which a
+      mini-batch is split, as for :func:`jax.lax.pmean`: statistics are those
+      of the whole mini-batch. A jit over sharded arrays needs no name.
+
+  Raises:
+    ValueError: ``alpha``, ``epsilon`` or ``axis`` is out of range, or x is
+      complex, empty or has another number of features than the statistics.
+
+  Examples:
+    >>> from symjax_bp.linen import BatchNorm
+    >>> x = jnp.array([[1.0, 5.0], [3.0, 5.0], [5.0, 5.0]])
+    >>> layer = BatchNorm(use_running_average=False)
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> jax.tree.map(jnp.shape, variables)
+    {'batch_stats': {'count': (), 'mean': (2,), 'std': (2,)}}
+    >>> y, variables = layer.apply(variables, x, mutable='batch_stats')
+    >>> print(y.round(3))
+    [[-1.225  0.   ]
+     [ 0.     0.   ]
+     [ 1.225  0.   ]]
+    >>> print(variables['batch_stats']['std'].round(2))
+    [1.63 0.01]
+
+  References:
+    Liao, Leibo and Poggio, `How Important is Weight Symmetry in
+    Backpropagation? <https://arxiv.org/abs/1510.05067>`_, 2016, sections 3, 5
+  """
+
+  use_running_average: bool | None = None
+  axis: int = -1
+  alpha: float = 0.05
+  epsilon: float = 1e-4
+  dtype: Dtype | None = None
+  param_dtype: Dtype = jnp.float32
+  use_bias: bool = False
+  use_scale: bool = False
+  bias_init: Initializer = nn.initializers.zeros
+  scale_init: Initializer = nn.initializers.ones
+  axis_name: str | None = None
+  axis_index_groups: Any = None
+
+  def __post_init__(self) -> None:
+    batch_norm.check_options(self.alpha, self.epsilon)
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, use_running_average: bool | None = None
+  ) -> jax.Array:
+    """Normalizes a mini-batch x."""
+    use_running_average = nn.merge_param(
+      'use_running_average', self.use_running_average, use_running_average
+    )
+    shape = (batch_norm.num_features(x, self.axis),)
+    arrays, statistics, dtype = {}, {}, self.param_dtype
+    if self.use_scale:
+      arrays['scale'] = self.param('scale', self.scale_init, shape, dtype)
+    if self.use_bias:
+      arrays['bias'] = self.param('bias', self.bias_init, shape, dtype)
+    if use_running_average or self.is_mutable_collection('batch_stats'):
+      for name, value in batch_norm.initial_statistics(shape).items():
+        variable = self.variable('batch_stats', name, lambda v=value: v)
+        statistics[name], arrays[name] = variable, variable.value
+    axis_name = None if self.is_initializing() else self.axis_name
+    y, updated = batch_norm.normalize(
+      self, x, arrays, use_running_average, axis_name
+    )
+    if not self.is_initializing():
+      for name, value in updated.items():
+        statistics[name].value = value
+    return y
+
+
+def calibrate(
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  batches: Iterable[Any],
+  num_batches: int = 20,
+  *,
+  rngs: Any = None,
+  **apply_kwargs: Any,
+) -> dict[str, Any]:
+  """Computes new statistics for testing from training mini-batches.
+
+  Restarts the averages of :class:`BatchNorm` layers and runs the model forward
+  on 20 mini-batches (section 5 of the paper): the result depends on the current
+  weights and these mini-batches only. Compiles once for mini-batches of one
+  shape. Works under vmap over ``variables``, and for a model with an
+  ``axis_name`` inside the pmap or shard_map that binds it.
+
+  Args:
+    model: A Linen model with hashable fields (tuples, not lists or arrays).
+    variables: Its variables, ``batch_stats`` included.
+    batches: Mini-batches of inputs: an array each, or a tuple or list of the
+      model's positional arguments. Leaves that are no arrays are static.
+    num_batches: The number of mini-batches to take and average.
+    rngs: Keys for ``model.apply``, folded with the number of the mini-batch.
+    **apply_kwargs: For ``model.apply``, e.g. ``train=True``.
+
+  Returns:
+    ``variables`` with new ``batch_stats``; the rest is the same.
+
+  Raises:
+    ValueError: ``batch_stats`` is missing or holds statistics of other layers,
+      there are too few mini-batches, or a layer ran in evaluation mode.
+
+  Examples:
+    >>> from symjax_bp.linen import BatchNorm, calibrate
+    >>> batches = [jnp.array([[0.0], [8.0 * k]]) for k in range(20)]
+    >>> layer = BatchNorm(use_running_average=False)
+    >>> variables = layer.init(jax.random.key(0), batches[0])
+    >>> variables = calibrate(layer, variables, batches)
+    >>> print(variables['batch_stats']['mean'].round(3))
+    [44.705]
+  """
+  statistics = batch_norm.restart(variables.get('batch_stats', {}))
+  for index, inputs in enumerate(batch_norm.take(batches, num_batches)):
+    variables = {**variables, 'batch_stats': statistics}
+    arrays, rebuilt = separate((inputs, apply_kwargs), batch_norm.is_array)
+    statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
+  batch_norm.check_observed(statistics)
+  return {**variables, 'batch_stats': statistics}
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'rebuilt'))
+def _observe(model, variables, rngs, index, arrays, rebuilt):
+  """Runs one mini-batch forward and returns the new batch_stats."""
+  inputs, kwargs = rebuilt(arrays)
+  rngs = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
+  _, updated = model.apply(
+    variables, *inputs, **kwargs, rngs=rngs, mutable=['batch_stats']
+  )
+  return updated['batch_stats']

@@ -29,15 +29,17 @@ import copyreg
 import dataclasses
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.linen import initializers
+from flax.typing import Dtype, Initializer
 
-from symjax_bp import metrics, transform
-from symjax_bp.batch_norm import NNXBatchNorm as BatchNorm
+from symjax_bp import batch_norm, metrics, transform
 from symjax_bp.feedback import FeedbackRule
 from symjax_bp.transform import (
   Call,
@@ -60,13 +62,14 @@ __all__ = [
   'LearnedFeedback',
   'Linear',
   'LinearGeneral',
+  'calibrate',
   'feedback_table',
   'feedback_weights',
   'layer_alignment',
   'layer_rules',
-  'plain_twin',
   'redraw',
   'with_feedback',
+  'without_feedback',
 ]
 
 Model = TypeVar('Model', bound=nnx.Module)
@@ -589,7 +592,7 @@ def with_feedback(
   return twin
 
 
-def plain_twin(model: Model) -> Model:
+def without_feedback(model: Model) -> Model:
   """A copy of a model that is trained by plain backpropagation."""
   twin = nnx.clone(model)
   for _, module in list(nnx.iter_modules(twin)):
@@ -714,3 +717,124 @@ def layer_alignment(
 
   weights = {p: W for p, W in opened.params.items() if is_weight(p, W)}
   return metrics.layer_alignment(evaluate, weights)
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalization with averages of standard deviations.
+
+  Equations, options and errors are those of ``symjax_bp.linen.BatchNorm``. The
+  averages are the :class:`flax.nnx.BatchStat` variables ``mean``, ``std`` and
+  ``count``, which every call in training mode updates. ``model.train()``,
+  ``model.eval()`` and :func:`flax.nnx.view` select the mode.
+
+  Args:
+    num_features: The size of x on ``axis``.
+    use_running_average: True to evaluate, False to train; the argument of the
+      call takes precedence.
+    rngs: The stream ``params`` initializes scale and bias.
+  """
+
+  def __init__(
+    self,
+    num_features: int,
+    *,
+    use_running_average: bool | None = False,
+    axis: int = -1,
+    alpha: float = 0.05,
+    epsilon: float = 1e-4,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
+    use_bias: bool = False,
+    use_scale: bool = False,
+    bias_init: Initializer = initializers.zeros,
+    scale_init: Initializer = initializers.ones,
+    axis_name: str | None = None,
+    axis_index_groups: Any = None,
+    rngs: nnx.Rngs | None = None,
+  ):
+    batch_norm.check_options(alpha, epsilon)
+    shape = (num_features,)
+
+    def parameter(is_used: bool, init: Initializer) -> nnx.Param | None:
+      if not is_used:
+        return nnx.data(None)
+      if rngs is None:
+        raise ValueError(
+          'rngs is None, but use_scale and use_bias draw initial values from '
+          'its stream params: pass rngs=nnx.Rngs(seed)'
+        )
+      return nnx.Param(init(rngs.params(), shape, param_dtype))
+
+    self.scale = parameter(use_scale, scale_init)
+    self.bias = parameter(use_bias, bias_init)
+    statistics = batch_norm.initial_statistics(shape).values()
+    self.mean, self.std, self.count = map(nnx.BatchStat, statistics)
+    self.num_features, self.axis = num_features, axis
+    self.use_running_average = use_running_average
+    self.alpha, self.epsilon = alpha, epsilon
+    self.dtype, self.param_dtype = dtype, param_dtype
+    self.use_bias, self.use_scale = use_bias, use_scale
+    self.axis_name, self.axis_index_groups = axis_name, axis_index_groups
+
+  def __call__(
+    self, x: jax.Array, use_running_average: bool | None = None
+  ) -> jax.Array:
+    """Normalizes a mini-batch x."""
+    if use_running_average is None:
+      use_running_average = self.use_running_average
+    if use_running_average is None:
+      raise ValueError(
+        'use_running_average is None: pass True or False to BatchNorm or to '
+        'its call, or select the mode with model.train() or model.eval()'
+      )
+    names = (*batch_norm.INITIAL, 'scale', 'bias')
+    variables = {name: getattr(self, name) for name in names}
+    arrays = {k: v[...] for k, v in variables.items() if v is not None}
+    average, axis_name = use_running_average, self.axis_name
+    y, updated = batch_norm.normalize(self, x, arrays, average, axis_name)
+    for name, value in updated.items():
+      variables[name][...] = value
+    return y
+
+  def set_view(self, use_running_average: bool | None = None) -> None:
+    """Selects the mode for :func:`flax.nnx.view`.
+
+    Args:
+      use_running_average: True to evaluate, False to train.
+    """
+    if use_running_average is not None:
+      self.use_running_average = use_running_average
+
+
+def calibrate(
+  model: nnx.Module, batches: Iterable[Any], num_batches: int = 20
+) -> None:
+  """Computes new statistics for testing from training mini-batches, in place.
+
+  Runs a copy of the model after ``train()`` on 20 mini-batches (section 5 of
+  the paper). In the model itself only the statistics of its
+  :class:`BatchNorm` layers change.
+
+  Args:
+    model: An NNX model; an error leaves it unchanged.
+    batches: Mini-batches of inputs, as for ``symjax_bp.linen.calibrate``.
+    num_batches: The number of mini-batches to take and average.
+
+  Raises:
+    ValueError: As for ``symjax_bp.linen.calibrate``.
+  """
+  trained = nnx.clone(model)
+  trained.train()
+  statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
+  nnx.update(trained, batch_norm.restart(statistics))
+  for inputs in batch_norm.take(batches, num_batches):
+    _observe(trained, *separate(inputs, batch_norm.is_array))
+  statistics = nnx.to_pure_dict(nnx.state(trained, nnx.BatchStat))
+  batch_norm.check_observed(statistics)
+  nnx.update(model, statistics)
+
+
+@functools.partial(nnx.jit, static_argnames='rebuilt')
+def _observe(model, arrays, rebuilt):
+  """Runs one mini-batch forward, which updates the model's statistics."""
+  model(*rebuilt(arrays))

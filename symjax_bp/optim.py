@@ -77,12 +77,19 @@ def scale_by_batch_manhattan(
   mini-batch, momentum :math:`m` and weight decay :math:`d`:
 
   .. math::
-    \text{0 (SGD):}\quad \tau(t) &= -G + m\,\tau(t-1) - d\,w(t) \\
-    \text{1:}\quad \tau(t) &= -\text{sign}(G) + m\,\tau(t-1) - d\,w(t) \\
-    \text{2:}\quad \tau(t) &=
-      \text{sign}(-\text{sign}(G) + m\,\tau(t-1) - d\,w(t)) \\
-    \text{3:}\quad \tau(t) &= \text{sign}(\kappa(t)), \quad
-      \kappa(t) = -\text{sign}(G) + m\,\kappa(t-1) - d\,w(t)
+    \text{setting 0 (SGD):}\quad \tau(t) = -G + m\,\tau(t-1) - d\,w(t)
+
+  .. math::
+    \text{setting 1:}\quad
+    \tau(t) = -\text{sign}(G) + m\,\tau(t-1) - d\,w(t)
+
+  .. math::
+    \text{setting 2:}\quad
+    \tau(t) = \text{sign}(-\text{sign}(G) + m\,\tau(t-1) - d\,w(t))
+
+  .. math::
+    \text{setting 3:}\quad \tau(t) = \text{sign}(\kappa(t)), \quad
+    \kappa(t) = -\text{sign}(G) + m\,\kappa(t-1) - d\,w(t)
 
   with sign(0) = 0. In settings 1, 2 and 3 the scale of the gradients does not
   matter: their sum and their mean over the mini-batch give the same updates.
@@ -96,7 +103,7 @@ def scale_by_batch_manhattan(
       :func:`optax.inject_hyperparams` needs it in ``static_args``, like a
       ``weight_decay_mask`` that is a function.
     momentum: :math:`m` in [0, 1), or a schedule.
-    weight_decay: :math:`d >= 0`, or a schedule.
+    weight_decay: :math:`d \ge 0`, or a schedule.
     weight_decay_mask: A tree of booleans with the structure of the parameters
       (or a prefix of it), or a function from parameters to such a tree; only
       the parameters marked True decay.

@@ -3,15 +3,12 @@ r"""Assertions on feedback weights and gradients, for users' own tests.
 As in ``chex``, each returns nothing or raises an ``AssertionError`` that names
 the paths of the weights, the numbers and the rule or bound. They need concrete
 arrays: call them outside ``jax.jit``. Three take a model, its variables and
-arguments to call it with:
+arguments to call it with. The variables are
 
-=============================  ============================================
-model                          variables
-=============================  ============================================
-function of ``with_feedback``  ``{'params': params, 'feedback': feedback}``
-Linen module                   what ``init`` returned
-NNX module                     ``None``, since the module holds its own
-=============================  ============================================
+- for a function of ``with_feedback``: ``{'params': params, 'feedback':
+  feedback}``,
+- for a Linen module: the tree that ``init`` returned,
+- for an NNX module: ``None``, since the module holds its own.
 """
 
 import functools
@@ -187,7 +184,7 @@ def assert_asymmetric_gradients(
 ) -> None:
   """Asserts that a model is not trained by backpropagation.
 
-  Its output is that of its plain twin, its feedback matches the parameters, and
+  Its output equals the plain model's, its feedback matches the parameters, and
   the gradient of at least one weight is more than ``min_angle`` from the true
   one. V of a layer changes the gradients of the layers below it, so one layer
   is not enough.
@@ -220,7 +217,7 @@ def assert_symmetric_gradients(
   """Asserts that a model is trained by backpropagation, bit for bit.
 
   The control V = W: output and gradients of all parameters equal those of the
-  plain twin. Gradients that are all 0 or not finite prove nothing, and fail. On
+  plain model. Gradients that are all 0 or not finite prove nothing and fail. On
   a GPU, JAX's own gradients are reproducible bit for bit only with
   ``XLA_FLAGS=--xla_gpu_deterministic_ops=true``.
 
@@ -256,7 +253,10 @@ def _subject(model: Any, variables: Any, args, kwargs) -> tuple[Any, ...]:
       # A copy, because the call may change batch statistics and keys.
       return nnx.merge(graph, params, rest, copy=True)(*args, **kwargs)
 
-    twin, params = nnx_layers.plain_twin(model), nnx.state(model, nnx.Param)
+    twin, params = (
+      nnx_layers.without_feedback(model),
+      nnx.state(model, nnx.Param),
+    )
     # A tied weight has a state at each of its paths, but one parameter.
     paths, (_, states) = _by_path(params), nnx_layers.attached(model)
     feedback = {path: states[path] for path in states if path in paths}
@@ -280,7 +280,7 @@ def _subject(model: Any, variables: Any, args, kwargs) -> tuple[Any, ...]:
       given = {**variables, 'params': params}
       return model.apply(given, *args, **options, **kwargs)[0]
 
-    twin = linen.plain_twin(model)
+    twin = linen.without_feedback(model)
     rows = linen.layer_rules(model, *args, **kwargs)
   else:
 
@@ -306,7 +306,7 @@ def _compare(
   both = [functools.partial(call, each) for each in (model, twin)]
   # Programs of their own: here nothing depends on V, so not a bit may differ.
   problems = _differences(*(jax.jit(each)(params) for each in both))
-  _fail_if(problems, 'the output must be that of the plain twin:')
+  _fail_if(problems, 'the output must be that of the plain model:')
   own, true = (
     jax.jit(jax.grad(lambda params, f=each: loss(f(params))))(params)
     for each in both

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from symjax_bp.batch_norm import BatchNorm, NNXBatchNorm
+from symjax_bp import nnx as asymmetric
+from symjax_bp.linen import BatchNorm
 
 EPSILON = 1e-4
 ROUNDING = float(np.finfo(np.float32).eps)
@@ -46,7 +47,7 @@ def linen_form(x, **options):
 
 
 def nnx_form(x, axis=-1, **options):
-  layer = NNXBatchNorm(x.shape[axis], axis=axis, **options)
+  layer = asymmetric.BatchNorm(x.shape[axis], axis=axis, **options)
   y = layer(x)
   return y, statistics_of(layer)
 

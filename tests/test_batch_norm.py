@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from symjax_bp.batch_norm import BatchNorm, NNXBatchNorm
+from symjax_bp import nnx as asymmetric
+from symjax_bp.linen import BatchNorm
 from tests import batch_norms
 from tests.batch_norms import FORMS, ROUNDING, random_array, statistics_of
 
@@ -48,7 +49,7 @@ def test_training_is_the_closed_form_in_float64(form, shape, axis):
 def test_averages_are_bias_corrected_and_of_deviations(alpha):
   batches = [random_array((10, 3), k, 1.0 + k, offset=k) for k in range(25)]
   linen, variables = TRAINING.clone(alpha=alpha), {}
-  layer = NNXBatchNorm(3, alpha=alpha)
+  layer = asymmetric.BatchNorm(3, alpha=alpha)
   for x in batches:
     _, variables = linen.apply(variables, x, mutable=['batch_stats'])
     layer(x)
@@ -82,7 +83,7 @@ def test_parameters_only_when_asked(use_scale, use_bias):
     dict(use_scale=use_scale, use_bias=use_bias),
   )
   linen = TRAINING.clone(**options)
-  layer = NNXBatchNorm(5, **options, rngs=nnx.Rngs(0))
+  layer = asymmetric.BatchNorm(5, **options, rngs=nnx.Rngs(0))
   expected = {'scale': np.ones(5, np.float32)} if use_scale else {}
   expected |= {'bias': np.zeros(5, np.float32)} if use_bias else {}
   params = nnx.state(layer, nnx.Param)
@@ -108,7 +109,7 @@ def test_statistics_move_only_in_training_and_where_mutable():
   chex.assert_trees_all_equal(variables, {'batch_stats': INITIAL})
   # Evaluation before any mini-batch returns its input, which may be empty.
   for inputs in (x, x[:0]):
-    layer = NNXBatchNorm(5)
+    layer = asymmetric.BatchNorm(5)
     y = layer(inputs, use_running_average=True)
     np.testing.assert_array_equal(y, inputs)
     chex.assert_trees_all_equal(statistics_of(layer), INITIAL)
@@ -117,7 +118,7 @@ def test_statistics_move_only_in_training_and_where_mutable():
 
 
 def test_nnx_modes():
-  x, layer = random_array((8, 5)), NNXBatchNorm(5)
+  x, layer = random_array((8, 5)), asymmetric.BatchNorm(5)
   trained = layer(x)
   layer.eval()
   # The call's argument, nnx.view and train() each select training again.
@@ -142,7 +143,7 @@ def test_nnx_modes():
   ],
 )
 def test_option_errors(options, message):
-  for make in (BatchNorm, functools.partial(NNXBatchNorm, 5)):
+  for make in (BatchNorm, functools.partial(asymmetric.BatchNorm, 5)):
     with pytest.raises(
       ValueError, match=message.replace('(0, 1]', r'\(0, 1\]')
     ):
@@ -168,7 +169,7 @@ def test_input_errors(x, axis, message):
   )
   for run in (
     functools.partial(linen, mutable=['batch_stats']),
-    NNXBatchNorm(5, axis=axis),
+    asymmetric.BatchNorm(5, axis=axis),
   ):
     with pytest.raises(ValueError, match=message):
       run(x)
@@ -176,6 +177,6 @@ def test_input_errors(x, axis, message):
 
 def test_mode_and_rngs_errors():
   with pytest.raises(ValueError, match='use_running_average is None'):
-    NNXBatchNorm(5, use_running_average=None)(X)
+    asymmetric.BatchNorm(5, use_running_average=None)(X)
   with pytest.raises(ValueError, match='use_scale.*rngs=nnx.Rngs'):
-    NNXBatchNorm(5, use_scale=True)
+    asymmetric.BatchNorm(5, use_scale=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from symjax_bp.batch_norm import BatchNorm
+from symjax_bp.linen import BatchNorm
 from tests.batch_norms import (
   ROUNDING,
   linen_form,

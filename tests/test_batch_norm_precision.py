@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from symjax_bp.batch_norm import BatchNorm, calibrate
+from symjax_bp.linen import BatchNorm, calibrate
 from tests.batch_norms import (
   EPSILON,
   FORMS,

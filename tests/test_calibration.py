@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from symjax_bp import batch_norm
-from symjax_bp.batch_norm import BatchNorm, NNXBatchNorm, calibrate_nnx
+from symjax_bp import linen
+from symjax_bp import nnx as asymmetric
+from symjax_bp.linen import BatchNorm
 from tests import batch_norms
 from tests.batch_norms import ROUNDING, mini_batches, statistics_of
 
@@ -42,10 +43,10 @@ class NNXNetwork(nnx.Module):
   def __init__(self, dropout=0.0):
     rngs = nnx.Rngs(0)
     self.dense = nnx.Linear(5, 4, use_bias=False, rngs=rngs)
-    self.first = NNXBatchNorm(4)
+    self.first = asymmetric.BatchNorm(4)
     self.dropout = nnx.Dropout(dropout, rngs=rngs)
     self.head = nnx.Linear(4, 3, rngs=rngs)
-    self.second = NNXBatchNorm(3)
+    self.second = asymmetric.BatchNorm(3)
 
   def __call__(self, x, options=None, shift=0.0):
     assert options is None or options['train']
@@ -63,21 +64,19 @@ def calibrate(variables, batches, model=None, **options):
   """The calibrated statistics of a Linen model."""
   options = {'train': True, 'num_batches': len(batches), **options}
   model = model or Network()
-  return batch_norm.calibrate(model, variables, batches, **options)[
-    'batch_stats'
-  ]
+  return linen.calibrate(model, variables, batches, **options)['batch_stats']
 
 
 def test_the_papers_protocol():
   batches, layer = mini_batches(20), BatchNorm(use_running_average=False)
   variables = layer.init(jax.random.key(0), batches[0])
-  model = NNXBatchNorm(5)
+  model = asymmetric.BatchNorm(5)
   means, stds = zip(*map(batch_norms.numpy_statistics, batches), strict=True)
   # 8 additions per mini-batch, then 20 updates of 4 operations each.
   atol = (8 + 4 * 20) * ROUNDING * np.abs(batches).max()
   for _ in range(2):  # The second time from other statistics.
-    variables = batch_norm.calibrate(layer, variables, batches)
-    calibrate_nnx(model, batches)
+    variables = linen.calibrate(layer, variables, batches)
+    asymmetric.calibrate(model, batches)
     for found in (variables['batch_stats'], statistics_of(model)):
       assert found['count'] == 20
       for name, values in (('mean', means), ('std', stds)):
@@ -98,21 +97,21 @@ def test_every_layer_runs_in_training_mode():
   model.dense.kernel[...] = variables['params']['Dense_0']['kernel']
   model.head.kernel[...] = variables['params']['Dense_1']['kernel']
   model.eval()
-  calibrate_nnx(model, batches, 3)
+  asymmetric.calibrate(model, batches, 3)
   chex.assert_trees_all_close(statistics_of(model), found, **CLOSE)
   # Several inputs, of which those that are no arrays steer the call.
   found = calibrate(variables, batches, shift=jnp.ones((8, 4)))
   steered = [[x, {'train': True}, jnp.ones((8, 4))] for x in batches]
   again = calibrate(variables, list(map(tuple, steered)), train=False)
   chex.assert_trees_all_close(again, found, **CLOSE)
-  calibrate_nnx(model, steered, 3)
+  asymmetric.calibrate(model, steered, 3)
   chex.assert_trees_all_close(statistics_of(model), found, **CLOSE)
 
 
 def test_nothing_else_changes():
   variables, model = variables_of(), Network()
   before = jax.tree.map(np.array, variables)
-  after = batch_norm.calibrate(model, variables, mini_batches(20), train=True)
+  after = linen.calibrate(model, variables, mini_batches(20), train=True)
   assert after['params'] is variables['params']
   chex.assert_trees_all_equal(variables, before)
   chex.assert_trees_all_equal_shapes_and_dtypes(after, variables)
@@ -134,7 +133,7 @@ def test_nothing_else_changes_in_nnx(training):
     )
 
   before = others()
-  calibrate_nnx(model, mini_batches(2), num_batches=2)
+  asymmetric.calibrate(model, mini_batches(2), num_batches=2)
   chex.assert_trees_all_equal(others(), before)
 
 
@@ -154,7 +153,7 @@ def test_statistics_depend_on_weights_and_batches_only():
 
 def test_no_more_batches_are_taken_than_needed():
   endless = map(lambda k: mini_batches(1, k)[0], itertools.count())
-  batch_norm.calibrate(Network(), variables_of(), endless, 2, train=True)
+  linen.calibrate(Network(), variables_of(), endless, 2, train=True)
   np.testing.assert_array_equal(next(endless), mini_batches(1, 2)[0])
 
 
@@ -167,7 +166,7 @@ def test_it_compiles_once():
       traces.append(train)
       return BatchNorm(use_running_average=not train)(x)
 
-  class NNXCounted(NNXBatchNorm):
+  class NNXCounted(asymmetric.BatchNorm):
     def __call__(self, x):
       traces.append(x.shape)
       return super().__call__(x)
@@ -176,7 +175,7 @@ def test_it_compiles_once():
   traces.clear()
   for _ in range(2):
     calibrate(variables, mini_batches(3), Counted())
-    calibrate_nnx(model, mini_batches(3), 3)
+    asymmetric.calibrate(model, mini_batches(3), 3)
   assert traces == [True, (8, 5)]
 
 
@@ -243,7 +242,7 @@ def test_errors(model, batches, options, message):
 @pytest.mark.parametrize(
   ('layer', 'batches', 'message'),
   [
-    (NNXBatchNorm, 2, 'batches holds 2'),
+    (asymmetric.BatchNorm, 2, 'batches holds 2'),
     (functools.partial(nnx.BatchNorm, rngs=nnx.Rngs(0)), 20, 'holds var'),
     (lambda _: nnx.Dropout(0.5, rngs=nnx.Rngs(0)), 20, 'no batch_stats'),
   ],
@@ -253,5 +252,5 @@ def test_nnx_errors_leave_the_model_alone(layer, batches, message):
   model(mini_batches(1)[0])
   before = jax.tree.map(np.array, statistics_of(model))
   with pytest.raises(ValueError, match=message):
-    calibrate_nnx(model, mini_batches(batches))
+    asymmetric.calibrate(model, mini_batches(batches))
   chex.assert_trees_all_equal(statistics_of(model), before)

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import symjax_bp as sbp
-from symjax_bp.batch_norm import BatchNorm
+from symjax_bp.linen import BatchNorm
 from tests.cases import normal
 
 RULES = {  # of a layer each

@@ -53,7 +53,7 @@ def test_layers_are_those_of_flax_but_for_dx(name):
 
   @fast_jit
   def run():
-    twin = linen.plain_twin(layer)
+    twin = linen.without_feedback(layer)
     results: list = [pull_back(each.apply, params, x) for each in (plain, twin)]
     for rule, given in zip(rules, variables, strict=True):
       model = layer.clone(feedback=rule)

@@ -39,7 +39,7 @@ def test_all_but_the_backward_pass_is_plain_flax(name):
   @fast_jit
   def run():
     results = []
-    for each in (model, linen.plain_twin(random), symmetric, random):
+    for each in (model, linen.without_feedback(random), symmetric, random):
       variables = each.init(KEY, x)
       y = each.apply(variables, x)
       results.append((variables, y, gradient(each, variables, x)))
@@ -217,7 +217,7 @@ def test_copies_are_equal_and_one_static_argument_of_jit():
     traced.append(model)
     return model.apply(variables, X)
 
-  variables, twin = MODEL.init(KEY, X), linen.plain_twin(MODEL)
+  variables, twin = MODEL.init(KEY, X), linen.without_feedback(MODEL)
   for model in (MODEL, twin):
     for again in (
       model,
@@ -313,7 +313,7 @@ def test_lifted_transformations_around_asymmetric_modules(lift):
     variables = model.init(KEY, X)
     V = linen.feedback_weights(model, variables, X)
     dx = jax.grad(lambda x: model.apply(variables, x).sum())(X)
-    plain = linen.plain_twin(model).init(KEY, X)
+    plain = linen.without_feedback(model).init(KEY, X)
     return (variables['params'], V, dx), plain['params']
 
   (params, V, dx), plain = run()
@@ -381,7 +381,7 @@ def test_nn_jit_keeps_no_trace_of_another_rule_and_hides_no_layer():
     sbp.usf(): usf,
     sbp.nusf(): linen.with_feedback(usf, sbp.nusf()),
     sbp.symmetric(): linen.with_feedback(usf, sbp.symmetric()),
-    None: linen.plain_twin(usf),
+    None: linen.without_feedback(usf),
   }
   variables, paths = usf.init(KEY, X), ['first/kernel', 'second/kernel']
   dW = {
@@ -403,12 +403,12 @@ def test_nn_jit_keeps_no_trace_of_another_rule_and_hides_no_layer():
 
 def test_the_outermost_with_feedback_wins():
   layers = nn.Sequential([MODEL, linen.Dense(5, feedback=sbp.frsf())])
-  for model in (layers, linen.plain_twin(layers)):
+  for model in (layers, linen.without_feedback(layers)):
     outer = linen.with_feedback(model, {'enc': sbp.usf(), '': sbp.nusf()})
     rules = [row.rule for row in linen.layer_rules(outer, X)]
     assert rules == [sbp.usf(), sbp.nusf(), sbp.nusf()]
     assert list(outer.init(KEY, X)) == ['params']
-  assert list(linen.plain_twin(layers).init(KEY, X)) == ['params']
+  assert list(linen.without_feedback(layers).init(KEY, X)) == ['params']
 
 
 class Sharing(nn.Module):

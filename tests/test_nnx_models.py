@@ -377,7 +377,7 @@ def test_rules_by_path_twins_and_tables():
   ]
   rows = asymmetric.layer_rules(model, IMAGES)
   assert [row.use for row in rows] == ['product', 'product', 'excluded']
-  for other in (asymmetric.plain_twin(model), plain):
+  for other in (asymmetric.without_feedback(model), plain):
     table = asymmetric.feedback_table(other, IMAGES).splitlines()
     assert table[-1].startswith('0 of 3 weights with feedback')
   again = asymmetric.with_feedback(model, sbp.symmetric())

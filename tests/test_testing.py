@@ -228,7 +228,7 @@ def test_feedback_and_output_are_checked_first(check, monkeypatch):
     check(*small.with_last_state('function', {}), loss, X)
   use_V = lambda op, xs, W, V, *_: op(xs, V)
   monkeypatch.setattr(transform, 'asymmetric', use_V)
-  with fails('output must be that of the plain twin:', '12 of 12 values'):
+  with fails('output must be that of the plain model:', '12 of 12 values'):
     check(*make('function', sbp.usf()), loss, X)
 
 

@@ -12,16 +12,19 @@ from typing import Literal
 import tyro
 
 from experiments import terminal
-from experiments.bench import scaling
+from experiments.bench import epoch, scaling
 from experiments.runs.launch import Interrupted
 from experiments.training import machine
 
-Architecture = Literal['mnist', 'cifar', 'svhn', 'general', 'timit']
+Architecture = Literal[
+  'mnist', 'cifar', 'svhn', 'general', 'timit', 'resnet18', 'vit'
+]
 BatchNorm = Literal['none', 'plain']
 Precision = Literal['float32', 'tensorfloat32', 'bfloat16']
 _OUT = Path('results/bench')
 
 app = tyro.extras.SubcommandApp()
+app.command(name='epoch')(epoch.epoch)
 app.command(name='grid')(scaling.grid)
 
 
@@ -47,7 +50,8 @@ def compare_steps(
   installed: pip install -e '.[bench]'.
 
   Args:
-    architecture: columns of Table 1, such as cifar; default: all five.
+    architecture: columns of Table 1, such as cifar (default: all five), or
+      resnet18 and vit for pictures of 224 x 224.
     batch_norm: none, plain (without learnable parameters) or both.
     rule: feedback rules by name, such as brSF-50%.
     batch: examples in a mini-batch, one number or several.
@@ -67,20 +71,20 @@ def compare_steps(
 
   from experiments.bench import contenders, in_torch, output
   from experiments.datasets import SHAPES
-  from symjax_bp import from_name
+  from experiments.training.backward import rule_of
 
   if not batch_norm:
     raise ValueError("batch_norm must name one or more of 'none' and 'plain'.")
   if repeat < 1:
     raise ValueError(f'repeat must be at least 1, not {repeat}.')
   workloads = [
-    contenders.of_paper(name, norm, size, precision=mode, repeat=repeat)
+    contenders.of_network(name, norm, size, precision=mode, repeat=repeat)
     for size, mode, name, norm in itertools.product(
       batch, precision, architecture or SHAPES, batch_norm
     )
   ]
   for name in rule:
-    from_name(name)
+    rule_of(name)
   _prepare(steps, out)
   for name in ('torch', 'biotorch'):
     if in_torch.installed(name) is None:

@@ -2,10 +2,10 @@
 # What to do first on a machine with an NVIDIA GPU, in stages of a few minutes.
 #
 #   accelerator.sh prepare            with network: fills .wheels/
-#   accelerator.sh [--dry] STAGE...   tests, steps, grid; without network
+#   accelerator.sh [--dry] STAGE...   tests, steps, large, grid; no network
 #
 # Read from the environment:
-#   OUT      folder for what the stages write, 7 files (build/accelerator)
+#   OUT      folder for what the stages write, 11 files (build/accelerator)
 #   DATA     folder with mnist.npz, and with what earlier calls wrote to OUT:
 #            the stages go on from that
 #   RESULTS  folder of the grid while it is trained (results/accelerator)
@@ -16,7 +16,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 script=experiments/bench/accelerator.sh
 out=${OUT:-build/accelerator} data=${DATA:-} python=${PYTHON:-python3}
-wheels=.wheels study=mnist-table-2
+wheels=.wheels study=mnist-65-epochs
 results=${RESULTS:-results/accelerator} # stays on the machine between calls
 
 # What a stage needs beside the above and what they depend on.
@@ -81,6 +81,7 @@ within() {
 # Copies what an earlier call wrote, unless this machine has it.
 fetch() {
   if [ -n "$data" ] && [ -e "$data/$1" ] && [ ! -e "$out/$1" ]; then
+    mkdir -p "$(dirname "$out/$1")"
     cp "$data/$1" "$out/$1"
   fi
 }
@@ -112,12 +113,34 @@ steps() {
     experiments.bench steps "${options[@]}" --resume --limit 110 --out "$out"
 }
 
+# Pictures of 224 x 224. No direct feedback: its B for the first layer of
+# ResNet-18 alone has 800,000 x 1,000 numbers.
+large() {
+  local options=(
+    --architecture resnet18 vit --batch 64 --precision float32 tensorfloat32
+    --rule BP uSF NuSF brSF frSF RndF FrozenSign TiedNorm KP PFA LowRank16
+    --batch-norm plain --repeat 5 --steps 5 --seconds 1
+  )
+  [ -z "$dry" ] || options=(
+    --architecture vit --batch-norm plain --batch 2 --rule uSF --steps 1
+    --seconds 0
+  )
+  fetch large/bench.json
+  within 150 "$python" -m experiments.bench steps "${options[@]}" --resume \
+    --limit 110 --out "$out/large"
+}
+
 grid() {
   local conditions status=0 options=(--dataset mnist --data-dir "${data:-data}")
   conditions=$("$python" - <<'PYTHON'
-from experiments.paper.conditions import TABLES
+from experiments.paper.conditions import TABLES, find
 
-print(*dict.fromkeys([TABLES['2'].baseline, *TABLES['2'].columns]), sep='\n')
+# Table 2 first; a condition that has several names once.
+names = {}
+for table in ('2', '4-C1', '4-C2', '3', '5', '6'):
+  for name in (TABLES[table].baseline, *TABLES[table].columns):
+    names.setdefault(find(name).conditions, name)
+print(*names.values(), sep='\n')
 PYTHON
   )
   if [ -n "$dry" ]; then
@@ -161,7 +184,7 @@ if [ $# -gt 1 ]; then # a stage that fails costs no other one
 fi
 case "${1:-}" in
   prepare) prepare ;;
-  tests | steps | grid)
+  tests | steps | large | grid)
     mkdir -p "$out"
     install
     echo "== $1"

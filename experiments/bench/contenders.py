@@ -12,12 +12,14 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import plugins
 from experiments.datasets import SHAPES
 from experiments.paper.conditions import Condition
 from experiments.paper.protocol import Protocol
@@ -88,15 +90,32 @@ class Workload:
   rate: float = 0.0  # so a step takes as long, and no weights diverge
 
   @property
-  def layers(self) -> models.Layers:
-    """The layers of the network."""
-    return models.NETWORKS[self.setup.network]
+  def layers(self) -> models.Layers | None:
+    """The layers of the network, if it is one of the paper's."""
+    return models.NETWORKS.get(self.setup.network)
 
   @property
   def flops(self) -> int:
     """Floating point operations of a step."""
     shape, classes = self.setup.shape, self.setup.classes
-    return self.batch * models.training_flops(self.layers, shape, classes)
+    if self.layers is not None:
+      return self.batch * models.training_flops(self.layers, shape, classes)
+    # XLA's count, of the step in Flax's own layers.
+    functions = program(self.setup, plain=True)
+    shape_of: Any = jax.ShapeDtypeStruct
+    images = Images(
+      shape_of((self.batch, *shape), jnp.uint8),
+      shape_of((self.batch,), jnp.int32),
+    )
+    arrays = Arrays(images, images, shape_of(shape, jnp.float32))
+    step: Any = functions.step
+    lowered = step.lower(
+      jax.eval_shape(functions.initialize, jax.random.key(0)),
+      arrays,
+      shape_of((self.batch,), jnp.int32),
+      shape_of((), jnp.float32),
+    )
+    return int(lowered.cost_analysis()['flops'])
 
   def data(self) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
     """Images (or features), labels, and rows of mini-batches without end."""
@@ -122,7 +141,7 @@ class Workload:
       return jax.eval_shape(function, *arrays).shape
 
     x = (self.batch, *self.setup.shape)
-    for layer in self.layers:
+    for layer in self.layers or ():
       if isinstance(layer, Pool):
         x = shape_of(lambda x, layer=layer: pool(x, layer), x)
         continue
@@ -144,13 +163,13 @@ def _convolution(layer: models.Conv) -> Operation:
   )
 
 
-def of_paper(
+def of_network(
   architecture: str, batch_norm: str, batch: int, **options: Any
 ) -> Workload:
-  """A network of the paper's Table 1.
+  """A network of the paper's Table 1, or of ``experiments.bench.large``.
 
   Args:
-    architecture: its column.
+    architecture: its name.
     batch_norm: as in a condition.
     batch: examples in a mini-batch.
     **options: ``repeat`` and ``precision`` of the workload.
@@ -160,9 +179,14 @@ def of_paper(
   """
   if batch < 2:
     raise ValueError(f'batch must be at least 2, not {batch}.')
-  condition, shape = Condition(batch_norm=batch_norm), SHAPES[architecture]
-  classes = {'general': 102, 'timit': 80}.get(architecture, 10)
-  setup = Setup(condition, Protocol(), architecture, '', shape, classes)
+  condition = Condition(batch_norm=batch_norm)
+  plugin, shape = '', SHAPES.get(architecture, (224, 224, 3))
+  if architecture not in SHAPES:
+    plugin = plugins.read(Path(__file__).with_name('large.py'))
+  classes = {'general': 102, 'timit': 80}.get(
+    architecture, 1000 if plugin else 10
+  )
+  setup = Setup(condition, Protocol(), architecture, plugin, shape, classes)
   return Workload(setup, batch, **options)
 
 
@@ -210,7 +234,7 @@ def all_in_jax(
   """The step of each rule, and on a CPU the operations alone."""
   if jax.default_backend() == 'cpu':
     steps = [in_jax(workload, rule) for rule in rules]
-    return [*steps, operations(workload)]
+    return steps if workload.layers is None else [*steps, operations(workload)]
   # A compilation takes seconds and one core. What a kernel of an accelerator
   # takes alone is less than its launch, so it says nothing.
   with concurrent.futures.ThreadPoolExecutor() as pool:

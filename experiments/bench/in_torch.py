@@ -39,7 +39,7 @@ def contenders(workload: Workload) -> Iterator[Contender]:
   On a GPU, where JAX uses one, plain backpropagation is compiled, too, and what
   fails is left out.
   """
-  if (torch := installed(TORCH)) is None:
+  if (torch := installed(TORCH)) is None or workload.layers is None:
     return
   torch.backends.cuda.matmul.allow_tf32 = workload.precision != 'float32'
   torch.backends.cudnn.allow_tf32 = workload.precision != 'float32'
@@ -100,6 +100,7 @@ def build(torch: Any, layers: Any, workload: Workload) -> Any:
     modules.append(made)
     return outputs
 
+  assert workload.layers is not None  # see `contenders`
   for layer, following in itertools.pairwise(workload.layers):
     if isinstance(layer, Pool):
       rectified = layer.kind == 'max'

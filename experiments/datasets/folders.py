@@ -153,8 +153,8 @@ def _parts(
     raise DatasetError(
       f'{path}: has no folder {min(lacking, default="train")}{found}; expected '
       f'{path.name}/train/CLASS/*.jpg and {path.name}/test/CLASS/*.jpg (or '
-      f'.png). For a dataset of your own, {path.name}/CLASS/*.jpg with a test '
-      'share works too'
+      f'.png). To draw the test part from {path.name}/train or '
+      f'{path.name}/CLASS, give a test share, such as --test-share 0.2'
     )
   for entry in path.iterdir() if parts else ():
     if entry not in parts.values():

@@ -87,9 +87,7 @@ _PARTS = {'bottom': 'last layer', 'top': 'before last layer'}
 # brSF and frSF a number without % is refused: a percentage, or a batch size?
 _NAME = re.compile(
   r"""
-  (?P<rule> SGD | BP | N?uSF | [bf]rSF (-(?P<percent>\d+(\.\d+)?)%)? | RndF
-    | FA | FrozenSign | TiedNorm | KP | PFA | LowRank [1-9]\d* | Mirror
-    | (Sign | Centered)? DFA | DRTP )?
+  (?P<rule> .*? )
   (?P<norm> \+BN )?
   (?P<update> \+BM (?P<setting>[123])? | \+Adam )?
   (?: (?<!rSF)-(?P<size>[1-9]\d*) )?
@@ -99,19 +97,25 @@ _NAME = re.compile(
 )
 
 
-def _read(name: str) -> Column | None:
+def _rule(name: str, own: Iterable[str]) -> str | None:
+  """The rule of a name, as it is written; None if there is none."""
+  lower = name.lower()
+  if match := re.fullmatch(r'([bf]rsf)-(\d+(?:\.\d+)?)%', lower):
+    percent = float(match[2])
+    flipped = f'-{percent:g}%' if percent else ''
+    return None if percent > 100 else _RULES[match[1]] + flipped
+  if match := re.fullmatch(r'lowrank([1-9]\d*)', lower):
+    return f'LowRank{match[1]}'
+  return (_RULES | {rule.lower(): rule for rule in own}).get(lower)
+
+
+def _read(name: str, own: Iterable[str] = ()) -> Column | None:
   """The column that a name states, or None if it states none."""
   plus = '+' if re.match('BN|BM|Adam', name, re.IGNORECASE) else ''
   match = _NAME.fullmatch(plus + name)
-  if match is None or not name[:1].isalpha():
+  rule = _rule(match['rule'], own) if match else None
+  if match is None or rule is None or not name[:1].isalpha():
     return None
-  percent = float(match['percent'] or 0)
-  if percent > 100:
-    return None
-  rule = (match['rule'] or '').lower().partition('-')[0]
-  rule = _RULES.get(rule) or rule.replace('lowrank', 'LowRank')
-  if percent:
-    rule += f'-{percent:g}%'
   setting, size, part = match['setting'], match['size'], match['part']
   adam = (match['update'] or '').lower() == '+adam'
   manhattan = int(setting or 1) if match['update'] and not adam else 0
@@ -217,18 +221,22 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def find(name: str) -> Column:
+def find(name: str, own: Iterable[str] = ()) -> Column:
   """Returns the column of a name, in upper or lower case.
 
   Besides the paper's own, any
   ``RULE[+BN][+BM[1-3]|+Adam][-BATCH SIZE][ Bottom|Top]`` is one, such as
   ``frSF-10%+BN``, ``uSF+BN+BM-30`` or ``DFA+Adam``.
 
+  Args:
+    name: of a column.
+    own: names of further rules, those of a plugin.
+
   Raises:
     ValueError: if there is none; names the nearest.
   """
   by_lower = {known.lower(): known for known in COLUMNS}
-  column = _read(name)
+  column = _read(name, own)
   if name.lower() not in by_lower and column is not None:
     return COLUMNS.get(column.name, column)
   return COLUMNS[_nearest('condition', name, COLUMNS)]

@@ -24,22 +24,24 @@ def _check(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Protocol:
-  """What all runs of a comparison share.
+  """The settings that all runs of a comparison share.
 
   Attributes:
-    epochs: number of epochs. The paper's 65 are 50 at the rate, 10 at a tenth
-      and 5 at a hundredth of it; other numbers are divided in proportion.
-    train_size: training images, a class-balanced subset; None takes all.
+    epochs: number of epochs. The paper trains 65: 50 at the rate, 10 at a
+      tenth and 5 at a hundredth of it. Other numbers keep these proportions.
+    train_size: size of a class-balanced subset of the training images (default:
+      all).
     holdout: share of the training images that choose rate and epoch.
-    base_rate: the rate that the five multiples multiply.
-    momentum: of every update.
-    weight_decay: of every weight and bias, not of batch normalization.
+    base_rate: the learning rate that `--rate` multiplies.
+    momentum: momentum of every update.
+    weight_decay: weight decay of weights and biases, not of batch
+      normalization.
     initial_std: standard deviation of the initial weights; biases are 0.
-      Several values are for the layers from the input on; the last one is for
-      all remaining layers.
+      Several values are for the layers in order, the last one for all that
+      remain.
     input_scale: factor on pixels (0 to 255) minus the training mean image.
-    reduction: of the gradient over the mini-batch, 'mean' or 'sum'.
-    batch_norm_epsilon: in units of the variance.
+    reduction: 'mean' or 'sum' of the gradient over the mini-batch.
+    batch_norm_epsilon: added to the variance in batch normalization.
     batch_norm_groups: parts of a mini-batch that are normalized separately.
       With one group per device, each device uses its own statistics.
     calibration_batches: mini-batches averaged for the test statistics.

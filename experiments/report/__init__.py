@@ -1,11 +1,11 @@
-"""The report: reads records of runs; writes tables, claims, plots and a page.
+"""The report: turns records of runs into tables, claims, plots and a page.
 
-Reading order: `frame` (records, checked, as a data frame and as cells),
-`tables`, `claims`, `plain` (answers in words), `plots`, `rules` (compared by
-error and angle), `commands` (that make runs again) and `pages` (all of these as
-text, Markdown and HTML).
+Reading order: `frame` (checks records; a data frame and cells), `tables`,
+`claims`, `plain` (answers in words), `plots`, `rules` (compared by error and
+angle), `commands` (to repeat runs) and `pages` (all of these as text, Markdown
+and HTML).
 
-Imports no JAX, and pandas and matplotlib only when they are used.
+Never imports JAX, and imports pandas and matplotlib only when they are used.
 """
 
 import os
@@ -26,12 +26,12 @@ def text_tables(
 
   Args:
     records: from `studies.load`.
-    tables: names of tables; None for those that have results.
-    width: of the terminal, in characters.
+    tables: names of tables; None selects those with results.
+    width: characters in a line of the terminal.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
-    ValueError: no table of that name.
+    ValueError: no table has that name.
   """
   from experiments.report import frame, pages
 
@@ -55,7 +55,7 @@ def claims_text(records: 'Iterable[Record]', width: int = 120) -> str:
 
   Args:
     records: from `studies.load`.
-    width: of the terminal, in characters.
+    width: characters in a line of the terminal.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
@@ -74,42 +74,47 @@ def write_report(
 ) -> list[Path]:
   """Writes RESULTS.md, one HTML page, tables, claims and plots into a folder.
 
-  The same records give the same bytes, in whatever order they come. A file is
-  written whole or not at all.
+  The same records give the same bytes in any order. A file is written
+  completely or not at all.
 
   Args:
     records: from `studies.load`.
-    folder: where to write; made if need be.
-    markdown_only: write RESULTS.md and the plots in it, nothing else.
+    folder: where to write; created if missing.
+    markdown_only: write only RESULTS.md and the plots in it.
 
   Returns:
-    The files, the plots last.
+    The paths of the files, plots last.
 
   Raises:
     EmptyReportError: there is no readable run; says how to make one.
-    OSError: a file can't be written; those before it are whole.
+    OSError: a file cannot be written; those before it are complete.
   """
   from experiments.report import claims, frame, pages, plots, rules, tables
   from experiments.runs.files import write_whole
 
   results = frame.read(records)
   judged = claims.judge(results)
-  found = (plots.overview(results), plots.against_p(results))
+  found = (
+    plots.overview(results),
+    plots.against_p(results),
+    plots.of_settings(results),
+  )
   overall = [picture for picture in found if picture]
-  compared = rules.compare(results)
-  drawn = [(of, rules.figure(of)) for of in compared]
-  text = pages.markdown(results, judged, overall, drawn)
+  compared = [
+    (of.row, rules.table(of), rules.figure(of)) for of in rules.compare(results)
+  ]
+  text = pages.markdown(results, judged, overall, compared)
   files = {'RESULTS.md': text.encode()}
   pictures, aligned = {}, []
   if not markdown_only:
     pictures = {
-      (grid.name, line.title): plots.of_line(results, grid, line)
+      (grid.name, line.title): plots.curves(results, grid, line)
       for grid in tables.grids(results)
-      for line in grid.lines
+      for line in grid.rows
     }
     layers = (plots.alignment(results, row) for row in results.rows.values())
     aligned = [picture for picture in layers if picture]
-    page = pages.html(results, judged, overall, drawn, pictures, aligned)
+    page = pages.html(results, judged, overall, compared, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
     files |= {
       'report.html': page.encode(),
@@ -117,12 +122,8 @@ def write_report(
       'tables.csv': table.encode(),
       'claims.txt': pages.text_claims(results, judged).encode(),
     }
-  for picture in (
-    *overall,
-    *(picture for _, picture in drawn),
-    *aligned,
-    *(p for of in pictures.values() for p in of),
-  ):
+  angles = [picture for *_, picture in compared]
+  for picture in (*overall, *angles, *aligned, *pictures.values()):
     if picture.png:
       files[f'plots/{picture.name}.png'] = picture.png
     if not (picture.png and markdown_only):

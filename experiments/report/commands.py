@@ -1,7 +1,7 @@
-"""The commands that make runs again, from their configurations.
+"""Commands that repeat runs, derived from their configurations.
 
-On a CPU the bits of a run depend on how many cores it has, because sums are
-divided among them. So a command asks for as many as its runs had. FILE stands
+On a CPU the bits of a run depend on its number of cores, because they divide
+sums. A command therefore asks for as many cores as its runs had. FILE stands
 for a plugin: runs record its content, not its path.
 """
 
@@ -25,17 +25,17 @@ from experiments.report.frame import (
 
 
 def of_protocol(results: Results, protocol: str) -> list[str]:
-  """Commands that make all runs of a protocol, and no other rate or seed."""
+  """Returns commands that repeat exactly the runs of a protocol."""
   return of_runs(results.runs[results.runs.protocol == protocol])
 
 
 def of_runs(runs: Frame) -> list[str]:
-  """Commands that make these runs of one protocol, and no others."""
+  """Returns commands that repeat exactly these runs of one protocol."""
   fields = runs.fields.iloc[0]
   runs = runs.explode('condition', ignore_index=True)
   runs['condition'] = [first_name(str(name)) for name in runs.condition]
   runs['processes'] = [_processes(about) for about in runs.environment]
-  runs = runs[[_runnable(name) for name in runs.condition]]
+  runs = runs[[*map(_runnable, runs.condition, runs.config)]]
   place = {name: at for at, name in enumerate(COLUMNS)}
   runs = runs.sort_values(
     ['dataset', 'condition'],
@@ -64,9 +64,9 @@ def of_runs(runs: Frame) -> list[str]:
 
 
 def of_run(run: Any) -> str:
-  """The command for one run; '' if its condition has no name to ask for."""
+  """Returns the command for one run; '' if its condition has no name."""
   name = first_name(str(run.condition[0]))
-  if not _runnable(name):
+  if not _runnable(name, run.config):
     return ''
   processes = _processes(run.environment)
   return _command(
@@ -86,7 +86,7 @@ def _command(
   seeds: Iterable[int],
   processes: int,
 ) -> str:
-  """`python -m experiments run` with what differs from its defaults."""
+  """`python -m experiments run` with the options that differ from defaults."""
   parts = ['--dataset', dataset, '--condition', *conditions]
   rates = sorted(rates, reverse=True)
   if rates != list(RATES):
@@ -112,7 +112,7 @@ def _command(
 
 
 def _processes(environment: Iterable[tuple[str, str]]) -> int:
-  """Among how many processes the cores of the host were divided."""
+  """The number of processes that divided the cores of the host."""
   about = dict(environment)
   try:
     return int(about['cores of the host']) // int(about['cores'])
@@ -120,8 +120,9 @@ def _processes(environment: Iterable[tuple[str, str]]) -> int:
     return 1
 
 
-def _runnable(name: str) -> bool:
+def _runnable(name: str, config: Mapping[str, Any]) -> bool:
+  own = [config['rule']] if config.get('plugin') else []
   try:
-    return find(name).name == name
+    return find(name, own).name == name
   except ValueError:
     return False

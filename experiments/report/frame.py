@@ -1,7 +1,7 @@
 """Records of runs, checked, as a data frame and as the cells of the tables.
 
 A record with a missing or wrong field is left out and named in a warning, so
-that one bad file can't hide the others. Two runs are comparable when they have
+that one bad file cannot hide the others. Two runs are comparable when they have
 the same protocol; a cell is a condition on a dataset under one protocol.
 """
 
@@ -139,7 +139,7 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
-  """All that a report shows.
+  """All contents of a report.
 
   Attributes:
     runs: a row per run, finished or not.
@@ -196,9 +196,8 @@ def read(records: Iterable[Record]) -> Results:
     warnings[_NAMED:] = [f'{more} more of the runs are left out']
   if not found:
     hint = (
-      'there are no runs to report. Make some, for example with `python -m '
-      'experiments demo` (minutes, no downloads) or `python -m experiments run '
-      '--table 2 --dataset mnist`.'
+      'there are no runs to report. Make some with `python -m experiments '
+      'demo` (a minute, no downloads) or `python -m experiments run --table 2`.'
     )
     raise EmptyReportError('\n'.join((*warnings, hint)))
   runs = pd.DataFrame(found)

@@ -2,7 +2,9 @@
 
 import base64
 import dataclasses
+import functools
 import hashlib
+import math
 import re
 import textwrap
 import typing
@@ -15,7 +17,8 @@ import markupsafe
 import pandas as pd
 
 from experiments.paper import published as paper
-from experiments.report import commands, plain, rules
+from experiments.paper.protocol import RATES
+from experiments.report import commands, plain
 from experiments.report.claims import Claim
 from experiments.report.frame import (
   DEFAULTS,
@@ -32,26 +35,28 @@ from experiments.report.tables import (
   Entry,
   Grid,
   Line,
+  by_rate,
   compared,
   grids,
   settings,
 )
+from experiments.terminal import as_typed
 
 if typing.TYPE_CHECKING:
   from experiments.report.plots import Picture
-  from experiments.report.rules import Comparison
 
 HOW = (
-  "Errors in %, ours | the paper's number. The first line of a cell is the "
-  'best test error, selected as in the paper: the lowest over epochs and '
-  'rates. Held-out: epoch and rate are chosen on a held-out part of the '
-  'training set (ties: the first epoch, the highest rate), and the test '
-  'error is read there. [a, b]: 95 % bootstrap interval over seeds, or over'
-  ' datasets for a mean over datasets; for two or three values it is their '
-  'range. ▲ 3 points or more worse than the baseline of the row (yellow in '
-  'the paper), ▼ 3 points or more better (blue).'
+  "Errors in %, ours | the paper's. The first number of a cell is the best "
+  'test error: the lowest over epochs and rates, as in the paper. The held-out '
+  'test '
+  'error is the one at the epoch and rate with the lowest error on a held-out '
+  'part of the training set (ties: the first epoch, the highest rate). [a, b] '
+  'is a 95 % bootstrap interval over seeds, or over datasets for a mean over '
+  'datasets; for two or three values it is their range. ▲: 3 points or more '
+  'worse than the baseline of the row (yellow in the paper). ▼: 3 points or '
+  'more better (blue).'
 )
-# What a terminal explains of it: the words of those signs that are shown.
+# The legend on a terminal explains only the signs that are shown.
 _LEGEND = {
   '.': 'Best test error in %: the lowest over epochs and rates, as in the '
   'paper.',
@@ -71,7 +76,7 @@ _SCRIPT = _TEMPLATES / 'page.js'
 def text_tables(
   results: Results, names: Iterable[str] | None = None, width: int = _WIDTH
 ) -> str:
-  """The tables for a terminal of that width, by protocol; see `grids`."""
+  """Returns the tables as text of that width, by protocol; see `grids`."""
   names = None if names is None else list(names)
   tables = []
   for protocol in results.protocols:
@@ -91,7 +96,7 @@ def text_tables(
 
 
 def filled(text: str, width: int) -> str:
-  """Lines of at most that width; names stay whole."""
+  """Wraps a text between words; names stay whole."""
   return textwrap.fill(
     text, width, break_long_words=False, break_on_hyphens=False
   )
@@ -102,7 +107,7 @@ def _underlined(title: str, line: str, width: int) -> list[str]:
 
 
 def notes(results: Results) -> list[str]:
-  """What a reader must know of datasets and runs, a line each."""
+  """Returns remarks on datasets and runs, a line each."""
   lines = []
   for row in results.rows.values():
     if row.name not in paper.datasets():
@@ -148,7 +153,7 @@ def _text_grid(grid: Grid, width: int) -> list[str]:
 
 
 def _text_line(line: Line, conditions: Sequence[str]) -> Frame:
-  """What a row of a table has: a row per condition, no empty columns."""
+  """A row of a table as a frame: a row per condition, no empty columns."""
   entries = line.of(conditions)
   frame = pd.DataFrame(
     {
@@ -198,7 +203,7 @@ def _held_out(entry: Entry) -> str:
 def text_claims(
   results: Results, claims: Sequence[Claim], width: int = _WIDTH
 ) -> str:
-  """Every conclusion of the paper with its verdicts, by protocol."""
+  """Returns the paper's conclusions with their verdicts, by protocol."""
   text = _render(
     'claims.txt.jinja',
     warnings=results.warnings,
@@ -211,7 +216,7 @@ def text_claims(
 
 
 def _indented(line: str, width: int) -> str:
-  """The line, broken where it is too long; its other parts further right."""
+  """Wraps a line and indents its continuation."""
   indent = len(line) - len(line.lstrip()) + 4
   return textwrap.fill(
     line,
@@ -233,9 +238,9 @@ def markdown(
   results: Results,
   claims: Sequence[Claim],
   pictures: 'Sequence[Picture]',
-  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
+  compared_rules: 'Sequence[tuple[Row, Frame, Picture]]',
 ) -> str:
-  """RESULTS.md; protocols with other settings have a table of their own."""
+  """Returns RESULTS.md; protocols with other settings have their own table."""
   decided = {
     protocol: of
     for protocol, of in _by_protocol(claims).items()
@@ -247,7 +252,6 @@ def markdown(
     **_shared(results, claims),
     grids=shown,
     rules=compared_rules,
-    rule_table=rules.table,
     pictures=pictures,
     claims=decided,
     statements=list(zip(*decided.values(), strict=True)),
@@ -261,21 +265,22 @@ def html(
   results: Results,
   claims: Sequence[Claim],
   overall: 'Sequence[Picture]',
-  compared_rules: 'Sequence[tuple[Comparison, Picture]]',
-  pictures: 'Mapping[tuple[str, str], Sequence[Picture]]',
+  compared_rules: 'Sequence[tuple[Row, Frame, Picture]]',
+  pictures: 'Mapping[tuple[str, str], Picture]',
   aligned: 'Sequence[Picture]',
 ) -> str:
-  """One page that needs nothing else: no network, no files.
+  """Returns the page, which needs no network and no other file.
 
-  Its script sorts tables, filters cells and opens what a link points to. The
-  page allows no other script: its policy names the digest of this one.
+  Its script sorts tables, filters cells, draws learning curves and opens the
+  target of a link. The page's policy names the digest of this script and so
+  forbids all others.
 
   Args:
-    results: what `read` returns.
-    claims: what `judge` returns.
+    results: from `frame.read`.
+    claims: from `claims.judge`.
     overall: pictures of all results.
     compared_rules: rules by error and angle.
-    pictures: by table and title of a row.
+    pictures: learning curves by table and title of a row.
     aligned: alignment by layer and epoch.
   """
   details = _details(results)
@@ -286,32 +291,36 @@ def html(
   def detail(row: Row, name: str) -> _Detail:
     return details[row.protocol, row.label, first_name(name)]
 
+  shared = _shared(results, claims)
+  shared['commands'] = [*map(as_typed, shared['commands'])]
   return _render(
     'report.html.jinja',
-    **_shared(results, claims),
+    **shared,
     grids=shown,
     glossary=plain.glossary(
       dict.fromkeys(name for grid in shown for name in grid.columns)
     ),
     overall=overall,
     rules=compared_rules,
-    rule_table=rules.table,
     pictures=pictures,
     aligned=aligned,
     claims=_by_protocol(claims),
     details=details.values(),
     detail=detail,
-    of_runs=commands.of_runs,
+    of_runs=lambda runs: map(as_typed, commands.of_runs(runs)),
+    command=lambda run: as_typed(commands.of_run(run)),
     chosen=_chosen,
     marks=MARKS,
-    uri=_uri,
+    inline=_inline,
+    parts=functools.partial(_parts, results),
+    rates=functools.partial(rates, results),
     script=markupsafe.Markup(script),
     digest=digest,
   )
 
 
 def _shared(results: Results, claims: Iterable[Claim]) -> dict[str, Any]:
-  """What both pages show."""
+  """Returns the values that both templates use."""
   return {
     'results': results,
     'answers': plain.answers(results),
@@ -340,7 +349,7 @@ def _shared(results: Results, claims: Iterable[Claim]) -> dict[str, Any]:
 def _overview(
   results: Results, claims: Iterable[Claim]
 ) -> list[dict[str, Any]]:
-  """Per protocol: its runs, and how they compare with the paper."""
+  """Compares the runs of each protocol with the paper."""
   rows = []
   for protocol, of in _by_protocol(claims).items():
     runs = results.runs[results.runs.protocol == protocol]
@@ -352,10 +361,10 @@ def _overview(
       'datasets': ', '.join(dict.fromkeys(runs.label)),
       'runs': int(runs.finished.sum()),
       'hours': f'{runs.seconds.sum() / 3600:.1f}',
-      'cells': len(gaps),
-      'difference': number(sum(gaps) / len(gaps)) if gaps else '',
-      'equal flags': _part([e.agrees for e in cells if e.flagged]),
-      'equal verdicts': _part(decided),
+      'shared cells': len(gaps),
+      'mean difference': number(sum(gaps) / len(gaps)) if gaps else '',
+      'same marks': _part([e.agrees for e in cells if e.flagged]),
+      'same verdicts': _part(decided),
     })  # fmt: skip
   return rows
 
@@ -383,7 +392,7 @@ def _environments(results: Results) -> Frame:
 
 @dataclasses.dataclass(frozen=True)
 class _Detail:
-  """A cell once, though a condition may have several names."""
+  """A cell with all names of its condition."""
 
   anchor: str
   title: str
@@ -397,7 +406,6 @@ def _details(results: Results) -> dict[CellKey, _Detail]:
   runs = results.runs.sort_values(
     ['seed', 'plan', 'rate', 'run_id'], ascending=[True, True, False, True]
   )
-  runs = runs.assign(spark=[_spark(errors) for errors in runs.errors])
   by = ['protocol', 'label', 'condition']
   members = runs.explode('condition').groupby(by).groups
   found: dict[CellKey, _Detail] = {}
@@ -422,28 +430,79 @@ def _chosen(cell: Cell) -> str:
   return '; '.join(parts)
 
 
-def _spark(errors: Sequence[tuple[int, float]]) -> str:
-  """A learning curve as the points of a drawing of 110 x 24."""
-  step = 110 / max(len(errors) - 1, 1)
-  return ' '.join(
-    f'{step * at:.1f},{24 - 0.22 * min(error, 100):.1f}'
-    for at, (_, error) in enumerate(errors)
+def _inline(picture: 'Picture') -> markupsafe.Markup:
+  """A plot as a part of the page: transparent, and a third of the file's size.
+
+  matplotlib has escaped every text in it, and the ids that it refers to are
+  digests that differ between plots.
+  """
+  text = picture.svg.decode()
+  text = text[text.index('<svg') :]
+  text = re.sub('<metadata>.*?</metadata>', '', text, flags=re.DOTALL)
+  text = re.sub(r'(?<=<g) id="[^"]*"| transform="rotate\(-0 [^"]*"', '', text)
+  text = text.replace('fill: #ffffff', 'fill: none')
+  text = re.sub(
+    ' (?:d|x|y|points|transform)="[^"]*"',
+    lambda found: re.sub(r'(\.\d)\d+', r'\1', found[0]),
+    text,
   )
+  return markupsafe.Markup(re.sub(r'\s*\n\s*', ' ', text).replace('> <', '><'))
 
 
-def _uri(picture: 'Picture') -> str:
-  return 'data:image/svg+xml;base64,' + base64.b64encode(picture.svg).decode()
+@dataclasses.dataclass(frozen=True)
+class _RateCell:
+  """The mean best test error at one rate."""
+
+  error: float
+  diverged: bool
+  is_best: bool
+  shade: int
+
+
+def rates(results: Results, line: Line, conditions: Sequence[str]) -> Frame:
+  """Cells of a row by condition and rate, darker for a higher error."""
+  assert line.row is not None  # a row of ours
+  found = by_rate(results, line.row).sort_values('best')
+  # Of several batch plans the better one.
+  found = found.drop_duplicates(['condition', 'rate'])
+  found = found[found.condition.isin(conditions)]
+  low = max(found.best.min(), 0.01)
+  span = math.log(max(found.best.max() / low, 1.01))
+  best = found.groupby('condition').best.transform('min')
+  found['cell'] = [
+    _RateCell(error, diverged, error == lowest,
+              round(60 * math.log(max(error / low, 1)) / span))
+    for error, diverged, lowest in zip(
+      found.best, found.diverged, best, strict=True
+    )
+  ]  # fmt: skip
+  table = found.pivot(index='condition', columns='rate', values='cell')
+  columns = sorted({*RATES, *found.rate})
+  order = [name for name in conditions if name in table.index]
+  return table.reindex(index=order, columns=columns).astype(object).where(
+    lambda cells: cells.notna(), None
+  )  # fmt: skip
+
+
+def _parts(results: Results, grid: Grid) -> list[Grid]:
+  """A table's rows with the default settings, and its other rows."""
+  rows = [
+    [line for line in grid.rows
+     if line.row and (line.row.protocol in results.main) == usual]
+    for usual in (True, False)
+  ]  # fmt: skip
+  return [dataclasses.replace(grid, lines=lines) for lines in rows if lines]
 
 
 def _markdown(value: Any) -> str:
-  """A text that Markdown shows as it is."""
+  """Escapes a text for Markdown."""
   text = str(value)
   text = text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
   return re.sub(r'([\\`*_\[\]|~#$!])', r'\\\1', text)
 
 
 def _code(lines: Iterable[str]) -> str:
-  """A block of code that the text can't end."""
+  """A fenced block of code, with a fence longer than any in the text."""
   text = '\n'.join(lines)
   longest = max((len(ticks) for ticks in re.findall('`+', text)), default=0)
   fence = '`' * max(3, longest + 1)
@@ -460,5 +519,4 @@ def _render(template: str, **values: Any) -> str:
   )
   environment.filters |= {'md': _markdown, 'code': _code}
   values |= {'how': HOW, 'number': number, 'interval': interval}
-  values |= {'command': commands.of_run}
   return environment.get_template(template).render(values).rstrip() + '\n'

@@ -1,4 +1,4 @@
-"""Plain words: the answer of a dataset in a sentence, a condition in a line."""
+"""Plain words: a sentence with the answer per dataset, a line per condition."""
 
 from collections.abc import Iterable
 
@@ -49,10 +49,11 @@ _FROZEN = {
 
 
 def answers(results: Results) -> list[str]:
-  """A sentence per dataset, from the row with most of what it needs.
+  """Returns a sentence per dataset.
 
-  Of equals, the row that was trained most. Protocols with other settings answer
-  for datasets that have no more usual one.
+  It is about the row with most of the conditions that the sentence names; of
+  equals, the row with most training. A row with other settings is used only if
+  the dataset has no row with the default settings.
   """
   chosen: dict[str, tuple[Row, dict[str, Cell]]] = {}
   main = results.main_rows
@@ -70,7 +71,7 @@ def answers(results: Results) -> list[str]:
 
 
 def _answering(cells: Iterable[str]) -> int:
-  """How many of the conditions of the sentence are there."""
+  """The number of conditions of the sentence among these."""
   return len(_ANSWERING & set(cells))
 
 
@@ -125,7 +126,7 @@ def _line(name: str) -> str:
   except ValueError:
     found = None
   if found is None or found.name != name:
-    return "a condition of one's own"
+    return "not one of the paper's conditions"
   condition = found.conditions[0]
   rule, _, percent = condition.rule.partition('-')
   plans = [of.batch_plan for of in found.conditions]

@@ -1,4 +1,4 @@
-"""Pictures: errors by condition, p, epoch and rate; alignment by layer.
+"""Pictures: errors by condition, p and epoch; alignment by layer.
 
 Figures are made without pyplot, so no window system is ever asked for. Text in
 an SVG stays text; nothing in a name is read as mathematics or markup. The same
@@ -11,19 +11,18 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib import colors, ticker
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.paper import published as paper
-from experiments.paper.protocol import RATES
 from experiments.report.frame import (
   Frame,
   Results,
@@ -31,7 +30,8 @@ from experiments.report.frame import (
   Selection,
   first_name,
 )
-from experiments.report.tables import Grid, Line
+from experiments.report.tables import Grid, Line, by_rate
+from experiments.report.tables import settings as changed_settings
 
 # From plain backpropagation to random feedback, top to bottom.
 _STORY = (
@@ -56,14 +56,16 @@ _OURS: dict[str, Any] = {'color': '#0072B2'}
 _PAPER: dict[str, Any] = {'color': '#B34700', 'mfc': 'white'}
 _CHANCE: dict[str, Any] = {'color': '#777777', 'linestyle': ':', 'linewidth': 1}
 _SGD: dict[str, Any] = {'color': '#0072B2', 'linestyle': '-.', 'linewidth': 1}
-# A layer's metrics, what they are and the largest value.
+# A layer's metrics, what they are and the largest value, or None for ratios.
 _ALIGNMENT = (
+  ('norm_ratio', '|V| / |W|', None),
   ('concordance', 'share of equal signs', 1),
   ('angle', 'angle of V and W (°)', 180),
   ('update_angle', 'angle of updates (°)', 180),
-  ('error_angle', 'angle of error signals (°)', 180),
+  ('error_angle', 'angle of errors (°)', 180),
 )
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+_PLAIN = ticker.FuncFormatter(lambda value, _: f'{value:g}')
 _LOGARITHMIC = 8.0  # ratio of errors from which an axis is logarithmic
 
 _STYLE = {
@@ -99,7 +101,7 @@ class Picture:
 
 @contextlib.contextmanager
 def style(name: str) -> Iterator[None]:
-  """The look of every figure; its name makes an SVG's ids its own."""
+  """The look of every figure; the name makes the ids of its SVG unique."""
   with mpl.rc_context(cast(Any, {**_STYLE, 'svg.hashsalt': name})):
     yield
 
@@ -107,7 +109,7 @@ def style(name: str) -> Iterator[None]:
 def panels(
   title: str, count: int, size: tuple[float, float], across: int = 3
 ) -> tuple[Figure, list[Axes]]:
-  """Panels of that size in inches, so many in a row at most."""
+  """Makes panels of that size in inches, at most `across` in a row."""
   across = min(count, across)
   down = -(-count // across)
   figure = Figure(
@@ -135,7 +137,7 @@ def look(position: int) -> dict[str, Any]:
 def picture(
   figure: Figure, name: str, title: str, *, png: bool = False
 ) -> Picture:
-  """The files of a figure. A PNG takes longer than all the rest."""
+  """Renders a figure. A PNG takes longer than everything else."""
   svg, pixels = io.BytesIO(), io.BytesIO()
   with warnings.catch_warnings():
     # A name may have letters that the font lacks, or need much room.
@@ -147,7 +149,7 @@ def picture(
 
 
 def _slug(text: str) -> str:
-  """A text as part of a file name; different texts stay different."""
+  """Turns a text into a part of a file name; texts that differ stay apart."""
   plain = re.sub(r'[^a-z0-9]+', '-', text.lower()).strip('-')[:60]
   known = {name.lower() for name in paper.datasets()}
   if text in paper.datasets() or _USUAL.fullmatch(text) or (
@@ -189,7 +191,7 @@ def error_axis(
     margin = max(0.06 * (high - low), 0.02 * high)
     ends = max(min(known) - margin, 0), high + margin
   getattr(axes, f'set_{which}lim')(*ends)
-  axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f'{value:g}'))
+  axis.set_major_formatter(_PLAIN)
   return lambda error: max(error, floor)
 
 
@@ -328,29 +330,79 @@ def _p_panel(
   _head(axes, row)
 
 
-def of_line(results: Results, grid: Grid, line: Line) -> list[Picture]:
-  """Learning curves and error by rate of one row of a table."""
-  if line.row is None:
-    return []
-  conditions = [entry.condition for entry in line.entries if entry.best]
+def of_settings(results: Results) -> Picture | None:
+  """Error per condition where one setting of the protocol is another."""
+  tables = changed_settings(results)
+  if not tables:
+    return None
+  title = 'One setting of the protocol changed at a time'
+  with style('settings'):
+    rows = max(map(len, tables.values()))
+    figure, all_axes = panels(
+      f'{title}\nBest test error by condition', len(tables), (6.0, 0.4 * rows)
+    )
+    names = list(dict.fromkeys(c for of in tables.values() for c in of))
+    for axes, (dataset, table) in zip(all_axes, tables.items(), strict=True):
+      at = error_axis(axes, [*table.stack()], 'x')
+      for name in table:
+        known = table[name].dropna()
+        places = [table.index.get_loc(protocol) for protocol in known.index]
+        axes.plot(
+          [at(error) for error in known], places,
+          **{**look(names.index(name)), 'linestyle': '', 'markersize': 6},
+        )  # fmt: skip
+      axes.set_yticks(range(len(table)), [_short(p, 64) for p in table.index])
+      axes.set_ylim(len(table) - 0.4, -0.6)
+      axes.set_xlabel('error (%)')
+      axes.set_title(str(dataset))
+    legend(figure, [
+      (name, {**look(at), 'linestyle': ''}) for at, name in enumerate(names)
+    ])  # fmt: skip
+    return picture(figure, 'settings', title)
+
+
+def curves(results: Results, grid: Grid, line: Line) -> Picture:
+  """Mean test error by epoch of one row of a table, at the best rates."""
+  assert line.row is not None
   runs, settings = runs_of(results, line.row)
-  name = file_name(line.row, f'table-{grid.table.name}').lower()
+  name = file_name(line.row, f'table-{grid.table.name}-curves').lower()
+  found = {}
+  for entry in line.entries:
+    if entry.best:
+      mine, diverged = at_best_rate(entry.condition, runs, settings)
+      table = pd.DataFrame([dict(errors) for errors in mine.errors])
+      found[entry.condition] = table.mean(skipna=False).dropna(), diverged
+  title = 'Test error by epoch, best rate'
   about = f'{_short(line.title, 60)}, {grid.name}'
-  return [
-    _curves(f'{name}-curves', about, conditions, runs, settings),
-    _rates(f'{name}-rates', about, conditions, settings),
-  ]
+  with style(name):
+    size = 7.5, max(2.6, 0.17 * len(found))
+    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
+    at = error_axis(axes, [e for curve, _ in found.values() for e in curve])
+    for place, (condition, (curve, diverged)) in enumerate(found.items()):
+      crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
+      axes.plot(
+        curve.index,
+        [at(error) for error in curve],
+        label=_short(condition),
+        markevery=[-1],
+        **look(place) | crossed,
+      )
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    axes.set_xlabel('epoch (×: diverged there)')
+    axes.set_ylabel('test error (%)')
+    # In the order of the lines' ends.
+    ends = sorted(
+      axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1]
+    )
+    figure.legend(handles=ends, loc='outside right upper', handlelength=3)
+    return picture(figure, name, f'{title}: {about}')
 
 
 def runs_of(results: Results, row: Row) -> tuple[Frame, Frame]:
   """A row's finished runs by condition, and their means by batch and rate."""
   runs = results.runs[results.runs.finished]
   runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
-  runs = runs.explode('condition')
-  settings = runs.groupby(['condition', 'plan', 'rate'], as_index=False).agg(
-    best=('best', 'mean'), diverged=('diverged', 'any')
-  )
-  return runs, settings
+  return runs.explode('condition'), by_rate(results, row)
 
 
 def at_best_rate(
@@ -366,10 +418,10 @@ def at_best_rate(
 
 
 def alignment(results: Results, row: Row) -> Picture | None:
-  """How far feedback is from backpropagation, by layer and epoch.
+  """Draws the alignment with backpropagation by layer and epoch.
 
-  Conditions without recorded layers, and those that backpropagate exactly, are
-  left out. At each condition's best rate; means over seeds.
+  Each condition is shown at its best rate, as a mean over seeds. Conditions
+  without recorded layers and those that backpropagate exactly are left out.
   """
   runs, settings = runs_of(results, row)
   shown: dict[str, Frame] = {}
@@ -401,9 +453,18 @@ def alignment(results: Results, row: Row) -> Picture | None:
         if key in table and layer in table.index.unique('layer'):
           line = table[key].xs(layer, level='layer')
           axes.plot(line.index, line.to_numpy(), **look(place))
-      axes.axhline(high / 2, **_CHANCE)
-      axes.set_ylim(-0.04 * high, 1.04 * high)
-      axes.set_yticks([0, high / 2, high])
+      if high is None:
+        axes.axhline(1, **_CHANCE)
+        axes.set_yscale('log')
+        # At least a decade, so that rounding is not drawn as a change.
+        ends = axes.get_ylim()
+        axes.set_ylim(min(ends[0], 0.3), max(ends[1], 3))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.yaxis.set_major_formatter(_PLAIN)
+      else:
+        axes.axhline(high / 2, **_CHANCE)
+        axes.set_ylim(-0.04 * high, 1.04 * high)
+        axes.set_yticks([0, high / 2, high])
       axes.xaxis.set_major_locator(ticker.MaxNLocator(4, integer=True))
       if at < across:
         axes.set_title(words)
@@ -413,7 +474,7 @@ def alignment(results: Results, row: Row) -> Picture | None:
         axes.set_ylabel(_short(condition, 20))
     legend(figure, [
       *((_short(layer), look(place)) for place, layer in enumerate(layers)),
-      ('unrelated (half the signs, 90°)', _CHANCE),
+      ('equal norms; unrelated (half the signs, 90°)', _CHANCE),
     ])  # fmt: skip
     return picture(figure, name, f'{title}: {about}')
 
@@ -432,86 +493,3 @@ def layer_table(runs: Frame) -> Frame:
   table = table.astype(float)
   table = table.groupby(level=['epoch', 'layer'], sort=False).mean()
   return table.sort_index(level='epoch', sort_remaining=False)
-
-
-def _curves(
-  name: str,
-  about: str,
-  conditions: Iterable[str],
-  runs: Frame,
-  settings: Frame,
-) -> Picture:
-  """Mean test error over seeds by epoch, at each condition's best rate."""
-  curves = {}
-  for condition in conditions:
-    mine, diverged = at_best_rate(condition, runs, settings)
-    table = pd.DataFrame([dict(errors) for errors in mine.errors])
-    curves[condition] = table.mean(skipna=False).dropna(), diverged
-  title = 'Test error by epoch, best rate'
-  with style(name):
-    size = 7.5, max(2.6, 0.17 * len(curves))
-    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
-    at = error_axis(axes, [e for curve, _ in curves.values() for e in curve])
-    for place, (condition, (curve, diverged)) in enumerate(curves.items()):
-      crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
-      axes.plot(
-        curve.index,
-        [at(error) for error in curve],
-        label=_short(condition),
-        markevery=[-1],
-        **look(place) | crossed,
-      )
-    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
-    axes.set_xlabel('epoch (×: diverged there)')
-    axes.set_ylabel('test error (%)')
-    # In the order of the lines' ends.
-    ends = sorted(
-      axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1]
-    )
-    figure.legend(handles=ends, loc='outside right upper', handlelength=3)
-    return picture(figure, name, f'{title}: {about}')
-
-
-def _rates(
-  name: str, about: str, conditions: Sequence[str], settings: Frame
-) -> Picture:
-  """A row per condition, a column per rate, the best one bold."""
-  settings = settings[settings.condition.isin(conditions)]
-  # Of several batch plans the better one.
-  settings = settings.sort_values('best').drop_duplicates(['condition', 'rate'])
-  rates = sorted({*RATES, *settings.rate})
-  table = settings.pivot(index='condition', columns='rate', values='best')
-  table = table.reindex(index=conditions, columns=rates)
-  errors = table.to_numpy(float)
-  ended = settings[settings.diverged.astype(bool)]
-  diverged = set(zip(ended.condition, ended.rate, strict=True))
-  low, high = max(np.nanmin(errors), 0.01), np.nanmax(errors)
-  kind = colors.LogNorm if high > _LOGARITHMIC * low else colors.Normalize
-  norm = kind(low * 0.95, max(high, low) * 1.2, clip=True)
-  title = 'Best test error (%) by learning rate'
-  with style(name):
-    size = 0.75 * len(rates) + 1.6, 0.27 * len(conditions) + 0.5
-    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
-    axes.grid(visible=False)
-    axes.pcolormesh(np.ma.masked_invalid(np.maximum(errors, low)),
-                    cmap='Blues', norm=norm, linewidth=0)  # fmt: skip
-    for (row, column), error in np.ndenumerate(errors):
-      if np.isfinite(error):
-        best = error == np.nanmin(errors[row])
-        axes.text(
-          column + 0.5, row + 0.5,
-          f'{error:.2f}{" ×" * ((conditions[row], rates[column]) in diverged)}',
-          color='white' if norm(max(error, low)) > 0.6 else 'black',
-          ha='center', va='center', fontsize=8.5,
-          fontweight='bold' if best else 'normal',
-          bbox={'fill': False, 'edgecolor': 'gray', 'pad': 2} if best else None,
-        )  # fmt: skip
-    axes.set_ylim(len(conditions), 0)
-    axes.set_xticks(np.arange(len(rates)) + 0.5, [f'{r:g}' for r in rates])
-    axes.set_yticks(
-      np.arange(len(conditions)) + 0.5, [_short(c) for c in conditions]
-    )
-    axes.tick_params(length=0)
-    axes.set_xlabel('learning rate, times the base rate\n'
-                    'framed: the best mean; ×: a run diverged')  # fmt: skip
-    return picture(figure, name, f'{title}: {about}')

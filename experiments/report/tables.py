@@ -98,7 +98,7 @@ class Line:
 
   @property
   def agreement(self) -> list[str]:
-    """Such as ['rank correlation 0.93', 'equal flags 9 of 10']."""
+    """Such as ['rank correlation 0.93', 'same marks 9 of 10']."""
     parts, shared = [], self.shared
     rank = statistics.rank_correlation(
       [entry.best.mean for entry in shared if entry.best],
@@ -108,7 +108,7 @@ class Line:
       parts.append(f'rank correlation {rank:.2f}')
     if flagged := [entry for entry in shared if entry.flagged]:
       same = sum(entry.agrees for entry in flagged)
-      parts.append(f'equal flags {same} of {len(flagged)}')
+      parts.append(f'same marks {same} of {len(flagged)}')
     if marked := sum(bool(e.cell and e.cell.mark) for e in shared):
       parts.append(f'{marked} of {len(shared)} cells incomplete')
     return parts
@@ -257,6 +257,16 @@ def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
       first = first_name(entry.condition)
       cells.setdefault((line.title, first), (line, entry))
   return list(cells.values())
+
+
+def by_rate(results: Results, row: Row) -> Frame:
+  """Means over the seeds of a row by condition, batch plan and rate."""
+  runs = results.runs[results.runs.finished]
+  runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
+  keys = ['condition', 'plan', 'rate']
+  return runs.explode('condition').groupby(keys, as_index=False).agg(
+    best=('best', 'mean'), diverged=('diverged', 'any')
+  )  # fmt: skip
 
 
 def settings(results: Results) -> dict[str, Frame]:

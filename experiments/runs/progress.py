@@ -17,6 +17,7 @@ from rich.progress import (
   TimeElapsedColumn,
   TimeRemainingColumn,
 )
+from rich.table import Column
 
 from experiments.paper.conditions import names_of, steps_of
 from experiments.paper.protocol import Run
@@ -110,7 +111,13 @@ class Reporter:
   def message(self, text: str) -> None:
     """Something the user should know."""
     try:
-      self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+      # Lines of a file stay whole; a terminal breaks them between words.
+      self._console.print(
+        text,
+        markup=False,
+        highlight=False,
+        soft_wrap=not self._console.is_terminal,
+      )
     except OSError:  # such as a full disk
       self._console.quiet = True
 
@@ -141,14 +148,18 @@ def reporter(total: int) -> Iterator[Reporter]:
     yield Reporter(console, None, total)
     return
   columns = (
-    TextColumn('{task.description}'),
-    BarColumn(),
+    # On a narrow terminal, these two give way to the numbers.
+    TextColumn(
+      '{task.description}',
+      table_column=Column(ratio=3, no_wrap=True, overflow='ellipsis'),
+    ),
+    BarColumn(bar_width=None, table_column=Column(ratio=1)),
     MofNCompleteColumn(),
     TimeElapsedColumn(),
     TimeRemainingColumn(),
   )
   # An estimate from all that was trained leaps less.
   with Progress(
-    *columns, console=console, speed_estimate_period=math.inf
+    *columns, console=console, speed_estimate_period=math.inf, expand=True
   ) as progress:
     yield Reporter(console, progress, total)

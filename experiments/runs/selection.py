@@ -28,19 +28,19 @@ class Selection:
   """Cells of the grid.
 
   Attributes:
-    table: tables of the paper (2, 3, 4-C1, 4-C2, 5, 6); all their conditions.
-      4 is both halves.
-    condition: conditions by name, such as uSF+BN or frSF-10%+BN+BM.
-    dataset: datasets by name, such as mnist; see `list`.
-    rate: multiples of the base rate.
-    seed: seeds; several give means and intervals.
+    table: tables of the paper with all their conditions: 2, 3, 4 (or 4-C1 and
+      4-C2), 5, 6.
+    condition: names of conditions, such as uSF+BN or frSF-10%+BN+BM.
+    dataset: names of datasets, such as mnist; see `list`.
+    rate: learning rates as multiples of the base rate.
+    seed: seeds; several of them give means and intervals.
     data_dir: folder with NAME.npz files or image folders.
     architecture: network for datasets of your own: mnist, cifar, svhn, general
       or timit (default: by the size of the pictures).
     test_share: share of each class to test on, for datasets of your own without
       a test part.
     plugin: Python file with conditions, rules or networks of your own.
-    network: of the plugin, instead of the dataset's own.
+    network: network of the plugin to use instead of the dataset's own.
   """
 
   table: tuple[str, ...] = ()
@@ -81,9 +81,11 @@ class Selection:
     Raises:
       ValueError: for an unknown name.
     """
-    own = plugins.load(self._source).conditions
+    own = plugins.load(self._source)
     chosen = [
-      Column(name, (own[name],)) if name in own else conditions.find(name)
+      Column(name, (own.conditions[name],))
+      if name in own.conditions
+      else conditions.find(name, own.rules)
       for name in self.condition
     ]
     for table in self.tables():

@@ -60,16 +60,18 @@ class Rows(NamedTuple):
       trained=mini_batches(run, epoch, data.trained),
       calibration=calibration_batches(run, epoch, data.trained),
       evaluated={
-        name: _batches(rows, devices.count(data.mesh))
+        name: batches(rows, devices.count(data.mesh))
         for name, rows in (('test', test), ('holdout', data.held_out))
         if len(rows)
       },
     )
 
 
-def _batches(rows: np.ndarray, divisor: int) -> tuple[np.ndarray, np.ndarray]:
+def batches(
+  rows: np.ndarray, divisor: int, size: int = EVALUATION_BATCH
+) -> tuple[np.ndarray, np.ndarray]:
   """Rows in batches of one size, and weights: 0 for padding of the last."""
-  size = min(EVALUATION_BATCH, len(rows))
+  size = min(size, len(rows))
   size += -size % divisor
   missing = -len(rows) % size
   index = np.pad(rows, (0, missing), mode='edge')

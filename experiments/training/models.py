@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.training.pooling import Pool, pool
-from symjax_bp.batch_norm import BatchNorm
+from symjax_bp.linen import BatchNorm
 
 
 @dataclasses.dataclass(frozen=True)

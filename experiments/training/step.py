@@ -23,7 +23,7 @@ from experiments.training import devices, models
 from experiments.training.backward import backward
 from experiments.training.data import Arrays, DeviceData, Images
 from symjax_bp import combine, metrics, optim, partition, redraw
-from symjax_bp.batch_norm import calibrate
+from symjax_bp.linen import calibrate
 
 State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
 _KEPT_PROGRAMS = 8  # in memory; runs come in an order that needs one or two

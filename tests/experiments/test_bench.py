@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,14 +15,15 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import plugins
 from experiments.bench import __main__ as bench
 from experiments.bench import contenders, in_torch, output, scaling
-from experiments.bench.contenders import Contender, Workload, of_paper
+from experiments.bench.contenders import Contender, Workload, of_network
 from experiments.datasets import SHAPES
 from experiments.runs.train import Outcome
 from experiments.training import machine, models
 from experiments.training.step import program
-from symjax_bp import linen
+from symjax_bp import linen, usf
 
 
 @pytest.fixture(name='main')
@@ -48,7 +50,7 @@ def _main(monkeypatch, capsys):
 
 def _trained(architecture, norm):
   """A workload that moves; plain Flax's weights before and after two steps."""
-  workload = Workload(of_paper(architecture, norm, 4).setup, 4, rate=1e-3)
+  workload = Workload(of_network(architecture, norm, 4).setup, 4, rate=1e-3)
   program.cache_clear()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(linen, 'with_feedback', None)  # plain Flax needs none
@@ -120,7 +122,7 @@ class _Layers(list):
 @pytest.mark.parametrize('norm', ['none', 'plain'])
 @pytest.mark.parametrize('architecture', SHAPES)
 def test_torch_and_the_operations_have_the_layers_of_flax(architecture, norm):
-  workload, layers = of_paper(architecture, norm, 2), _Layers()
+  workload, layers = of_network(architecture, norm, 2), _Layers()
   in_torch.build(SimpleNamespace(nn=layers), layers, workload)
   initialize = program(workload.setup, plain=True).initialize
   params = jax.eval_shape(initialize, jax.random.key(0))['params']
@@ -159,7 +161,7 @@ def test_ratios_are_of_steps_in_the_same_round():
     [1.0, 4.0, 4.0, 9.0, 4.0, 2.0],  # the machine was busy
     [2.0, 2.0, 3.0, 1.0, 5.0, 3.0],
   ]
-  workload = of_paper('timit', 'none', 4)
+  workload = of_network('timit', 'none', 4)
   result = output.summarize(workload, programs, np.array(times))
   rows = {row['name']: row for row in result['rows']}
   assert list(rows) == ['Flax', 'uSF', 'torch', 'biotorch usf']
@@ -319,7 +321,7 @@ def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
       check=True,
     )
     files = sorted(path.name for path in (tmp_path / day).iterdir())
-    return done.stdout, files, (tmp_path / day / 'mnist-table-2.jsonl')
+    return done.stdout, files, (tmp_path / day / 'mnist-65-epochs.jsonl')
 
   out, files, study = call('monday', 'tests', 'steps', 'grid')
   assert len(files) <= 8
@@ -330,3 +332,36 @@ def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
   out, _, again = call('tuesday', 'grid')
   assert 'all 5 runs are finished' in out
   assert again.read_text() == study.read_text()
+
+
+@pytest.mark.parametrize(
+  ('name', 'multiply_adds', 'weights'),
+  # He et al.: 1.8 billion; 196 tokens of 384 features, 12 x 384^2 weights and
+  # two products of 196 x 196 x 384 in a block, patches of 768 inputs.
+  [('resnet18', 1.814e9, 21), ('vit', 4.35e8, 8)],
+)
+def test_networks_for_large_pictures(name, multiply_adds, weights):
+  workload = of_network(name, 'plain', 2)
+  operations = 2 * 3 * 2 * multiply_adds  # two images; forward, dW and dx
+  assert 0.9 < workload.flops / operations < 1.1
+  network = plugins.load(workload.setup.plugin).networks[name](1000, 'plain')
+  x = jax.ShapeDtypeStruct((2, 224, 224, 3), np.float32)
+  rules = linen.layer_rules(linen.with_feedback(network, usf()), x, True)
+  assert len([row for row in rules if row.rule]) == weights
+
+
+def test_the_parts_of_an_epoch(main):
+  options = '--condition uSF+BN --rate 1 --train-size 200 --repeats 1'
+  status, out, _ = main(f'epoch {options}')
+  _, text = out.split('\ndigits ')
+  assert (status, text.split()[0]) == (0, 'uSF+BN')
+  for part in (
+    'training', 'evaluation, test', 'evaluation, held out',
+    'statistics for testing', 'angles of layers', 'a checkpoint',
+  ):  # fmt: skip
+    assert f'| {part} ' in text
+  shares = re.findall(r'(\d+) %', text)
+  assert 97 <= sum(map(int, shares)) <= 103  # each is rounded
+  assert re.findall(r'\n\| (\d+) ', text) == ['100', '250']
+  status, _, errors = main('epoch --condition SGD --repeats 0')
+  assert (status, 'repeats must be at least 1' in errors) == (2, True)

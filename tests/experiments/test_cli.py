@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from experiments import cli, datasets
+from experiments import cli, datasets, terminal
 from experiments.paper.protocol import Protocol
 from experiments.runs.progress import Reporter
 from experiments.runs.selection import Selection
@@ -148,8 +149,56 @@ def test_every_option_is_in_the_help(help_of_run):
       assert re.search(rf'{option}[ ,]', help_of_run), option
   for text in ('0.0005', '--train-size INT ', '--data-dir PATH '):
     assert text in help_of_run  # defaults and kinds
-  for noise in ('default: None', 'default: )', '{None}'):
-    assert noise not in help_of_run
+
+
+@pytest.mark.parametrize(
+  'command',
+  ['demo', 'run', 'plan', 'list', 'data', 'report', 'claims', 'fold'],
+)
+def test_help_shows_no_empty_defaults(main, command):
+  status, out, _ = main(command, '--help')
+  assert status == 0
+  for noise in ('None', 'default: )', 'default: ,', '{['):
+    assert noise not in out
+
+
+@pytest.mark.parametrize(
+  ('executable', 'on_path', 'typed'),
+  [
+    ('/opt/env/bin/python', '/opt/env/bin/python', 'python'),
+    ('/usr/bin/python3', '/usr/bin/python3', 'python3'),
+    ('{here}/.venv/bin/python', '/usr/bin/python', '.venv/bin/python'),
+    ('/opt/an env/bin/python', None, "'/opt/an env/bin/python'"),
+  ],
+)
+def test_commands_work_as_typed(
+  monkeypatch, tmp_path, executable, on_path, typed
+):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'executable', executable.format(here=tmp_path))
+  monkeypatch.setattr(
+    terminal.shutil, 'which',
+    lambda name: on_path if on_path and Path(on_path).name == name else None,
+  )  # fmt: skip
+  text = "run `python -m experiments demo`, or pip install -e '.[ray]'"
+  pip = 'pip' if typed == 'python' else f'{typed} -m pip'
+  assert terminal.as_typed(text) == (
+    f"run `{typed} -m experiments demo`, or {pip} install -e '.[ray]'"
+  )
+
+
+@pytest.mark.parametrize('width', [40, 60, 80, 160])
+@pytest.mark.parametrize('command', ['list', 'plan'])
+def test_lines_fit_the_terminal(main, monkeypatch, tmp_path, command, width):
+  monkeypatch.setenv('COLUMNS', str(width))
+  monkeypatch.setattr(sys, 'executable', '/env/bin/python')
+  more = ['--condition', 'SGD', '--results', tmp_path]
+  status, out, _ = main(command, *(more if command == 'plan' else []))
+  assert status == 0
+  names = out.split()
+  assert ('brSF-100%+BN+BM' if command == 'list' else 'digits') in names
+  longest = max(out.splitlines(), key=len)
+  assert len(longest) <= max(width, max(map(len, names)) + 6)
 
 
 _SHORT = (
@@ -282,15 +331,19 @@ def test_plan_writes_nothing(main, tmp_path):
   )  # fmt: skip
   assert status == 0
   assert '0 of 4 runs are finished' in out
-  assert '4 runs missing' in out
+  missing = re.search(r'4 runs missing: \S+ FLOP, about ([0-9]+) s on one', out)
+  assert missing and 0 < int(missing[1]) < 60
   assert '--calibrate' in out
   status, out, _ = main(
     'plan', *_SHORT[1:], '--calibrate', '--results', results
   )
   assert status == 0
-  (line,) = [line for line in out.splitlines() if 'GFLOP/s' in line]
-  assert line.split()[:2] == ['digits', 'SGD']
-  assert 'h on this machine' in out
+  head, line = out.splitlines()[1:3]
+  assert head.split() == [
+    'dataset', 'condition', 'runs', 'FLOP', 'GFLOP/s', 'time',
+  ]  # fmt: skip
+  assert line.split()[:3] == ['digits', 'SGD', '1']
+  assert 'on this machine' in ' '.join(out.split())
   assert not results.exists()
 
 
@@ -325,3 +378,22 @@ def test_an_interrupt_is_no_traceback(main, monkeypatch):
   status, _, errors = main('list')
   assert status == 130
   assert errors.count('\n') == 1
+
+
+def test_a_forgotten_environment_is_said_in_a_line(tmp_path):
+  (tmp_path / 'experiments').symlink_to(Path(cli.__file__).parent)
+  (tmp_path / 'tyro.py').write_text('raise ModuleNotFoundError(name="tyro")')
+
+  def run():
+    done = subprocess.run(
+      [sys.executable, '-m', 'experiments', 'list'],
+      cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ''
+    return done.stderr.strip()
+
+  hint = "-m pip install -e '.[experiments]'"
+  assert run() == (
+    f'error: {sys.executable} has no package tyro; install it with '
+    f'{sys.executable} {hint}'
+  )

@@ -115,7 +115,7 @@ NETWORKS = {
   'layers': (Full(lambda n: 16), Full(lambda n: n)),
   'module': lambda classes, batch_norm: Module(classes),
 }
-CONDITIONS = {'half+BM': Condition(rule='half', batch_manhattan=1)}
+CONDITIONS = {'mine': Condition(rule='half', batch_manhattan=1)}
 """
 
 
@@ -149,7 +149,10 @@ def test_conditions_rules_and_networks_of_ones_own(tmp_path):
   )
   path.write_text(_PLUGIN + '\n')
   (other, _) = _runs(
-    1, protocol, condition=('half+BM', 'uSF'), network='layers', **chosen
+    1, protocol, condition=('HALF+bm', 'uSF'), network='layers', **chosen
+  )
+  assert [other] == _runs(
+    1, protocol, condition=('mine',), network='layers', **chosen
   )
   assert other.run_id not in {run.run_id for run in runs}
 

@@ -7,6 +7,7 @@ import pytest
 from experiments import report
 from experiments.paper.conditions import COLUMNS, FAMILY
 from experiments.report import frame, plain, plots
+from experiments.terminal import as_typed
 from tests.report.records import cell, like_the_paper, record
 
 NBSP = '\N{NO-BREAK SPACE}'
@@ -70,7 +71,9 @@ def test_every_condition_is_told_apart_in_a_line():
   assert len(set(lines.values())) == len(contents) + len(others)
   assert '50%' in lines['brSF-50%+BN+BM']
   assert 'redrawn' in lines['brSF-50%+BN+BM']
-  assert plain.glossary(['uSF-x']) == {'uSF-x': "a condition of one's own"}
+  assert plain.glossary(['uSF-x']) == {
+    'uSF-x': "not one of the paper's conditions"
+  }
 
 
 @pytest.fixture(name='page', scope='module')
@@ -131,6 +134,7 @@ def test_a_cell_leads_to_its_runs_and_the_commands_that_repeat_them(page):
   assert link[2] == '5/5 runs; seed 0: rate 1, epoch 4'
   cell_ = between(page, f'id="{link[1]}"', '<details class="cell"')
   command = 'python -m experiments run --dataset MNIST --condition uSF+BN'
+  command = as_typed(command)
   assert f'<pre>{command} --epochs 4</pre>' in cell_
   assert cell_.count('<tr><td>0</td>') == 5
   assert f'<pre>{command} --rate 100 --epochs 4</pre>' in cell_
@@ -141,8 +145,8 @@ def test_alignment_is_drawn_by_layer_and_epoch(monkeypatch):
   monkeypatch.setattr(
     plots, 'picture', lambda figure, name, _: found.update({name: figure})
   )
-  same = {'conv': {'concordance': 1.0, 'angle': 0.0}}
-  other = {'conv': {'concordance': 0.25, 'angle': 60.0}}
+  same = {'conv': {'concordance': 1.0, 'angle': 0.0, 'norm_ratio': 1.0}}
+  other = {'conv': {'concordance': 0.25, 'angle': 60.0, 'norm_ratio': 20.0}}
   results = frame.read([
     *with_layers(cell('SGD', 1.0), same),
     *with_layers(cell('RndF', 5.0)),
@@ -152,8 +156,10 @@ def test_alignment_is_drawn_by_layer_and_epoch(monkeypatch):
   (row,) = results.main_rows
   plots.alignment(results, row)
   (figure,) = found.values()
-  assert [axes.get_ylabel() for axes in figure.axes] == ['RndF', '', '', '']
-  signs, angles, updates, _ = figure.axes
+  assert [axes.get_ylabel() for axes in figure.axes] == ['RndF', *[''] * 4]
+  norms, signs, angles, updates, _ = figure.axes
+  assert list(norms.lines[0].get_ydata()) == [20.0] * 4
+  assert norms.get_yscale() == 'log'
   lines = [list(line.get_ydata()) for line in signs.lines]
   assert lines == [[0.5] * 4, [1.0] * 4, [0.5, 0.5]]  # the last: unrelated
   assert list(angles.lines[0].get_ydata()) == [50.0] * 4

@@ -104,7 +104,7 @@ def test_agreement_counts_shared_columns_and_equal_flags():
   ]  # fmt: skip
   assert line_of(records, '2', 'MNIST').agreement == [
     'rank correlation 1.00',
-    'equal flags 2 of 3',  # BM is worse only here
+    'same marks 2 of 3',  # BM is worse only here
     '1 of 4 cells incomplete',
   ]
   assert line_of(cell('BM', 1.0), '2', 'MNIST').agreement == []

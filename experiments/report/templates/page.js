@@ -1,6 +1,6 @@
 'use strict';
 
-// A click on a column's head sorts its table; another one turns the order.
+// A click on the head of a column sorts its table; a second click reverses it.
 for (const table of document.querySelectorAll('table.sortable')) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
@@ -32,7 +32,7 @@ for (const table of document.querySelectorAll('table.sortable')) {
   });
 }
 
-// A link into a closed part opens it.
+// Opens the folded parts around the target of a link.
 const reveal = () => {
   const target = document.getElementById(location.hash.slice(1));
   for (let box = target; box; box = box.parentElement) {
@@ -46,7 +46,21 @@ document.addEventListener('click', (event) => {
 addEventListener('hashchange', reveal);
 reveal();
 
-// Cells of which the title has every word stay.
+// Draws the learning curve of each run when its cell is opened.
+document.addEventListener('toggle', ({ target }) => {
+  for (const place of target.querySelectorAll('.curve:empty')) {
+    const text = place.parentElement.querySelector('.errors').textContent;
+    const errors = text.trim().split(' ').map(Number);
+    const step = 110 / Math.max(errors.length - 1, 1);
+    const points = errors.map((error, at) => `${at * step},${24 - 0.22 * error}`);
+    if (text.trim()) {
+      place.innerHTML = '<svg width="112" height="26"><polyline/></svg>';
+      place.querySelector('polyline').setAttribute('points', points.join(' '));
+    }
+  }
+}, true);
+
+// Shows the cells whose title has every word of the filter.
 const filter = document.getElementById('filter');
 filter.hidden = false;
 filter.addEventListener('input', () => {
