@@ -17,6 +17,7 @@ _LAYERS = (
   Pool('max', 2, 2),
   Conv(3, 4, padding=1),
   Pool('average', 3, 2, padding=1),
+  Full(lambda classes: 16),
   Full(lambda classes: classes),
 )
 
