@@ -425,7 +425,9 @@ def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
   """The runs without a result."""
   from experiments.runs.store import RunFolder
 
-  return [run for run in runs if RunFolder(results, run).result() is None]
+  return [
+    run for run in runs if RunFolder(results, run.run_id).result() is None
+  ]
 
 
 def _train(

@@ -27,12 +27,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from symjax_bp import metrics
 from symjax_bp.feedback import symmetric
 from symjax_bp.kinds import Trait
 from symjax_bp.transform import (
   Call,
   FeedbackFunction,
   Rules,
+  by_path,
   fold_path,
   separate,
   undifferentiated,
@@ -172,6 +174,89 @@ class DirectFunction:
       feedback = jax.tree.map(guard, feedback)
     return call(reals, others, feedback, targets)
 
+  def layer_alignment(
+    self,
+    loss: Callable[[jax.Array], jax.Array],
+    params: Any,
+    feedback: dict,
+    *args,
+    targets: Any = None,
+    **kwargs,
+  ) -> dict[str, metrics.Alignment]:
+    """How well the error of each layer agrees with backpropagation.
+
+    >>> f = with_direct_feedback(lambda W, x: jnp.tanh(x @ W[0]) @ W[1])
+    >>> W, x = [jnp.eye(2), jnp.ones((2, 1))], jnp.eye(2)
+    >>> opposite = {'1': -jnp.ones((2, 1))}  # B; backpropagation has W[1]
+    >>> rows = f.layer_alignment(jnp.sum, W, opposite, x)
+    >>> for path, row in rows.items():
+    ...   print(path, row.error_angle, row.update_angle)
+    0 180.0 180.0
+    1 0.0 0.0
+
+    Args:
+      loss: the scalar loss as a function of the output.
+      params: the parameters.
+      feedback: what ``init`` returned.
+      *args, **kwargs: further arguments of the function.
+      targets: as for a call.
+
+    Returns:
+      {path of the weight: ``metrics.Alignment``}. Its error signal is summed
+      over uses of one shape, such as the steps of a scan. There is no V: the
+      concordance, the angle and the norm ratio are NaN.
+    """
+    found: dict[tuple[str, tuple[int, ...]], tuple[Any, Sequence[int]]] = {}
+
+    def perturbed(params, added, args, kwargs):
+      """The function; adds an array to the output of each product."""
+
+      def multiply(op, xs, weight, step):
+        y = op(xs, weight.x)
+        key = ' + '.join(step.weight.paths), y.shape
+        axes = op.feature_axes(y.ndim, weight.x.ndim) or ()
+        found.setdefault(key, (y.dtype, axes))
+        return y + added[key] if key in added else y
+
+      call = Call(self.plain, params, args, kwargs).plan({})
+      return call.evaluate(multiply)
+
+    jax.eval_shape(lambda: perturbed(params, {}, args, kwargs))
+    zeros = {key: jnp.zeros(key[1], dtype) for key, (dtype, _) in found.items()}
+    direct = dataclasses.replace(
+      self, plain=FeedbackFunction(perturbed, self.plain.rules)
+    )
+
+    def by_direct(params, added):
+      inputs = added, args, kwargs
+      return loss(direct(params, feedback, *inputs, targets=targets))
+
+    def by_backpropagation(params, added):
+      return loss(perturbed(params, added, args, kwargs))
+
+    (dW, g), (true_dW, true_g) = (
+      jax.grad(of, (0, 1))(params, zeros)
+      for of in (by_direct, by_backpropagation)
+    )
+    updates, true_updates = by_path(dW), by_path(true_dW)
+    rows = {}
+    for path in dict.fromkeys(path for path, _ in found):
+      keys = [key for key in found if key[0] == path]
+      parts = metrics.parts_of(path, updates)
+      axes = found[keys[0]][1]
+      features = jnp.moveaxis(g[keys[0]], axes, range(-len(axes), 0))
+      rows[path] = metrics.Alignment(
+        concordance=jnp.nan,
+        angle=jnp.nan,
+        norm_ratio=jnp.nan,
+        update_angle=_angle(updates, true_updates, parts),
+        error_angle=_angle(g, true_g, keys),
+        effective_rank=metrics.effective_rank(
+          features.reshape(-1, math.prod(features.shape[-len(axes) :]))
+        ),
+      )
+    return rows
+
   def _matrix(self, feedback: dict, path: str, h: jax.Array) -> jax.Array:
     size = math.prod(h.shape[1:])
     B = feedback.get('shared' if self.shared else path)
@@ -226,6 +311,12 @@ def _inject_backward(learns, operands, g):
 
 
 _inject.defvjp(_inject_forward, _inject_backward)
+
+
+def _angle(a: dict, b: dict, keys: Sequence[Any]) -> jax.Array:
+  """The angle between some arrays of each dictionary, taken as one vector."""
+  vectors = (jnp.concatenate([of[k].ravel() for k in keys]) for of in (a, b))
+  return metrics.alignment_angle(*vectors)
 
 
 def _is_real(leaf: Any) -> bool:

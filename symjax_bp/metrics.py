@@ -301,10 +301,10 @@ def layer_alignment(
       effective_rank=_rank_of(gram) if gram.size else jnp.float32(jnp.nan),
     )
 
-  parts = {path: _parts(path, updates) for path in features}
+  parts = {path: parts_of(path, updates) for path in features}
   return {path: row(path) for path in features}
 
 
-def _parts(path: str, params: dict[str, Any]) -> list[str]:
+def parts_of(path: str, params: dict[str, Any]) -> list[str]:
   """The parameters of a weight; several if it was put together of them."""
   return [path] if path in params else path.split(' + ')

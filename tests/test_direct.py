@@ -292,3 +292,51 @@ def test_an_excluded_weight_gets_the_error_of_the_layer_above(float64):
   d = (upper @ W[2] - target) @ feedback['2'].T
   lower = lambda W: jnp.tanh(jnp.tanh(x @ W[0]) @ W[1])
   assert_close(found[:2], jax.vjp(lower, W[:2])[1](d)[0])
+
+
+def test_alignment_is_that_of_errors_and_updates(float64):
+  def tied(params, x):  # one weight, two uses with outputs of two shapes
+    h = jnp.tanh(x @ params['W'])
+    return jnp.tanh(h @ params['U']) @ params['W'][:3].T
+
+  W, x, target = wide(0, 4, 5), wide(2, 6, 4), wide(3, 6, 3)
+  params = {'W': W, 'U': wide(1, 5, 5)}
+  f = with_direct_feedback(tied)
+  feedback = f.init(jax.random.key(0), params, x)
+
+  def loss(y):
+    return ((y - target) ** 2).sum() / 2
+
+  rows = f.layer_alignment(loss, params, feedback, x)
+  h1 = jnp.tanh(x @ W)
+  h2 = jnp.tanh(h1 @ params['U'])
+  e = h2 @ W[:3].T - target
+  # Errors at the outputs of the first and the second product; the third is e.
+  true2 = (e @ W[:3]) * (1 - h2**2)
+  true1 = (true2 @ params['U'].T) * (1 - h1**2)
+  own2 = (e @ feedback['W'].T) * (1 - h2**2)
+  own1 = (e @ feedback['U'].T) * (1 - h1**2)
+
+  def angle(a, b):
+    a, b = (np.concatenate([np.ravel(v) for v in of]) for of in (a, b))
+    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    return np.degrees(np.arccos(cosine))
+
+  wanted = {
+    'W': (
+      angle([own1, e], [true1, e]),
+      angle(
+        [(x.T @ own1).at[:3].add(e.T @ h2)],
+        [(x.T @ true1).at[:3].add(e.T @ h2)],
+      ),
+    ),
+    'U': (angle([own2], [true2]), angle([h1.T @ own2], [h1.T @ true2])),
+  }
+  assert set(rows) == set(wanted)
+  for path, angles in wanted.items():
+    row = rows[path]
+    np.testing.assert_allclose(
+      (row.error_angle, row.update_angle), angles, 1e-6
+    )
+    assert np.isnan([row.angle, row.concordance, row.norm_ratio]).all()
+    assert 1 <= row.effective_rank <= 5

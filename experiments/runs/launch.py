@@ -123,7 +123,7 @@ def launch(
               again.append(run)
             else:
               summary.failed += 1
-              RunFolder(options.results, run).fail(outcome.error)
+              RunFolder(options.results, run.run_id).fail(outcome.error)
       if stop.signal is not None:
         raise Interrupted(stop.signal)
       # Another process may have died meanwhile, and left its runs to this one.

@@ -80,7 +80,7 @@ def on_ray(
           outcome, messages = _outcome(ray, task, stop())
           for message in messages:
             listener.message(message)
-          result = RunFolder(options.results, run).result()
+          result = RunFolder(options.results, run.run_id).result()
           if outcome.status == 'done' and result is not None:
             listener.run_finished(run, result)
           yield run, outcome
@@ -104,7 +104,7 @@ def _begin(results: Path) -> filelock.BaseFileLock:
 
 def _show(run: Run, options: Options, listener: Any, seen: dict) -> None:
   """Tells the listener of the epochs that a task has recorded."""
-  lines = RunFolder(options.results, run).metrics()
+  lines = RunFolder(options.results, run.run_id).metrics()
   if run.run_id not in seen:
     seen[run.run_id] = len(lines)
     listener.run_started(run, len(lines) + 1)

@@ -32,7 +32,7 @@ from typing import Any
 
 import filelock
 
-from experiments.paper.protocol import VERSION, Run
+from experiments.paper.protocol import VERSION
 from experiments.runs.files import (
   UNFINISHED,
   StoreError,
@@ -75,14 +75,29 @@ class RunFolder:
   Attributes:
     path: of the folder.
     checkpoints: folder of the run's checkpoints.
-    run: whose it is.
   """
 
-  def __init__(self, results: str | os.PathLike[str], run: Run):
+  def __init__(self, results: str | os.PathLike[str], run_id: str):
     """Names the folder; makes nothing."""
-    self.path = Path(results) / run.run_id
+    self.path = Path(results) / run_id
     self.checkpoints = self.path / 'checkpoints'
-    self.run = run
+
+  def config(self) -> dict[str, Any] | None:
+    """The configuration of the run; None if there is none.
+
+    Raises:
+      StoreError: if the file is none of this version.
+    """
+    config = read_json(self.path / 'config.json')
+    if config is None:
+      return None
+    if not isinstance(config, dict) or config.get('version') != VERSION:
+      raise StoreError(
+        f'{self.path}/config.json is not of version {VERSION}: it was written '
+        'by another version of this program, or is no configuration. Use that '
+        'version, or another folder with --results, or move it away.'
+      )
+    return config
 
   def result(self) -> dict[str, Any] | None:
     """Both results of the run; None while it is unfinished.
@@ -90,8 +105,38 @@ class RunFolder:
     Raises:
       StoreError: if the file is no result, or a link.
     """
-    _refuse_link(self.path)
-    return _result(self.path)
+    self._refuse_link()
+    result = read_json(self.path / 'result.json')
+    if result is None:
+      return None
+    if not isinstance(result, dict) or not _is_number(
+      result.get('best_test_error')
+    ):
+      raise StoreError(
+        f'{self.path}/result.json is no result: remove {self.path} to do that '
+        'run again.'
+      )
+    return result
+
+  def metrics(self) -> list[dict[str, Any]]:
+    """The lines up to the first that is cut off or out of turn."""
+    lines: list[dict[str, Any]] = []
+    for row in (read_text(self.path / 'metrics.jsonl') or '').split('\n'):
+      try:
+        line = json.loads(row)
+      except (ValueError, RecursionError):
+        break
+      if not _is_line(line, len(lines) + 1):
+        break
+      lines.append(line)
+    return lines
+
+  def error(self) -> str | None:
+    """Why the run failed for good, or None."""
+    error = read_json(self.path / 'error.json')
+    if isinstance(error, dict):
+      error = error.get('error')
+    return None if error is None else str(error)
 
   @contextlib.contextmanager
   def claimed(self) -> Iterator[bool]:
@@ -100,7 +145,7 @@ class RunFolder:
     Raises:
       StoreError: if the folder cannot be made or locked.
     """
-    _refuse_link(self.path)
+    self._refuse_link()
     path = self.path / '.lock'
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -121,15 +166,15 @@ class RunFolder:
       if (self.path / 'result.json').exists():
         path.unlink(missing_ok=True)
 
-  def begin(self) -> None:
+  def begin(self, config: Mapping[str, Any]) -> None:
     """Writes the configuration, or checks that the folder is this run's.
 
     Raises:
       StoreError: if it is not, or cannot be written.
     """
     (self.path / 'error.json').unlink(missing_ok=True)
-    _remove_unfinished(self.path)
-    config, found = self.run.config(), _config(self.path)
+    self._remove_unfinished()
+    found = self.config()
     if found is None:
       _write_json(self.path / 'config.json', config)
     elif _without_words(found) != _without_words(config):
@@ -137,10 +182,6 @@ class RunFolder:
         f'{self.path}/config.json is the configuration of another run. Remove '
         f'{self.path} to do this run again.'
       )
-
-  def metrics(self) -> list[dict[str, Any]]:
-    """The lines of metrics so far."""
-    return _metrics(self.path / 'metrics.jsonl')
 
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch, or nothing.
@@ -165,10 +206,10 @@ class RunFolder:
   def finish(
     self, result: Mapping[str, Any], environment: Mapping[str, str]
   ) -> None:
-    """Writes the result and removes the checkpoints."""
+    """Writes the result and removes what else training needed."""
     _write_json(self.path / 'environment.json', environment)
     _write_json(self.path / 'result.json', result)
-    _tidy(self.path)
+    self.tidy()
 
   def fail(self, error: str) -> None:
     """Records why the run failed for good; a new attempt forgets it."""
@@ -179,6 +220,28 @@ class RunFolder:
     lines = self.metrics()[:epochs]
     rows = ''.join(json.dumps(line) + '\n' for line in lines)
     write_atomically(self.path / 'metrics.jsonl', rows)
+
+  def tidy(self) -> None:
+    """Removes what a finished run no longer needs."""
+    shutil.rmtree(self.checkpoints, ignore_errors=True)
+    self._remove_unfinished()
+
+  def _remove_unfinished(self) -> None:
+    for file in self.path.glob(f'{UNFINISHED}*'):
+      file.unlink(missing_ok=True)
+
+  def _refuse_link(self) -> None:
+    try:
+      is_link = self.path.is_symlink()
+    except OSError as error:
+      raise StoreError(
+        f'{self.path} cannot be read: {error.strerror}. Choose another folder '
+        'with --results.'
+      ) from error
+    if is_link:
+      raise StoreError(
+        f'{self.path} is a link, which is not followed. Remove it.'
+      )
 
 
 def create(folder: Path) -> None:
@@ -206,11 +269,11 @@ def tidy(folder: Path) -> None:
   Raises:
     StoreError: if the folder cannot be read.
   """
-  for path in _run_folders(folder):
-    if (path / 'result.json').exists():
+  for run in _runs(folder):
+    if (run.path / 'result.json').exists():
       with contextlib.suppress(OSError):  # it does no harm if it stays
-        _tidy(path)
-        (path / '.lock').unlink(missing_ok=True)
+        run.tidy()
+        (run.path / '.lock').unlink(missing_ok=True)
 
 
 def load(folder: str | os.PathLike[str]) -> list[Record]:
@@ -231,45 +294,32 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
 
 
 def _records(root: Path) -> Iterator[Record]:
-  for path in _run_folders(root):
+  for run in _runs(root):
+    run_id = run.path.name
     try:
-      config = _config(path)
+      config = run.config()
       if config is None:
         continue
       yield Record(
-        run_id=path.name,
+        run_id=run_id,
         config=config,
-        metrics=_metrics(path / 'metrics.jsonl'),
-        result=_result(path),
-        environment=read_json(path / 'environment.json'),
-        error=_error(path),
+        metrics=run.metrics(),
+        result=run.result(),
+        environment=read_json(run.path / 'environment.json'),
+        error=run.error(),
       )
     except StoreError as error:
-      yield Record(path.name, {}, [], None, problem=str(error))
+      yield Record(run_id, {}, [], None, problem=str(error))
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
+def _runs(root: Path) -> Iterator[RunFolder]:
   try:
     paths = sorted(root.iterdir())
   except OSError as error:
     raise StoreError(f'{root} cannot be read: {error.strerror}.') from error
   for path in paths:
     if _RUN_ID.fullmatch(path.name) and not path.is_symlink():
-      yield path
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-  """The lines up to the first that is cut off or out of turn."""
-  lines: list[dict[str, Any]] = []
-  for row in (read_text(path) or '').split('\n'):
-    try:
-      line = json.loads(row)
-    except (ValueError, RecursionError):
-      break
-    if not _is_line(line, len(lines) + 1):
-      break
-    lines.append(line)
-  return lines
+      yield RunFolder(root, path.name)
 
 
 def _is_line(line: Any, epoch: int) -> bool:
@@ -286,69 +336,10 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _config(path: Path) -> dict[str, Any] | None:
-  """The configuration in a run's folder, or None if there is none."""
-  config = read_json(path / 'config.json')
-  if config is None:
-    return None
-  if not isinstance(config, dict) or config.get('version') != VERSION:
-    raise StoreError(
-      f'{path}/config.json is not of version {VERSION}: it was written by '
-      'another version of this program, or is no configuration. Use that '
-      'version, or another folder with --results, or move it away.'
-    )
-  return config
-
-
-def _result(path: Path) -> dict[str, Any] | None:
-  """The result in a run's folder, or None if there is none."""
-  result = read_json(path / 'result.json')
-  if result is None:
-    return None
-  if not isinstance(result, dict) or not _is_number(
-    result.get('best_test_error')
-  ):
-    raise StoreError(
-      f'{path}/result.json is no result: remove {path} to do that run again.'
-    )
-  return result
-
-
-def _error(path: Path) -> str | None:
-  """Why the run failed for good, or None."""
-  error = read_json(path / 'error.json')
-  if isinstance(error, dict):
-    error = error.get('error')
-  return None if error is None else str(error)
-
-
-def _refuse_link(path: Path) -> None:
-  try:
-    is_link = path.is_symlink()
-  except OSError as error:
-    raise StoreError(
-      f'{path} cannot be read: {error.strerror}. Choose another folder with '
-      '--results.'
-    ) from error
-  if is_link:
-    raise StoreError(f'{path} is a link, which is not followed. Remove it.')
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
   text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
   write_atomically(path, text + '\n')
 
 
-def _without_words(config: dict[str, Any]) -> dict[str, Any]:
+def _without_words(config: Mapping[str, Any]) -> dict[str, Any]:
   return {k: v for k, v in config.items() if k not in ('source', 'note')}
-
-
-def _remove_unfinished(path: Path) -> None:
-  for file in path.glob(f'{UNFINISHED}*'):
-    file.unlink(missing_ok=True)
-
-
-def _tidy(path: Path) -> None:
-  """Removes what a finished run no longer needs."""
-  shutil.rmtree(path / 'checkpoints', ignore_errors=True)
-  _remove_unfinished(path)

@@ -123,14 +123,14 @@ def train_runs(
   outcomes, begun = [], []
   with contextlib.ExitStack() as locks:
     for run in runs:
-      folder = RunFolder(options.results, run)
+      folder = RunFolder(options.results, run.run_id)
       if not locks.enter_context(folder.claimed()):
         outcomes.append((run, Outcome('elsewhere')))
       elif folder.result():
         outcomes.append((run, Outcome('skipped')))
       else:
         try:
-          begun.append(_begin(folder, options, listener))
+          begun.append(_begin(run, folder, options, listener))
         except (StoreError, DatasetError):
           raise
         except Exception as error:
@@ -145,6 +145,7 @@ def train_runs(
 class _Begun:
   """A run in training: its folder, dataset, state and lines of metrics."""
 
+  run: Run
   folder: RunFolder
   data: Any
   state: Any
@@ -153,12 +154,13 @@ class _Begun:
   ended: bool = False
 
 
-def _begin(folder: RunFolder, options: Options, listener: Listener) -> _Begun:
+def _begin(
+  run: Run, folder: RunFolder, options: Options, listener: Listener
+) -> _Begun:
   from experiments.runs import checkpoints
   from experiments.training import data, devices, loop
 
-  run = folder.run
-  folder.begin()
+  folder.begin(run.config())
   mesh = devices.mesh_for([run], options.devices)
   on_device = data.device_data(run, options.load, mesh)
   state = loop.start(run, on_device)
@@ -171,7 +173,7 @@ def _begin(folder: RunFolder, options: Options, listener: Listener) -> _Begun:
     listener.message(problem)
   listener.run_started(run, epoch + 1)
   state = state if restored is None else restored
-  return _Begun(folder, on_device, state, lines[:epoch], epoch)
+  return _Begun(run, folder, on_device, state, lines[:epoch], epoch)
 
 
 def _train(
@@ -186,7 +188,7 @@ def _train(
   environment = _environment(group)
   pace = _Pace(options.checkpoint_share)
   epochs = vmapped.epochs(
-    [each.folder.run for each in group],
+    [each.run for each in group],
     [each.data for each in group],
     [each.state for each in group],
     len(group[0].lines) + 1,
@@ -211,8 +213,7 @@ def _train(
       _save(group)
       pace.took(time.perf_counter() - began)
   return [
-    (each.folder.run, Outcome('done') if each.ended else outcome)
-    for each in group
+    (each.run, Outcome('done') if each.ended else outcome) for each in group
   ]
 
 
@@ -226,7 +227,7 @@ def _record(
   """Records an epoch, and the result after the last one."""
   from experiments.runs import checkpoints
 
-  run = each.folder.run
+  run = each.run
   each.folder.append(line)
   each.lines.append(line)
   listener.epoch_finished(run, line)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 import symjax_bp
 from symjax_bp import linen, metrics
@@ -173,69 +172,18 @@ def _direct(model: nn.Module, rule: Direct) -> Backward:
   """The output's error, past the layers."""
   function = with_direct_feedback(_function(model), **dataclasses.asdict(rule))
 
-  def logits_of(function, params, feedback, x, y):
+  def targets(params, y):
     if rule.error != 'target':
-      return function(params, feedback, x)
-    classes = params['output']['bias'].size
-    targets = jax.nn.one_hot(y, classes) / len(y)
-    return function(params, feedback, x, targets=targets)
+      return {}
+    classes = params['output']['kernel'].shape[-1]
+    return {'targets': jax.nn.one_hot(y, classes) / len(y)}
 
   def logits(params, feedback, x, y):
-    return logits_of(function, params, feedback, x, y)
+    return function(params, feedback, x, **targets(params, y))
 
   def align(params, feedback, x, y, loss):
-    """Compares errors at each layer's output, and updates."""
-
-    def perturbed(params, x, added) -> Any:
-      """The model, with a number added to each output of a layer."""
-
-      def add(call, args, kwargs, context):
-        y = call(*args, **kwargs)
-        name = '/'.join(context.module.path)
-        called = context.method_name == '__call__'
-        return y + added[name] if called and name in added else y
-
-      with nn.intercept_methods(add):
-        return model.apply({'params': params}, x, True)
-
-    shapes = jax.eval_shape(
-      lambda: model.apply({'params': params}, x, True,
-                          capture_intermediates=True,
-                          mutable='intermediates')
-    )  # fmt: skip
-    outputs = {
-      name: jnp.zeros(layer['__call__'][0].shape, x.dtype)
-      for name, layer in shapes[1]['intermediates'].items()
-      if 'kernel' in params.get(name, {})
-    }
-    direct = with_direct_feedback(perturbed, **dataclasses.asdict(rule))
-
-    def by_direct(params, outputs):
-      def called(params, feedback, x, **targets):
-        return direct(params, feedback, x, outputs, **targets)
-
-      return loss(logits_of(called, params, feedback, x, y))
-
-    def by_backpropagation(params, outputs):
-      return loss(perturbed(params, x, outputs))
-
-    (dW, g), (true_dW, true_g) = (
-      jax.grad(of, (0, 1))(params, outputs)
-      for of in (by_direct, by_backpropagation)
+    return _by_layer(
+      function.layer_alignment(loss, params, feedback, x, **targets(params, y))
     )
-    nan = jnp.float32(jnp.nan)
-    return {
-      name: metrics.Alignment(
-        concordance=nan,
-        angle=nan,
-        norm_ratio=nan,
-        update_angle=metrics.alignment_angle(
-          dW[name]['kernel'], true_dW[name]['kernel']
-        ),
-        error_angle=metrics.alignment_angle(g[name], true_g[name]),
-        effective_rank=metrics.effective_rank(g[name]),
-      )
-      for name in outputs
-    }
 
   return Backward(function.init, logits, False, False, _unchanged, align)

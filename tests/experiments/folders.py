@@ -32,10 +32,11 @@ def interrupted(
   folder: Path, epochs: int = 3, run: Run | None = None
 ) -> RunFolder:
   """A run with metrics and checkpoints of some epochs."""
-  made = RunFolder(folder, run or tiny.run())
+  run = run or tiny.run()
+  made = RunFolder(folder, run.run_id)
   with made.claimed() as mine:
     assert mine
-    made.begin()
+    made.begin(run.config())
     for epoch in range(1, epochs + 1):
       made.append(line(epoch))
       checkpoints.save(made.checkpoints, epoch, state(epoch))

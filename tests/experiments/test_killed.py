@@ -72,7 +72,9 @@ def _do(folder, load, began, last, room, share) -> None:
 
 
 def _missing(folder) -> list:
-  return [run for run in _RUNS if RunFolder(folder, run).result() is None]
+  return [
+    run for run in _RUNS if RunFolder(folder, run.run_id).result() is None
+  ]
 
 
 @pytest.fixture(name='start', scope='module')

@@ -98,7 +98,7 @@ def test_resumes_with_the_same_bits(
 ):
   with pytest.raises(error):
     _launch(tmp_path, [_RUN], Listener(after, act), share=share)
-  assert RunFolder(tmp_path, _RUN).result() is None
+  assert RunFolder(tmp_path, _RUN.run_id).result() is None
   listener = Listener()
   assert _launch(tmp_path, [_RUN], listener).done == 1
   assert listener.epochs() == [*range(resumes, 5)]
@@ -147,7 +147,7 @@ def test_a_stop_names_the_signal_and_restores_the_handlers(tmp_path):
   other = tiny.run('brSF-50%+BN+BM', epochs=4, seed=1)
   with pytest.raises(Interrupted):
     _launch(tmp_path, [_RUN, other], Listener(4, interrupt))
-  assert RunFolder(tmp_path, _RUN).result() is not None
+  assert RunFolder(tmp_path, _RUN.run_id).result() is not None
   assert not (tmp_path / other.run_id).exists()
 
 
@@ -160,7 +160,7 @@ def test_a_second_signal_ends_at_once():
 
 def test_runs_of_another_process_are_left_to_it(tmp_path):
   other = tiny.run('brSF-50%+BN+BM', epochs=1)
-  with RunFolder(tmp_path, _RUN).claimed():
+  with RunFolder(tmp_path, _RUN.run_id).claimed():
     summary = _launch(tmp_path, [_RUN, other])
   assert (summary.done, summary.elsewhere) == (1, 1)
   assert os.listdir(tmp_path / _RUN.run_id) == ['.lock']
@@ -169,7 +169,7 @@ def test_runs_of_another_process_are_left_to_it(tmp_path):
 def test_runs_that_another_process_gives_up_are_trained_after_all(tmp_path):
   """While this one trains its last run."""
   other = tiny.run('brSF-50%+BN+BM', epochs=1)
-  claim = RunFolder(tmp_path, _RUN).claimed()
+  claim = RunFolder(tmp_path, _RUN.run_id).claimed()
   claim.__enter__()
   listener = Listener(1, lambda: claim.__exit__(None, None, None))
   summary = _launch(tmp_path, [_RUN, other], listener)
@@ -283,7 +283,7 @@ def test_runs_that_stand_at_different_epochs(tmp_path, alone):
   with pytest.raises(Interrupted):
     _launch(tmp_path, [begun], Listener(1, interrupt))
   listener = Listener()
-  with RunFolder(tmp_path, locked).claimed():
+  with RunFolder(tmp_path, locked.run_id).claimed():
     summary = _launch(tmp_path, _GROUP, listener, 6)
   assert (summary.done, summary.skipped, summary.elsewhere) == (4, 1, 1)
   epochs = {run.run_id: 2 if run == begun else 1 for run in [begun, *others]}

@@ -3,10 +3,14 @@
 import numpy as np
 import pytest
 
+from experiments.datasets import DatasetError
 from experiments.paper.conditions import TABLES, THEN_500
 from experiments.paper.protocol import Protocol
+from experiments.runs import launch
+from experiments.runs.processes import in_processes, places
 from experiments.runs.selection import Selection, shard_of
 from experiments.runs.store import load
+from experiments.runs.train import Options
 from tests.experiments.listener import Listener
 
 
@@ -120,23 +124,20 @@ CONDITIONS = {'mine': Condition(rule='half', batch_manhattan=1)}
 
 
 def test_conditions_rules_and_networks_of_ones_own(tmp_path):
-  from experiments.runs import launch
-  from experiments.runs.train import Options
-
   path = tmp_path / 'plugin.py'
   path.write_text(_PLUGIN)
   protocol = {'epochs': 2, 'train_size': 200, 'layer_metrics': True}
   chosen = {'rate': (1.0,), 'plugin': path}
   runs = [
     run
-    for network in ('layers', 'module')
+    for network, condition in (('layers', 'half+BM'), ('module', 'uSF'))
     for run in _runs(
-      1, protocol, condition=('half+BM', 'uSF'), network=network, **chosen
+      1, protocol, condition=(condition,), network=network, **chosen
     )
   ]
   options = Options(tmp_path / 'results')
   launcher = launch.in_this_process(options)
-  assert launch.launch(runs, launcher, options, Listener()).done == 4
+  assert launch.launch(runs, launcher, options, Listener()).done == 2
   for record in load(tmp_path / 'results'):
     assert record.config['plugin'] == _PLUGIN
     layers = record.metrics[-1]['layers']
@@ -148,8 +149,8 @@ def test_conditions_rules_and_networks_of_ones_own(tmp_path):
     1, protocol, condition=('SGD',), rate=(1.0,)
   )
   path.write_text(_PLUGIN + '\n')
-  (other, _) = _runs(
-    1, protocol, condition=('HALF+bm', 'uSF'), network='layers', **chosen
+  (other,) = _runs(
+    1, protocol, condition=('HALF+bm',), network='layers', **chosen
   )
   assert [other] == _runs(
     1, protocol, condition=('mine',), network='layers', **chosen
@@ -181,11 +182,6 @@ def test_plugins_that_cannot_be_used(tmp_path, source, network, message):
 
 def test_a_dataset_of_ones_own(tmp_path):
   """Its network is a part of a run's identity; worker processes find it."""
-  from experiments.datasets import DatasetError
-  from experiments.runs import launch
-  from experiments.runs.processes import in_processes, places
-  from experiments.runs.train import Options
-
   random = np.random.default_rng(0)
   y = np.arange(400, dtype=np.int64) % 2
   x = random.integers(0, 50, (400, 32, 32, 3)) + 150 * y[:, None, None, None]
@@ -197,15 +193,15 @@ def test_a_dataset_of_ones_own(tmp_path):
   chosen |= {'condition': ('uSF+BN',), 'test_share': 0.25}
   protocol = {'epochs': 1}
   (cifar,) = _runs(1, protocol, **chosen)
-  (svhn,) = _runs(1, protocol, architecture='svhn', **chosen)
-  assert (cifar.network, svhn.network) == ('cifar', 'svhn')
-  assert cifar.run_id != svhn.run_id
-  loader = Selection(**chosen, architecture='svhn').loader()
+  (mnist,) = _runs(1, protocol, architecture='mnist', **chosen)
+  assert (cifar.network, mnist.network) == ('cifar', 'mnist')
+  assert cifar.run_id != mnist.run_id
+  loader = Selection(**chosen, architecture='mnist').loader()
   options = Options(tmp_path / 'results', loader)
   launcher = in_processes(options, places(1))
-  assert launch.launch([svhn], launcher, options, Listener()).done == 1
+  assert launch.launch([mnist], launcher, options, Listener()).done == 1
   (record,) = load(tmp_path / 'results')
-  assert record.config['network'] == 'svhn'
+  assert record.config['network'] == 'mnist'
   assert record.result is not None
   assert record.result['train_images'] == 270
   assert record.result['chance_error'] == 50

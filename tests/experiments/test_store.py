@@ -60,7 +60,7 @@ def test_leftovers_of_a_crash_are_removed(tmp_path):
   folder = folders.interrupted(tmp_path)
   cut_off = folder.path / f'{files.UNFINISHED}abc'
   cut_off.write_text('{"half')
-  folder.begin()
+  folder.begin(tiny.run().config())
   assert not cut_off.exists()
   # Between the result and the end.
   result = json.dumps(folders.RESULT)
@@ -87,17 +87,17 @@ def test_leftovers_of_a_crash_are_removed(tmp_path):
   ],
 )
 def test_a_config_of_something_else(tmp_path, text, reason):
-  folder = RunFolder(tmp_path, tiny.run())
+  folder = RunFolder(tmp_path, tiny.run().run_id)
   folder.path.mkdir()
   (folder.path / 'config.json').write_text(text)
   with pytest.raises(StoreError, match=reason) as error:
-    folder.begin()
-  assert folder.run.run_id in str(error.value)
+    folder.begin(tiny.run().config())
+  assert folder.path.name in str(error.value)
   if reason != 'another run':
     folders.interrupted(tmp_path, run=tiny.run('uSF'))
     bad, good = sorted(store.load(tmp_path), key=lambda r: r.problem is None)
     assert reason in (bad.problem or '')
-    assert (bad.run_id, good.metrics[0]) == (folder.run.run_id, folders.line(1))
+    assert (bad.run_id, good.metrics[0]) == (folder.path.name, folders.line(1))
   assert (folder.path / 'config.json').read_text() == text
 
 
@@ -106,7 +106,7 @@ def test_words_in_a_config_may_differ(tmp_path):
   config = json.loads((folder.path / 'config.json').read_text())
   config |= {'source': 'elsewhere', 'note': 'lossy'}
   (folder.path / 'config.json').write_text(json.dumps(config))
-  folder.begin()
+  folder.begin(tiny.run().config())
   assert folders.check(folder, 3) == []
 
 
@@ -122,7 +122,7 @@ def test_a_file_that_is_no_result(tmp_path, text):
     return
   with pytest.raises(StoreError, match='result.json.* run again') as error:
     folder.result()
-  assert folder.run.run_id in str(error.value)
+  assert folder.path.name in str(error.value)
   (record,) = store.load(tmp_path)
   assert record.problem == str(error.value)
 
@@ -130,7 +130,7 @@ def test_a_file_that_is_no_result(tmp_path, text):
 def test_links_are_not_followed(tmp_path):
   run = tiny.run()
   outside = folders.interrupted(tmp_path / 'outside').path
-  inside = RunFolder(tmp_path / 'inside', run)
+  inside = RunFolder(tmp_path / 'inside', run.run_id)
   inside.path.mkdir(parents=True)
   (inside.path / 'config.json').symlink_to(outside / 'config.json')
   (record,) = store.load(inside.path.parent)
@@ -168,8 +168,8 @@ def test_folders_that_cannot_be_used(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match='no results folder.*experiments run'):
       store.load(path)
   with pytest.raises(StoreError, match='--results'):
-    RunFolder(file, tiny.run()).claimed().__enter__()
-  assert RunFolder(tmp_path / 'none', tiny.run()).result() is None
+    RunFolder(file, tiny.run().run_id).claimed().__enter__()
+  assert RunFolder(tmp_path / 'none', tiny.run().run_id).result() is None
   assert not (tmp_path / 'none').exists()
 
   def denied(*_, **__):
@@ -230,7 +230,7 @@ def test_the_error_of_a_failed_run_is_kept_until_it_is_tried_again(tmp_path):
   (record,) = store.load(tmp_path)
   assert record.error == 'RuntimeError: <out of memory>'
   assert record.result is folder.result() is None
-  folder.begin()
+  folder.begin(tiny.run().config())
   assert store.load(tmp_path)[0].error is None
 
 
