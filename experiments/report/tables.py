@@ -275,7 +275,15 @@ def settings(results: Results) -> dict[str, Frame]:
   Best test errors of complete cells, of conditions that several protocols have;
   means over the seeds that all of these have.
   """
-  of = results.protocols
+  # Recording layers changes no error, so it is not another setting.
+  known = list(results.protocols.values())
+  of = {
+    protocol: fields
+    for protocol, fields in results.protocols.items()
+    if not (
+      fields['layer_metrics'] and {**fields, 'layer_metrics': False} in known
+    )
+  }
   others = [name for name, fields in of.items() if is_variant(fields)]
   lengths = [(of[p]['epochs'], of[p]['train_size']) for p in others]
   shown = [

@@ -212,6 +212,7 @@ def test_other_settings_stand_beside_the_usual_ones_over_shared_seeds():
     *cell('BM', 2.5, weight_decay=0.0)[:4],
     *cell('SGD', 9.0, epochs=9),
     *cell('SGD', 9.0, dataset='CIFAR'),
+    *cell('SGD', 2.0, layer_metrics=True),  # the same runs, recorded
   ]
   ((dataset, table),) = tables.settings(frame.read(records)).items()
   assert dataset == 'MNIST'
