@@ -240,16 +240,6 @@ def test_damaged_files(tmp_path, arrays, damage, message):
     load(tmp_path)
 
 
-def test_a_picture_that_does_not_decode_is_named(tmp_path, arrays):
-  arrays = archives.joined(arrays)
-  start = arrays['off_train'][5]
-  arrays['jpeg_train'] = arrays['jpeg_train'].copy()
-  arrays['jpeg_train'][start : start + 20] = 0
-  archives.save(tmp_path / 'cifar10.npz', arrays)
-  with pytest.raises(DatasetError, match=r'train/5\.png \(row 5\) cannot be'):
-    load(tmp_path)
-
-
 def test_missing_data(tmp_path):
   with pytest.raises(DatasetError, match="nowhere' is not a folder"):
     load(tmp_path / 'nowhere')

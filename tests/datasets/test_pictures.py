@@ -182,8 +182,3 @@ def test_a_picture_of_absurd_size_is_refused(monkeypatch):
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
   with pytest.raises(DatasetError, match='exceeds limit'):
     _decode([archives.encoded(archives.picture(0))])
-
-
-def test_vectors_of_another_length_are_refused():
-  with pytest.raises(DatasetError, match='a vector of 1845 features'):
-    _decode([np.zeros(1844, np.float32)], (1845,))

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.datasets import SPECS, DatasetError, find
+from experiments.datasets import SPECS, find
 from experiments.datasets.specs import plain
 
 _PAPER = (
@@ -71,11 +71,6 @@ def test_no_two_datasets_share_an_alias():
     for key in {plain(name) for name in (spec.name, *spec.aliases)}
   ]
   assert len(keys) == len(set(keys))
-
-
-def test_unknown_name_suggests_the_nearest():
-  with pytest.raises(DatasetError, match=r"'imnist', did you mean 'mnist'\?"):
-    find('imnist')
 
 
 def test_the_table_needs_no_heavy_library():

@@ -44,13 +44,10 @@ _FAILS = dataclasses.replace(_RUNS[0], network='bad', plugin=_BAD)
 _LONG = tiny.run('brSF-50%', epochs=100_000)  # never done before a stop
 
 
-@pytest.fixture(name='_compiled', scope='module', autouse=True)
-def _compile_once(tmp_path_factory):
-  """All processes share what the first one compiled."""
+@pytest.fixture(name='_cache_home', scope='module', autouse=True)
+def _cache_home_fixture(tmp_path_factory):
+  """As in conftest.py, for the fixtures of this module too."""
   with pytest.MonkeyPatch.context() as patch:
-    folder = tmp_path_factory.mktemp('compiled')
-    patch.setenv('JAX_COMPILATION_CACHE_DIR', str(folder))
-    patch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     patch.setenv(
       'XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp() / 'cache_home')
     )
