@@ -101,10 +101,9 @@ def write_report(
     plots.of_settings(results),
   )
   overall = [picture for picture in found if picture]
-  compared = [
-    (of.row, rules.table(of), rules.figure(of)) for of in rules.compare(results)
-  ]
-  text = pages.markdown(results, judged, overall, compared)
+  compared = [(of, rules.figure(of)) for of in rules.compare(results)]
+  summaries = [(of.row, rules.summary(of), drawn) for of, drawn in compared]
+  text = pages.markdown(results, judged, overall, summaries)
   files = {'RESULTS.md': text.encode()}
   pictures, aligned = {}, []
   if not markdown_only:
@@ -115,7 +114,8 @@ def write_report(
     }
     layers = (plots.alignment(results, row) for row in results.rows.values())
     aligned = [picture for picture in layers if picture]
-    page = pages.html(results, judged, overall, compared, pictures, aligned)
+    details = [(of.row, rules.table(of), drawn) for of, drawn in compared]
+    page = pages.html(results, judged, overall, details, pictures, aligned)
     table = tables.as_frame(results).to_csv(index=False, lineterminator='\n')
     files |= {
       'report.html': page.encode(),

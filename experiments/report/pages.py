@@ -312,9 +312,9 @@ def _shared(results: Results, claims: Iterable[Claim]) -> dict[str, Any]:
       for dataset, table in settings(results).items()
     },
     'commands': [
-      line
+      command
       for protocol in results.protocols
-      for line in (f'# {protocol}', *commands.of_protocol(results, protocol))
+      for command in commands.of_protocol(results, protocol)
     ],
     'defaults': {
       name: ' '.join(words(value)) for name, value in DEFAULTS.items()
@@ -361,14 +361,14 @@ def _differs(entry: Entry) -> bool:
 
 
 def _environments(results: Results) -> Frame:
-  """Machine and versions: a column for each combination, most runs first."""
+  """Machine and versions: a row for each combination, most runs first."""
   counts = results.runs[results.runs.finished].environment.value_counts()
   order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
   if not any(about for about, _ in order):
     return pd.DataFrame()
-  columns = [pd.Series(dict(about), name=f'{count} runs', dtype=object)
-             for about, count in order]  # fmt: skip
-  return pd.concat(columns, axis=1).sort_index().fillna('')
+  rows = [pd.Series(dict(about), name=f'{count} runs', dtype=object)
+          for about, count in order]  # fmt: skip
+  return pd.concat(rows, axis=1).sort_index().fillna('').T
 
 
 @dataclasses.dataclass(frozen=True)

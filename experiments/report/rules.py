@@ -144,28 +144,64 @@ def _paired(
 
 
 def table(comparison: Comparison) -> Frame:
-  """A row per rule, as text."""
-
-  def number(value: float | None, sign: str = '') -> str:
-    known = value is not None and np.isfinite(value)
-    return f'{value:{sign}.2f}' if known else ''
-
+  """A row per rule and setting, as text."""
   rows = []
   for rule in comparison.rules:
     best, held = rule.cell.best, rule.cell.held_out
-    ends = rule.interval
     rows.append({
       'condition': rule.name,
-      'best test error': number(best and best.mean),
-      'held-out test error': number(held and held.mean),
-      'minus backpropagation': number(rule.difference, '+')
-      + (f' [{ends[0]:+.2f}, {ends[1]:+.2f}]' if ends else ''),
+      'best test error': _number(best and best.mean),
+      'held-out test error': _number(held and held.mean),
+      'minus backpropagation': _difference(rule),
       'seeds': str(len(best.values) if best else 0),
       **{
-        name: number(rule.mean_angle(key)) for key, name in _ANGLES.items()
+        name: _number(rule.mean_angle(key)) for key, name in _ANGLES.items()
       },
     })  # fmt: skip
   return pd.DataFrame(rows).set_index('condition')
+
+
+def summary(comparison: Comparison) -> Frame:
+  """A row per rule, the settings side by side, as text."""
+  by_setting = {
+    setting: {of.rule: of for of in comparison.rules if of.setting == setting}
+    for setting in comparison.settings
+  }
+  # In the order of the setting that most rules have; then those of the others.
+  order = sorted(by_setting, key=lambda setting: -len(by_setting[setting]))
+  rules = dict.fromkeys(rule for s in order for rule in by_setting[s])
+  columns = {}
+  for setting, found in by_setting.items():
+    name = _in_words(setting)
+    for what, of in (
+      ('', lambda rule: _number(_best(rule))),
+      (': held-out', lambda rule: _number(_held_out(rule))),
+      (': minus BP', _difference),
+      (': angle (°)', lambda rule: _number(rule.mean_angle('error_angle'))),
+    ):
+      columns[name + what] = [
+        of(found[rule]) if rule in found else '' for rule in rules
+      ]
+  return pd.DataFrame(columns, index=[*rules])
+
+
+def _in_words(setting: str) -> str:
+  return setting.removeprefix('+') or 'SGD'
+
+
+def _held_out(rule: Rule) -> float | None:
+  return rule.cell.held_out.mean if rule.cell.held_out else None
+
+
+def _number(value: float | None, sign: str = '') -> str:
+  known = value is not None and np.isfinite(value)
+  return f'{value:{sign}.2f}' if known else ''
+
+
+def _difference(rule: Rule) -> str:
+  ends = rule.interval
+  interval = f' [{ends[0]:+.2f}, {ends[1]:+.2f}]' if ends else ''
+  return _number(rule.difference, '+') + interval
 
 
 def figure(comparison: Comparison) -> Picture:
@@ -202,7 +238,7 @@ def figure(comparison: Comparison) -> Picture:
       axes.set_xticks([0, 30, 60, 90])
       axes.set_xlabel('angle of the error signal (°)')
       axes.set_ylabel('best test error (%)')
-      axes.set_title(setting.removeprefix('+') or 'no BN, SGD')
+      axes.set_title(_in_words(setting))
     plots.legend(drawing, [
       *((f'feedback from {kind}', {'color': plots.COLORS[at]})
         for at, kind in enumerate(_KINDS)),

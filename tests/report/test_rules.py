@@ -54,14 +54,16 @@ def test_differences_are_paired_and_angles_are_of_hidden_layers(records):
   row = table.loc['DFA+BN']
   assert row['minus backpropagation'] == '+3.00 [+2.00, +4.00]'
   assert (row['V and W (°)'], row['error signals (°)']) == ('', '60.00')
+  short = rules.summary(comparison)
+  assert list(short.index) == ['BP', 'uSF', 'DFA', 'KP']
+  assert list(short.loc['DFA']) == ['5.00', '5.00', row.iloc[2], '60.00']
 
 
 def test_the_report_shows_them(records, tmp_path):
   report.write_report(records, tmp_path)
-  for name in ('RESULTS.md', 'report.html'):
+  for name, shown in (('RESULTS.md', '| DFA |'), ('report.html', 'DFA+BN')):
     text = (tmp_path / name).read_text()
-    assert 'Feedback rules compared' in text
-    assert 'DFA+BN' in text.split('Feedback rules compared')[1]
+    assert shown in text.split('Feedback rules compared</h2>')[-1]
   (picture,) = (tmp_path / 'plots').glob('*-angles.svg')
   drawn = picture.read_text()
   for rule in ('BP', 'uSF', 'DFA', 'KP', 'Conv_0', 'Dense_0'):
