@@ -3,6 +3,7 @@
 Only conditions whose layers were recorded (`--layer-metrics`) are shown.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from experiments.report.frame import Cell, Frame, Results, Row, first_name
 from experiments.report.plots import Picture
 
 _STEP = 0.047  # between labels, of a panel's height
-_LEAST = 4  # rules, for a comparison to be worth a table
+_LEAST = 4  # rules of a setting, for a comparison to be worth a table
 _ANGLES = {
   'angle': 'V and W (°)',
   'update_angle': 'updates (°)',
@@ -80,11 +81,13 @@ class Comparison:
 
 
 def compare(results: Results) -> list[Comparison]:
-  """The rows with a few rules whose layers were recorded."""
+  """The rows with a few rules of one setting whose layers were recorded."""
   found = []
   for row in results.rows.values():
     rules = list(_rules(results, row))
-    if len({rule.rule for rule in rules}) >= _LEAST:
+    counts = collections.Counter(rule.setting for rule in rules)
+    rules = [rule for rule in rules if counts[rule.setting] >= _LEAST]
+    if rules:
       rules.sort(key=lambda of: (of.setting.count('+'), of.setting, _best(of)))
       found.append(Comparison(row, tuple(rules)))
   return found
