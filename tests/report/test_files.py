@@ -163,7 +163,7 @@ def test_a_name_that_is_markup_is_shown_as_text_everywhere(tmp_path, field):
 def test_results_md_has_protocols_claims_machine_and_commands(folder):
   text = (folder / 'RESULTS.md').read_text()
   assert re.search(r'\| 4 epochs \| .*MNIST.* \| 79 \| 0.1 \| 8 \|', text)
-  assert '| processor |  | an &lt;old&gt; processor |' in text
+  assert '| 5 runs | 2 | 8 | an &lt;old&gt; processor |' in text
   assert '--epochs 9 --executor processes --workers 4\n' in text
   assert '--dataset MNIST --condition SGD uSF uSF+BN' in text
   assert '--dataset MNIST --condition BN --rate 1 --epochs 4\n' in text
