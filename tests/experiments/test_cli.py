@@ -308,7 +308,8 @@ def test_the_bar_of_all_runs_counts_parts_of_runs():
   assert output.getvalue().count(text) == 2
 
 
-def test_list(main):
+def test_list(main, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '200')
   status, out, _ = main('list')
   assert status == 0
   for text in (

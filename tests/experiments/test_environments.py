@@ -143,7 +143,9 @@ def test_options_in_messages_and_guides_exist():
       r'(?<![\w-])--([a-z]{3,}(?:-[a-z]+)*)(?![\w])', path.read_text()
     )
   }
-  others = {'array', 'cpus-per-task', 'inplace', 'requeue', 'signal', 'xla'}
+  others = {
+    'array', 'cpus-per-task', 'dry', 'inplace', 'requeue', 'signal', 'xla',
+  }  # fmt: skip
   known = {option.removeprefix('--') for option in _options()}
   assert named - known - others == set()
 
