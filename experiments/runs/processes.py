@@ -174,7 +174,7 @@ def _work(pipe: Any, place: Place, options: Options) -> None:
   os.environ.update(place.environment)
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, place.cores)
-  machine.keep_memory()
+  machine.configure()
   threading.Thread(target=_end_with_the_driver, daemon=True).start()
   listener = cast(Listener, _Sender(pipe))
   while True:

@@ -17,6 +17,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -82,6 +83,11 @@ def configure(devices: int | None = None) -> list[str]:
     if name not in os.environ:
       os.environ[name] = value
       messages.append(f'{name} {value}')
+  # A process that was killed may have written half of an entry, and another one
+  # may be writing it: JAX compiles then.
+  warnings.filterwarnings(
+    'ignore', 'Error reading persistent compilation cache entry'
+  )
   return messages
 
 
