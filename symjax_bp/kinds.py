@@ -269,7 +269,7 @@ def _size(var: Any) -> int:
 
 
 def _weight_at(kinds: Sequence[Kind]) -> int:
-  """Which of two operands is rather a weight."""
+  """Returns which of two operands is more like a weight."""
   return max(
     (0, 1),
     key=lambda i: (kinds[i].level is Level.WEIGHT, not kinds[i].may_be_data),
@@ -277,7 +277,7 @@ def _weight_at(kinds: Sequence[Kind]) -> int:
 
 
 def _join(a: Kind, b: Kind) -> Kind:
-  """The kind of an array that is either of two."""
+  """Returns the kind of an array that has one of two kinds."""
   if a.level is not b.level:
     a, b = (a, b) if a.level > b.level else (b, a)
     # A constant is its own R; a statistic has none.
@@ -289,7 +289,7 @@ def _join(a: Kind, b: Kind) -> Kind:
 
 
 def _merge(kinds: Sequence[Kind], why: str = '', **changes: Any) -> Kind:
-  """The weight that is computed from several."""
+  """Returns the kind of a weight that is computed from several."""
   weights = [k for k in kinds if k.level is Level.WEIGHT]
   weights = weights or [k for k in kinds if k.level is Level.STATISTIC]
   first = next((k for k in weights if k.has_R), weights[0])
@@ -491,7 +491,7 @@ class _Analysis:
     return 'bind', self.unclear(eqn, kinds)
 
   def arithmetic(self, eqn: Any, kinds: tuple[Kind, ...]) -> tuple[str, Kind]:
-    """Entry by entry, of weights, their statistics and constants."""
+    """Decides entry-by-entry arithmetic of weights, statistics, constants."""
     weights = [k for k in kinds if k.level is Level.WEIGHT]
     if not weights:
       return 'bind', _merge(kinds, level=Level.STATISTIC, has_R=False)
@@ -509,7 +509,7 @@ class _Analysis:
   def without_scales(
     self, eqn: Any, kinds: Sequence[Kind], weights: list[Kind]
   ) -> list[Kind]:
-    """Weights but those broadcast to scale another, as in WeightNorm."""
+    """Leaves out weights that are broadcast to scale another one."""
     size = _size(eqn.outvars[0])
     whole = [
       Trait.WIDE not in kind and _size(var) == size
@@ -527,7 +527,7 @@ class _Analysis:
   def weight_and_data(
     self, eqn: Any, kinds: tuple[Kind, ...]
   ) -> tuple[str, Kind]:
-    """Everything but the products of ``BILINEAR``."""
+    """Decides where weights meet data outside of ``BILINEAR``."""
     name = eqn.primitive.name
     of_weight = [k for k in kinds if k.of_weight]
     if name in PICKS and kinds[0].of_weight:
@@ -580,7 +580,7 @@ class _Analysis:
   def blend(
     self, eqn: Any, operands: Sequence[Any], kinds: Sequence[Kind], size: int
   ) -> Kind:
-    """Data of a size, and whether a whole weight is in it."""
+    """Returns the kind of data that a whole weight may be added to."""
     for var, kind in zip(operands, kinds, strict=True):
       # lax broadcasts axes of size 1 by itself, so sizes tell what is whole.
       if (
@@ -593,7 +593,7 @@ class _Analysis:
     return DATA
 
   def control(self, eqn: Any, kinds: tuple[Kind, ...]) -> Step:
-    """An equation with functions inside, some operand of which is a weight."""
+    """Decides an equation with inner functions and a weight as operand."""
     name = eqn.primitive.name
     data = any(k.level is Level.DATA for k in kinds)
 
@@ -628,7 +628,7 @@ class _Analysis:
     return entered((plan,), plan.outputs)
 
   def either(self, eqn: Any, var: Any, kinds: Sequence[Kind]) -> Kind:
-    """The result of a branch: of one kind or another."""
+    """Returns the kind of a result that differs between branches."""
     kind = functools.reduce(_join, kinds)
     if kind.level is not Level.DATA or not any(k.of_weight for k in kinds):
       return kind
@@ -638,7 +638,7 @@ class _Analysis:
     return self.blend(eqn, [var] * len(kinds), kinds, _size(var))
 
   def derived(self, eqn: Any, kinds: Sequence[Kind], kind: Kind) -> Kind:
-    """A weight that a function with its own derivative made, such as relu."""
+    """Returns a weight's kind after a function with a derivative of its own."""
     in_place = any(k.layout == kind.layout for k in kinds if k.has_R)
     if kind.level is not Level.WEIGHT or in_place:
       return kind
@@ -667,7 +667,7 @@ class _Analysis:
 
 
 def _carried(kind: Kind) -> Kind:
-  """A kind between the steps of a loop, where broadcasting is forgotten."""
+  """Returns a kind as a loop carries it, which forgets broadcasting."""
   return kind.without(Trait.SCALAR, Trait.EXPANDED, Trait.WIDE)
 
 
