@@ -44,9 +44,9 @@ class Condition:
   def config(self) -> dict[str, Any]:
     """The fields as they are stored; ``adam`` only where it is used."""
     fields = dataclasses.asdict(self)
-    return (
-      fields if self.adam else {k: fields[k] for k in fields if k != 'adam'}
-    )
+    if not self.adam:
+      del fields['adam']
+    return fields
 
 
 @dataclasses.dataclass(frozen=True)

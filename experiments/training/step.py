@@ -285,9 +285,10 @@ def program(setup: Setup, plain: bool = False) -> Program:
     }
 
   def redrawn_feedback(state):
+    if not way.redraws:
+      return state['feedback']
     # By the number of the update, so that V is the same on any devices.
-    draw_again = redraw if way.redraws else lambda feedback, _: feedback
-    return draw_again(state['feedback'], state['updates'])
+    return redraw(state['feedback'], state['updates'])
 
   def trained_part(params, feedback):
     """What the optimizer has."""
