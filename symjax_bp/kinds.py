@@ -232,6 +232,14 @@ def known() -> frozenset[str]:
   )  # fmt: skip
 
 
+def named(paths: Sequence[str]) -> str:
+  """The parameters that a weight is made of, for a message."""
+  *others, last = map(repr, paths)
+  return (
+    f'the combination of {", ".join(others)} and {last}' if others else last
+  )
+
+
 def where(eqn: Any, calls: Sequence[Any] = ()) -> str:
   """The primitive and the user's line of an equation, or of a call of it."""
   # Functions that JAX jits itself know no line of the user.
@@ -288,8 +296,11 @@ def _join(a: Kind, b: Kind) -> Kind:
   return dataclasses.replace(first, traits=a.traits | b.traits)
 
 
-def _merge(kinds: Sequence[Kind], why: str = '', **changes: Any) -> Kind:
-  """Returns the kind of a weight that is computed from several."""
+def _merge(kinds: Sequence[Kind], conflict: str = '', **changes: Any) -> Kind:
+  """Returns the kind of a weight that is computed from several.
+
+  ``conflict`` says where, in case their rules differ.
+  """
   weights = [k for k in kinds if k.level is Level.WEIGHT]
   weights = weights or [k for k in kinds if k.level is Level.STATISTIC]
   first = next((k for k in weights if k.has_R), weights[0])
@@ -303,7 +314,8 @@ def _merge(kinds: Sequence[Kind], why: str = '', **changes: Any) -> Kind:
   rules = {k.rule for k in weights if Trait.UNCLEAR not in k} or {first.rule}
   if len(rules) > 1:
     merged = merged.having(
-      Trait.UNCLEAR, why=why or 'weights with different rules were combined'
+      Trait.UNCLEAR,
+      why=conflict or 'weights with different rules were combined',
     )
   return dataclasses.replace(merged, **changes)
 
@@ -338,8 +350,9 @@ class _Analysis:
 
   def refuse(self, eqn: Any, kind: Kind, text: str) -> None:
     came = f'; before that, {kind.why}' if kind.why else ''
-    paths = ' and '.join(map(repr, kind.paths))
-    self.log.problems.append(f'{paths} {text} ({self.where(eqn)}){came}')
+    self.log.problems.append(
+      f'{named(kind.paths)} {text} ({self.where(eqn)}){came}'
+    )
 
   def use(self, eqn: Any, kinds: Sequence[Kind], how: str) -> None:
     self.log.uses.extend(
@@ -477,7 +490,7 @@ class _Analysis:
       and not kinds[0].of_weight
       and all(k.level <= Level.WEIGHT for k in kinds[1:])
     ):
-      kind = _merge(kinds, why=f'{self.where(eqn)} joined different rules')
+      kind = _merge(kinds, f'{self.where(eqn)} joined different rules')
       kind = dataclasses.replace(kind, has_R=every_R and kind.has_R, **moved)
       return 'move', kind
     if name in PICKS | {'pad'} and kinds[0].of_weight:
@@ -496,7 +509,7 @@ class _Analysis:
     if not weights:
       return 'bind', _merge(kinds, level=Level.STATISTIC, has_R=False)
     weights = self.without_scales(eqn, kinds, weights)
-    kind = _merge(weights, why=f'{self.where(eqn)} combined different rules')
+    kind = _merge(weights, f'{self.where(eqn)} combined different rules')
     clear = [k for k in weights if Trait.UNCLEAR not in k]
     if len({(k.paths, k.layout) for k in clear if k.needs_R}) > 1:
       # Of two weights, or two arrangements of one, which R would it be?
@@ -686,7 +699,7 @@ def plan(closed: ClosedJaxpr, kinds: Sequence[Kind]) -> tuple[Plan, Log]:
   for kind in result.outputs:
     if kind.level is Level.WEIGHT and Trait.UNCLEAR in kind:
       log.problems.append(
-        f'{" and ".join(map(repr, kind.paths))} met only constants '
+        f'{named(kind.paths)} met only constants '
         f'({kind.why}): pass the data as an argument'
       )
   return result, log

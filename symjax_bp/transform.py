@@ -594,18 +594,13 @@ class Call:
     self._closed = jax.make_jaxpr(flat)(*self._arrays.values())
 
   def plan(
-    self,
-    states: Mapping[str, Any] | None,
-    *,
-    checked: bool = True,
-    mirrored: bool = False,
+    self, states: Mapping[str, Any] | None, *, mirrored: bool = False
   ) -> 'Call':
     """Decides every equation.
 
     Args:
       states: {path: {name of the rule: state}}; None for a plan as if all were
         there.
-      checked: whether a problem is an error.
       mirrored: whether it is the weight mirror's noise phase.
 
     Returns:
@@ -623,8 +618,7 @@ class Call:
       each.append(kind)
     self._plan, log = kinds.plan(self._closed, each)
     self.uses = log.uses
-    if checked:
-      self._check(states, log.problems)
+    self._check(states, log.problems)
     return self
 
   def _excludes(self, path: str) -> bool:
@@ -685,7 +679,7 @@ class Call:
         'what init returned for these parameters and this call.'
       )
     problems = problems + [
-      f'{" and ".join(map(repr, use.paths))} meets data in an outer product '
+      f'{kinds.named(use.paths)} meets data in an outer product '
       f'written by hand, which has no fan-in for {rule!r} '
       f'({kinds.where(use.eqn)})'
       for _, rule, use in self.products()
@@ -900,10 +894,14 @@ class FeedbackFunction:
 
   def rows(self, params: Any, *args, **kwargs) -> list[Row]:
     """How each weight is used, in the order of use; biases are left out."""
-    return Call(self, params, args, kwargs).plan(None, checked=False).rows()
+    return Call(self, params, args, kwargs).plan(None).rows()
 
   def table(self, params: Any, *args, **kwargs) -> str:
-    """Returns the rule and the use of each weight as text."""
+    """Returns the rule and the use of each weight as text.
+
+    Raises:
+      FeedbackError: as the call does.
+    """
     return format_table(self.rows(params, *args, **kwargs))
 
   def _states(self, params: Any, feedback: Any) -> dict[str, Any]:
