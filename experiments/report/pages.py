@@ -476,10 +476,11 @@ def _parts(results: Results, grid: Grid) -> list[Grid]:
 
 
 def _markdown(value: Any) -> str:
-  """Escapes a text for Markdown."""
+  """Escapes a text for Markdown; lines stay in their cell of a table."""
   text = str(value)
   text = text.replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
-  return re.sub(r'([\\`*_\[\]|~#$!])', r'\\\1', text)
+  text = re.sub(r'([\\`*_\[\]|~#$!])', r'\\\1', text)
+  return text.replace('\n', '<br>')
 
 
 def _code(lines: Iterable[str]) -> str:

@@ -66,7 +66,7 @@ _ALIGNMENT = (
 )
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 _PLAIN = ticker.FuncFormatter(lambda value, _: f'{value:g}')
-_LOGARITHMIC = 8.0  # ratio of errors from which an axis is logarithmic
+_LOGARITHMIC = 5.0  # ratio of errors from which an axis is logarithmic
 
 _STYLE = {
   'axes.edgecolor': '#888888',

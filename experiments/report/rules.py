@@ -14,7 +14,14 @@ from matplotlib.axes import Axes
 
 from experiments.paper.conditions import Condition, find, names_of
 from experiments.report import plots, statistics
-from experiments.report.frame import Cell, Frame, Results, Row, first_name
+from experiments.report.frame import (
+  COLUMNS,
+  Cell,
+  Frame,
+  Results,
+  Row,
+  first_name,
+)
 from experiments.report.plots import Picture
 
 _STEP = 0.047  # between labels, of a panel's height
@@ -42,7 +49,7 @@ class Rule:
   Attributes:
     name: of the condition.
     rule: of the feedback.
-    setting: norm and update, such as '+BN+BM'.
+    setting: norm and update, such as 'BN+BM'.
     cell: its errors.
     difference: best test error less backpropagation's, in points, over the
       seeds that both have; None without such a seed.
@@ -82,13 +89,16 @@ class Comparison:
 
 def compare(results: Results) -> list[Comparison]:
   """The rows with a few rules of one setting whose layers were recorded."""
+  place = {name: at for at, name in enumerate(COLUMNS)}
   found = []
   for row in results.rows.values():
     rules = list(_rules(results, row))
     counts = collections.Counter(rule.setting for rule in rules)
     rules = [rule for rule in rules if counts[rule.setting] >= _LEAST]
     if rules:
-      rules.sort(key=lambda of: (of.setting.count('+'), of.setting, _best(of)))
+      rules.sort(key=lambda of: (
+        place.get(of.setting, len(place)), of.setting, _best(of)
+      ))  # fmt: skip
       found.append(Comparison(row, tuple(rules)))
   return found
 
@@ -113,12 +123,9 @@ def _rules(results: Results, row: Row) -> Iterable[Rule]:
     difference, interval, seeds = _paired(
       cell, results.cells.get((*row.key, plain))
     )
-    setting = name.removeprefix(condition.rule) if '+' in name else ''
-    if condition.rule == 'BP':
-      setting = f'+{name}'.replace('+SGD', '') if name != 'SGD' else ''
     yield Rule(
-      name, condition.rule, setting, cell, difference, interval, seeds,
-      {str(layer): dict(of) for layer, of in last.iterrows()},
+      name, condition.rule, plain.removeprefix('SGD+'), cell, difference,
+      interval, seeds, {str(layer): dict(of) for layer, of in last.iterrows()},
     )  # fmt: skip
 
 
@@ -165,7 +172,7 @@ def table(comparison: Comparison) -> Frame:
 
 
 def summary(comparison: Comparison) -> Frame:
-  """A row per rule, the settings side by side, as text."""
+  """A row per rule, the settings side by side, as text of a few lines."""
   by_setting = {
     setting: {of.rule: of for of in comparison.rules if of.setting == setting}
     for setting in comparison.settings
@@ -173,27 +180,34 @@ def summary(comparison: Comparison) -> Frame:
   # In the order of the setting that most rules have; then those of the others.
   order = sorted(by_setting, key=lambda setting: -len(by_setting[setting]))
   rules = dict.fromkeys(rule for s in order for rule in by_setting[s])
-  columns = {}
-  for setting, found in by_setting.items():
-    name = _in_words(setting)
-    for what, of in (
-      ('', lambda rule: _number(_best(rule))),
-      (': held-out', lambda rule: _number(_held_out(rule))),
-      (': minus BP', _difference),
-      (': angle (°)', lambda rule: _number(rule.mean_angle('error_angle'))),
-    ):
-      columns[name + what] = [
-        of(found[rule]) if rule in found else '' for rule in rules
-      ]
-  return pd.DataFrame(columns, index=[*rules])
+  columns = {
+    setting: [_lines(found[rule]) if rule in found else '' for rule in rules]
+    for setting, found in by_setting.items()
+  }
+  table: Frame = pd.DataFrame(columns, index=[*rules])
+  table.loc['rank correlation of error and angle'] = [
+    _correlation(found.values()) for found in by_setting.values()
+  ]
+  return table
 
 
-def _in_words(setting: str) -> str:
-  return setting.removeprefix('+') or 'SGD'
+def _lines(rule: Rule) -> str:
+  """Such as '1.69, held-out 2.20', '-0.12 [-0.30, +0.05]' and '23°'."""
+  held, angle = rule.cell.held_out, rule.mean_angle('error_angle')
+  errors = _number(_best(rule)) + (
+    f', held-out {_number(held.mean)}' if held else ''
+  )
+  degrees = f'{angle:.0f}°' if np.isfinite(angle) else ''
+  return '\n'.join(filter(None, (errors, _difference(rule), degrees)))
 
 
-def _held_out(rule: Rule) -> float | None:
-  return rule.cell.held_out.mean if rule.cell.held_out else None
+def _correlation(rules: Iterable[Rule]) -> str:
+  """Such as '0.94 (16 rules)': best test error and angle of error signals."""
+  pairs = [(_best(rule), rule.mean_angle('error_angle')) for rule in rules]
+  pairs = [pair for pair in pairs if np.isfinite(pair[1])]
+  errors, angles = zip(*pairs, strict=True) if pairs else ((), ())
+  found = statistics.rank_correlation(errors, angles)
+  return '' if found is None else f'{found:.2f} ({len(pairs)} rules)'
 
 
 def _number(value: float | None, sign: str = '') -> str:
@@ -241,7 +255,7 @@ def figure(comparison: Comparison) -> Picture:
       axes.set_xticks([0, 30, 60, 90])
       axes.set_xlabel('angle of the error signal (°)')
       axes.set_ylabel('best test error (%)')
-      axes.set_title(_in_words(setting))
+      axes.set_title(setting)
     plots.legend(drawing, [
       *((f'feedback from {kind}', {'color': plots.COLORS[at]})
         for at, kind in enumerate(_KINDS)),
