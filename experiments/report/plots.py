@@ -52,6 +52,7 @@ COLORS = (
 )  # fmt: skip
 _DASHES = ('-', (0, (5, 1.5)), (0, (1.2, 1.2)))
 _MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+_LOOKS = len(COLORS) * len(_DASHES)  # lines that differ
 _OURS: dict[str, Any] = {'color': '#0072B2'}
 _PAPER: dict[str, Any] = {'color': '#B34700', 'mfc': 'white'}
 _CHANCE: dict[str, Any] = {'color': '#777777', 'linestyle': ':', 'linewidth': 1}
@@ -124,7 +125,7 @@ def panels(
 
 
 def look(position: int) -> dict[str, Any]:
-  """Color, dash and marker of the n-th line; 21 differ."""
+  """Color, dash and marker of the n-th line; `_LOOKS` differ."""
   return {
     'color': COLORS[position % len(COLORS)],
     'linestyle': _DASHES[position // len(COLORS) % len(_DASHES)],
@@ -374,29 +375,42 @@ def curves(results: Results, grid: Grid, line: Line) -> Picture:
       found[entry.condition] = table.mean(skipna=False).dropna(), diverged
   title = 'Test error by epoch, best rate'
   about = f'{_short(line.title, 60)}, {grid.name}'
+  groups: dict[str, list[str]] = {}
+  for condition in found:
+    # More lines than looks: a panel for each norm and update.
+    setting = condition.partition('+')[2] or 'SGD'
+    setting = setting if len(found) > _LOOKS else ''
+    groups.setdefault(setting, []).append(condition)
   with style(name):
-    size = 7.5, max(2.6, 0.17 * len(found))
-    figure, (axes,) = panels(f'{title}\n{about}', 1, size)
-    at = error_axis(axes, [e for curve, _ in found.values() for e in curve])
-    for place, (condition, (curve, diverged)) in enumerate(found.items()):
-      crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
-      axes.plot(
-        curve.index,
-        [at(error) for error in curve],
-        label=_short(condition),
-        markevery=[-1],
-        **look(place) | crossed,
+    size = 7.5, max(2.6, 0.22 * max(map(len, groups.values()), default=0))
+    figure, all_axes = panels(f'{title}\n{about}', len(groups), size, 1)
+    for axes, (setting, conditions) in zip(
+      all_axes, groups.items(), strict=True
+    ):
+      shown = {condition: found[condition] for condition in conditions}
+      at = error_axis(axes, [e for curve, _ in shown.values() for e in curve])
+      for place, (condition, (curve, diverged)) in enumerate(shown.items()):
+        crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
+        axes.plot(
+          curve.index,
+          [at(error) for error in curve],
+          label=_short(condition),
+          markevery=[-1],
+          **look(place) | crossed,
+        )
+      axes.xaxis.set_major_locator(
+        ticker.MaxNLocator(integer=True, min_n_ticks=1)
       )
-    axes.xaxis.set_major_locator(
-      ticker.MaxNLocator(integer=True, min_n_ticks=1)
-    )
-    axes.set_xlabel('epoch (×: diverged there)')
-    axes.set_ylabel('test error (%)')
-    # In the order of the lines' ends.
-    ends = sorted(
-      axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1]
-    )
-    figure.legend(handles=ends, loc='outside right upper', handlelength=3)
+      axes.set_xlabel('epoch (×: diverged there)')
+      axes.set_ylabel('test error (%)')
+      axes.set_title(setting)
+      # In the order of the lines' ends.
+      ends = sorted(
+        axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1]
+      )
+      axes.legend(
+        handles=ends, loc='upper left', bbox_to_anchor=(1, 1), handlelength=3
+      )
     return picture(figure, name, f'{title}: {about}')
 
 

@@ -232,7 +232,7 @@ def figure(comparison: Comparison) -> Picture:
   name = plots.file_name(row, 'angles')
   with plots.style(name):
     drawing, all_axes = plots.panels(
-      f'{title}\n{row.label}, {row.protocol}', len(settings), (4.6, 4.4)
+      f'{title}\n{row.label}, {row.protocol}', len(settings), (4.6, 4.4), 2
     )
     for axes, setting in zip(all_axes, settings, strict=True):
       rules = [rule for rule in comparison.rules if rule.setting == setting]

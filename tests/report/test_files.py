@@ -15,7 +15,7 @@ import pytest
 from matplotlib.text import Text
 
 from experiments import report
-from experiments.report import frame, pages, plots
+from experiments.report import frame, pages, plots, tables
 from experiments.runs import files
 from experiments.terminal import as_typed
 from tests.report.records import cell, like_the_paper, record
@@ -282,6 +282,26 @@ def test_curves_and_rates_are_means_over_seeds(monkeypatch):
   assert [cell.error for cell in rates] == [12.5, 7.5, 2.5, 5.0, 10.0]
   assert [cell.is_best for cell in rates] == [False, False, True, False, False]
   assert [cell.shade for cell in rates][::2] == [60, 0, 52]
+
+
+def test_many_conditions_have_a_panel_for_each_norm_and_update(monkeypatch):
+  found = {}
+  monkeypatch.setattr(plots, 'picture', lambda figure, *_: found.update(
+    {axes.get_title('left'): axes for axes in figure.axes}
+  ))  # fmt: skip
+  for most, titles in ((10, ['']), (11, ['SGD', 'BN'])):
+    results = frame.read([
+      record(f'LowRank{rank}{norm}', 2.0 + rank)
+      for rank in range(1, most + 1)
+      for norm in ('', '+BN')
+    ])  # fmt: skip
+    (grid,) = tables.grids(results)
+    found.clear()
+    plots.curves(results, grid, grid.lines[0])
+    assert sorted(found, reverse=True) == sorted(titles, reverse=True)
+    labels = [line.get_label() for of in found.values() for line in of.lines]
+    assert len(set(labels)) == 2 * most
+    assert all(len(of.lines) <= 21 for of in found.values())
 
 
 def test_text_reports_load_neither_jax_nor_plots():
