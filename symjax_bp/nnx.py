@@ -644,7 +644,8 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[transform.Row]:
   Args:
     model: any NNX model.
     *args, **kwargs: optional arguments to call it with: rows then come in the
-      order of use, and say what the use is.
+      order of use, and say what the use is. Without them, rows have the rules
+      that match, and an embedding or a scale may be among them.
 
   Returns:
     A row for each parameter that is not a bias or scale.

@@ -512,8 +512,11 @@ def format_table(rows: Sequence[Row]) -> str:
   lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in cells]
   asymmetric = [math.prod(row.shape) for row in rows if row.rule]
   total = sum(math.prod(row.shape) for row in rows)
+  # Without a call it is not known that a weight meets data in a product.
+  is_known = all(row.use for row in rows)
   lines.append(
-    f'{len(asymmetric)} of {len(rows)} weights with feedback: '
+    f'{len(asymmetric)} of {len(rows)} weights with '
+    f'{"feedback" if is_known else "a rule"}: '
     f'{sum(asymmetric):,} of {total:,} parameters'
   )
   return '\n'.join(lines)

@@ -373,8 +373,10 @@ def test_rules_by_path_twins_and_tables():
     'conv/kernel      (3, 3, 2, 4)  usf()',
     'layers/0/kernel  (36, 8)       rndf()',
     'layers/1/kernel  (8, 3)        plain backpropagation  not followed',
-    '2 of 3 weights with feedback: 360 of 384 parameters',
+    '2 of 3 weights with a rule: 360 of 384 parameters',
   ]
+  table = asymmetric.feedback_table(model, IMAGES)
+  assert '2 of 3 weights with feedback: 360 of 384 parameters' in table
   rows = asymmetric.layer_rules(model, IMAGES)
   assert [row.use for row in rows] == ['product', 'product', 'excluded']
   for other in (asymmetric.without_feedback(model), plain):
