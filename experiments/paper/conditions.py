@@ -242,6 +242,25 @@ def find(name: str, own: Iterable[str] = ()) -> Column:
   return COLUMNS[_nearest('condition', name, COLUMNS)]
 
 
+def find_exactly(name: str, own: Iterable[str] = ()) -> Column | None:
+  """The column that ``find`` calls by this very name; None if there is none."""
+  try:
+    column = find(name, own)
+  except ValueError:
+    return None
+  return column if column.name == name else None
+
+
+def plain_name(condition: Condition) -> str:
+  """The first name of the same condition with backpropagation."""
+  return names_of(dataclasses.replace(condition, rule='BP'))[0]
+
+
+def setting_of(condition: Condition) -> str:
+  """All but the rule, such as 'BN+BM'; 'SGD' for neither norm nor update."""
+  return plain_name(condition).removeprefix('SGD+')
+
+
 def in_words(rule: str) -> str | None:
   """What a rule of ``FAMILY`` is; None for the others."""
   if rank := re.fullmatch(r'LowRank(\d+)', rule):

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 
 from experiments.datasets.specs import SPECS
-from experiments.paper.conditions import find
+from experiments.paper.conditions import find_exactly
 from experiments.paper.protocol import RATES, Protocol
 from experiments.report.frame import (
-  COLUMNS,
   Frame,
   Results,
+  column_order,
   first_name,
   words,
 )
@@ -36,13 +36,10 @@ def of_runs(runs: Frame) -> list[str]:
   runs['condition'] = [first_name(str(name)) for name in runs.condition]
   runs['processes'] = [_processes(about) for about in runs.environment]
   runs = runs[[*map(_runnable, runs.condition, runs.config)]]
-  place = {name: at for at, name in enumerate(COLUMNS)}
   runs = runs.sort_values(
     ['dataset', 'condition'],
     key=lambda names: (
-      [(place.get(n, len(place)), n) for n in names]
-      if names.name == 'condition'
-      else names
+      [*map(column_order, names)] if names.name == 'condition' else names
     ),
   )
   keys = ['dataset', 'processes', 'condition', 'seed', 'rate']
@@ -122,7 +119,4 @@ def _processes(environment: Iterable[tuple[str, str]]) -> int:
 
 def _runnable(name: str, config: Mapping[str, Any]) -> bool:
   own = [config['rule']] if config.get('plugin') else []
-  try:
-    return find(name, own).name == name
-  except ValueError:
-    return False
+  return find_exactly(name, own) is not None

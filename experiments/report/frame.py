@@ -27,6 +27,7 @@ _NAMED = 20  # warnings; more are counted
 # Columns of the paper, how many batch plans each tries, and the first column of
 # the same condition.
 COLUMNS = tuple(conditions.COLUMNS)
+_PLACES = {name: at for at, name in enumerate(COLUMNS)}
 _CONTENTS = {
   name: column.conditions for name, column in conditions.COLUMNS.items()
 }
@@ -170,6 +171,11 @@ class Results:
     order = self.main
     rows = [row for row in self.rows.values() if row.protocol in order]
     return sorted(rows, key=lambda row: order.index(row.protocol))
+
+
+def column_order(name: str) -> tuple[int, str]:
+  """A key to sort conditions by: in the paper's order, then by name."""
+  return _PLACES.get(name, len(_PLACES)), name
 
 
 def first_name(name: str) -> str:
@@ -458,10 +464,9 @@ def _cells(runs: Frame, rows: list[RowKey]) -> dict[CellKey, Cell]:
     'present': present.groupby(_CELL).sum(),
     'diverged': done[done.diverged].groupby(_CELL).size(),
   }).fillna(0).astype(int).to_dict('index')  # fmt: skip
-  place = {name: at for at, name in enumerate(COLUMNS)}
-  order = sorted(counts, key=lambda key: (
-    rows.index(key[:2]), place.get(key[2], len(place)), key[2]
-  ))  # fmt: skip
+  order = sorted(
+    counts, key=lambda key: (rows.index(key[:2]), *column_order(key[2]))
+  )
   return {
     key: Cell(
       best=bests.get(key),

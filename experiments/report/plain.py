@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from experiments.paper.conclusions import POINTS
-from experiments.paper.conditions import BATCH_100, find, in_words
+from experiments.paper.conditions import BATCH_100, find_exactly, in_words
 from experiments.report.frame import Cell, Results, Row, first_name
 
 # How much symmetry is needed, in the order of a sentence.
@@ -121,11 +121,8 @@ def glossary(names: Iterable[str]) -> dict[str, str]:
 
 
 def _line(name: str) -> str:
-  try:
-    found = find(name)
-  except ValueError:
-    found = None
-  if found is None or found.name != name:
+  found = find_exactly(name)
+  if found is None:
     return "not one of the paper's conditions"
   condition = found.conditions[0]
   rule, _, percent = condition.rule.partition('-')

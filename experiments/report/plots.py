@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.paper import published as paper
+from experiments.paper.conditions import find_exactly, setting_of
 from experiments.report.frame import (
   Frame,
   Results,
@@ -377,9 +378,10 @@ def curves(results: Results, grid: Grid, line: Line) -> Picture:
   about = f'{_short(line.title, 60)}, {grid.name}'
   groups: dict[str, list[str]] = {}
   for condition in found:
-    # More lines than looks: a panel for each norm and update.
-    setting = condition.partition('+')[2] or 'SGD'
-    setting = setting if len(found) > _LOOKS else ''
+    setting = ''
+    if len(found) > _LOOKS:  # a panel for each norm and update
+      column = find_exactly(condition)
+      setting = setting_of(column.conditions[0]) if column else 'other'
     groups.setdefault(setting, []).append(condition)
   with style(name):
     size = 7.5, max(2.6, 0.22 * max(map(len, groups.values()), default=0))

@@ -12,14 +12,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.paper.conditions import Condition, find, names_of
+from experiments.paper.conditions import (
+  find_exactly,
+  plain_name,
+  setting_of,
+)
 from experiments.report import plots, statistics
 from experiments.report.frame import (
-  COLUMNS,
   Cell,
   Frame,
   Results,
   Row,
+  column_order,
   first_name,
 )
 from experiments.report.plots import Picture
@@ -89,16 +93,13 @@ class Comparison:
 
 def compare(results: Results) -> list[Comparison]:
   """The rows with a few rules of one setting whose layers were recorded."""
-  place = {name: at for at, name in enumerate(COLUMNS)}
   found = []
   for row in results.rows.values():
     rules = list(_rules(results, row))
     counts = collections.Counter(rule.setting for rule in rules)
     rules = [rule for rule in rules if counts[rule.setting] >= _LEAST]
     if rules:
-      rules.sort(key=lambda of: (
-        place.get(of.setting, len(place)), of.setting, _best(of)
-      ))  # fmt: skip
+      rules.sort(key=lambda of: (column_order(of.setting), _best(of)))
       found.append(Comparison(row, tuple(rules)))
   return found
 
@@ -113,28 +114,19 @@ def _rules(results: Results, row: Row) -> Iterable[Rule]:
   for (*key, name), cell in results.cells.items():
     if tuple(key) != row.key or not cell.best or first_name(name) != name:
       continue
-    condition = _condition(name)
+    column = find_exactly(name)
     mine, _ = plots.at_best_rate(name, runs, settings)
     table = plots.layer_table(mine)
-    if condition is None or table.empty:
+    if column is None or table.empty:
       continue
+    condition = column.conditions[0]
     last = table.xs(table.index.unique('epoch').max(), level='epoch').iloc[:-1]
-    plain = names_of(dataclasses.replace(condition, rule='BP'))[0]
-    difference, interval, seeds = _paired(
-      cell, results.cells.get((*row.key, plain))
-    )
+    plain = results.cells.get((*row.key, plain_name(condition)))
+    difference, interval, seeds = _paired(cell, plain)
     yield Rule(
-      name, condition.rule, plain.removeprefix('SGD+'), cell, difference,
-      interval, seeds, {str(layer): dict(of) for layer, of in last.iterrows()},
+      name, condition.rule, setting_of(condition), cell, difference, interval,
+      seeds, {str(layer): dict(of) for layer, of in last.iterrows()},
     )  # fmt: skip
-
-
-def _condition(name: str) -> Condition | None:
-  try:
-    found = find(name)
-  except ValueError:
-    return None
-  return found.conditions[0] if found.name == name else None
 
 
 def _paired(

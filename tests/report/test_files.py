@@ -289,18 +289,19 @@ def test_many_conditions_have_a_panel_for_each_norm_and_update(monkeypatch):
   monkeypatch.setattr(plots, 'picture', lambda figure, *_: found.update(
     {axes.get_title('left'): axes for axes in figure.axes}
   ))  # fmt: skip
-  for most, titles in ((10, ['']), (11, ['SGD', 'BN'])):
+  for most, titles in ((10, ['']), (11, ['SGD', 'BN', 'Adam'])):
     results = frame.read([
-      record(f'LowRank{rank}{norm}', 2.0 + rank)
+      record('Adam', 2.0),
+      *(record(f'LowRank{rank}{norm}', 2.0 + rank)
       for rank in range(1, most + 1)
-      for norm in ('', '+BN')
+      for norm in ('', '+BN')),
     ])  # fmt: skip
     (grid,) = tables.grids(results)
     found.clear()
     plots.curves(results, grid, grid.lines[0])
     assert sorted(found, reverse=True) == sorted(titles, reverse=True)
     labels = [line.get_label() for of in found.values() for line in of.lines]
-    assert len(set(labels)) == 2 * most
+    assert len(set(labels)) == 2 * most + 1
     assert all(len(of.lines) <= 21 for of in found.values())
 
 
