@@ -11,8 +11,7 @@ from jax import lax
 
 import symjax_bp as sbp
 from symjax_bp import kinds
-from tests.cases import fast_jit
-from tests.zoo import normal
+from tests.cases import fast_jit, normal
 
 # Operands of the functions of jax.lax, and further arguments to try.
 OPERANDS = ('W', 'WW', 'xW', 'Wx', 'Wxx', 'xWx')
@@ -76,7 +75,7 @@ def asymmetric(function):
 
 
 def test_a_primitive_has_the_bits_of_plain_jax_or_is_refused():
-  W, x = (jax.nn.sigmoid(normal(i, 3, 3)) for i in range(2))
+  W, x = (jax.nn.sigmoid(normal(i, (3, 3))) for i in range(2))
   accepted, added = {}, set()
   for (name, operands), (function, primitives) in functions().items():
     label = f'{name}({operands})'
