@@ -175,12 +175,6 @@ def _assert_leaf_same_bits(actual, expected) -> None:
   )
 
 
-# Compiles in half the time; what is trained has the default options.
-fast_jit = functools.partial(
-  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
-)
-
-
 def differ(actual, expected) -> bool:
   """Whether any leaf is another one, by more than rounding."""
   pairs = zip(*map(jax.tree.leaves, (actual, expected)), strict=True)

@@ -10,7 +10,7 @@ from jax import lax
 
 from symjax_bp import FeedbackError
 from symjax_bp.direct import with_direct_feedback
-from tests.cases import fast_jit, normal
+from tests.cases import normal
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def gradients(f, feedback, params, x, target, **kwargs):
     return ((f(params, feedback, x, **kwargs) - target) ** 2).sum() / 2
 
   argnums = (0, 1, 2) if f.learns else (0, 2)
-  gradient = fast_jit(jax.grad(loss, argnums=argnums))
+  gradient = jax.jit(jax.grad(loss, argnums=argnums))
   return gradient(params, feedback, x)
 
 
@@ -223,7 +223,7 @@ def test_an_unmodified_model_of_flax(make):
   feedback = f.init(jax.random.key(1), params, x)
   found, _ = gradients(f, feedback, params, x, target)
 
-  @fast_jit
+  @jax.jit
   def expected(params, feedback, h):
     error, names, updates = function(params, h) - target, list(params), {}
     errors = [error @ feedback[f'{name}/kernel'].T for name in names[1:]]

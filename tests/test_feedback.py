@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import symjax_bp
 from symjax_bp import feedback
 from symjax_bp.primitives import Fan
-from tests.cases import RULES, assert_same_bits, fast_jit, normal
+from tests.cases import RULES, assert_same_bits, normal
 
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 every_rule = pytest.mark.parametrize('rule', RULES.values(), ids=str)
@@ -186,7 +186,7 @@ def test_brsf_is_drawn_anew_for_every_bit_of_W(dtype):
     np.fill_diagonal(flips, [1 << i % bits for i in range(32)])
     several = (words ^ flips).view(kernel.dtype).reshape(34, 4, 8)
     state = rule.init(jax.random.key(0), kernel)
-    draw = fast_jit(jax.vmap(lambda W: rule.expand(W, state)))
+    draw = jax.jit(jax.vmap(lambda W: rule.expand(W, state)))
     R = np.asarray(draw(jnp.asarray(several)), np.float64)
   assert len(np.unique(R, axis=0)) == 33
   assert (R[-1] == R[-2]).all()

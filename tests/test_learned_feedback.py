@@ -12,7 +12,7 @@ from jax import lax
 
 import symjax_bp
 from symjax_bp import feedback, linen, metrics
-from tests.cases import assert_same_bits, fast_jit, normal
+from tests.cases import assert_same_bits, normal
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
@@ -50,7 +50,7 @@ def test_kolen_pollack_aligns_an_unmodified_network():
     W = flatten_dict(variables['params'], sep='/')
     return {path: metrics.alignment_angle(W[path], V[path]) for path in V}
 
-  @fast_jit
+  @jax.jit
   def train(key):
     start = model.init(key, x)
     carry = start, optimizer.init(start)
@@ -105,7 +105,7 @@ def gradients(function, rule, W, x):
     stored = symjax_bp.combine(learned, fixed)
     return (f(W, stored, x).astype(W.dtype) ** 2).sum()
 
-  dW, dR = fast_jit(jax.grad(loss, (0, 1)))(W, learned)
+  dW, dR = jax.jit(jax.grad(loss, (0, 1)))(W, learned)
   return dW, dR[rule.state_name]['learned'], stored[rule.state_name]
 
 
@@ -344,7 +344,7 @@ def test_local_losses_have_their_gradients(name, op, shape):
     rule = feedback.local_loss(factors={name: 0.5})
     _, dV, stored = gradients(op, rule, W, x)
     V = stored['learned']
-    expected = fast_jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
+    expected = jax.jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
     np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -378,7 +378,7 @@ def test_the_weight_mirror_aligns_without_labels():
     return jax.tree.map(lambda R, dR: R - 0.1 * dR, stored, gradient), None
 
   keys = jax.random.split(jax.random.key(3), 150)
-  mirrored, _ = fast_jit(lambda stored: lax.scan(step, stored, keys))(stored)
+  mirrored, _ = jax.jit(lambda stored: lax.scan(step, stored, keys))(stored)
   V = f.weights(params, mirrored)
   angles = metrics.alignment_angle(params, V)
   assert angles['dense'] < 5 and angles['conv'] < 15

@@ -10,7 +10,7 @@ from flax import serialization
 
 import symjax_bp as sbp
 from symjax_bp import linen
-from tests.cases import RULES, assert_same_bits, differ, fast_jit, normal
+from tests.cases import RULES, assert_same_bits, differ, normal
 from tests.linen_models import (
   CNN,
   IMAGES,
@@ -51,7 +51,7 @@ def test_layers_are_those_of_flax_but_for_dx(name):
   rules = (BP, sbp.nusf(), sbp.brsf(0.3), sbp.rndf())
   variables = [layer.clone(feedback=rule).init(KEY, x) for rule in rules]
 
-  @fast_jit
+  @jax.jit
   def run():
     twin = linen.without_feedback(layer)
     results: list = [pull_back(each.apply, params, x) for each in (plain, twin)]
@@ -208,7 +208,7 @@ def test_layer_alignment_measures_the_V_that_was_used():
   model = linen.with_feedback(CNN(), rules)
   variables, loss = model.init(KEY, IMAGES), lambda y: (y**2).sum()
   align = lambda v: linen.layer_alignment(model, v, loss, IMAGES)
-  rows = fast_jit(align)(variables)
+  rows = jax.jit(align)(variables)
   V = linen.feedback_weights(model, variables, IMAGES)
   assert rows.keys() == V.keys() and len(V) == 3
   for path, row in rows.items():

@@ -17,7 +17,7 @@ from flax.training.train_state import TrainState
 
 import symjax_bp as sbp
 from symjax_bp import linen
-from tests.cases import assert_same_bits, differ, fast_jit, normal
+from tests.cases import assert_same_bits, differ, normal
 from tests.linen_models import (
   KEY,
   MODELS,
@@ -36,7 +36,7 @@ def test_all_but_the_backward_pass_is_plain_flax(name):
   random = sbp.with_feedback(model, sbp.rndf())
   symmetric = sbp.with_feedback(model, sbp.symmetric())
 
-  @fast_jit
+  @jax.jit
   def run():
     results = []
     for each in (model, linen.without_feedback(random), symmetric, random):
@@ -66,7 +66,7 @@ def train(model, variables, x):
     apply_fn=model.apply, params=variables, tx=optimizer
   )
 
-  @fast_jit
+  @jax.jit
   def step(state):
     def loss(variables):
       logits, labels = state.apply_fn(variables, x), jnp.array([0, 1, 2, 1])
@@ -134,7 +134,7 @@ def test_statistics_keys_and_what_is_sown_are_those_of_flax():
   model = Outer(linen.with_feedback(Noisy(), sbp.brsf()))
   plain, keys = Outer(Noisy()), {'params': KEY, **rngs}
 
-  @fast_jit
+  @jax.jit
   def run():
     y, variables = model.init_with_output(keys, X)
     y_plain, given = plain.init_with_output(keys, X)
@@ -158,7 +158,7 @@ def test_init_works_where_it_works_in_flax():
   variables = decoder.init(KEY, x)
   assert_same_bits(model.init(KEY, x), variables)
   step = lambda model: model.apply(variables, x[:, :1], mutable='cache')
-  assert_same_bits(*fast_jit(lambda: (step(model), step(decoder)))())
+  assert_same_bits(*jax.jit(lambda: (step(model), step(decoder)))())
   keys = {'params': KEY, 'dropout': KEY, 'noise': KEY}
   model = linen.with_feedback(Noisy('devices'), sbp.usf())
   jax.eval_shape(model.init, keys, X)  # There is no such axis.
@@ -261,7 +261,7 @@ def test_a_weight_used_by_hand_follows_its_rule(rules, exclude, rule):
   model, x = linen.with_feedback(ByHand(), rules, exclude), X[:, :3]
   assert linen.layer_rules(model, x)[1][:3] == ('head/kernel', (4, 2), rule)
 
-  @fast_jit
+  @jax.jit
   def run():
     variables = model.init(KEY, x)
     V = linen.feedback_weights(model, variables, x)
@@ -314,7 +314,7 @@ class Lifted(nn.Module):
 def test_lifted_transformations_around_asymmetric_modules(lift):
   model = Lifted(lift)
 
-  @fast_jit
+  @jax.jit
   def run():
     variables = model.init(KEY, X)
     V = linen.feedback_weights(model, variables, X)
@@ -366,7 +366,7 @@ def test_an_asymmetric_cell_in_a_recurrent_layer():
     variables
   )
   run = lambda: [gradient(model, variables, x) for model in (inside, around)]
-  assert_same_bits(*fast_jit(run)())
+  assert_same_bits(*jax.jit(run)())
 
 
 JitDense = nn.jit(linen.Dense)
@@ -391,7 +391,7 @@ def test_nn_jit_keeps_no_trace_of_another_rule_and_hides_no_layer():
   }
   variables, paths = usf.init(KEY, X), ['first/kernel', 'second/kernel']
   dW = {
-    rule: fast_jit(gradient, static_argnums=0)(model, variables, X)
+    rule: jax.jit(gradient, static_argnums=0)(model, variables, X)
     for rule, model in models.items()
   }
   five = jax.tree.map(lambda g: 5 * g, dW[sbp.nusf()]['first']['kernel'])

@@ -8,7 +8,7 @@ from jax import lax
 
 import symjax_bp
 from symjax_bp import metrics
-from tests.cases import assert_same_bits, fast_jit, normal
+from tests.cases import assert_same_bits, normal
 
 
 def wide(array):
@@ -55,7 +55,7 @@ def test_measures_are_those_of_numpy(measure, expected, shape, dtypes):
   dtypes = dtypes.split()
   W = (3 * normal(0, shape)).astype(dtypes[0])
   V = normal(1, shape, dtypes[-1])
-  actual = fast_jit(measure)(W, V)
+  actual = jax.jit(measure)(W, V)
   assert actual.shape == () and actual.dtype == jnp.float32
   # Sums of 72 terms in float32.
   np.testing.assert_allclose(actual, expected(W, V), rtol=100 * 2**-24)
@@ -195,7 +195,7 @@ def test_alignment_is_that_of_the_equations(model):
     f = symjax_bp.with_feedback(function, symjax_bp.rndf())
     feedback = f.init(jax.random.key(0), params)
     loss = loss_of(f, feedback, x, target)
-    found = fast_jit(lambda p: metrics.layer_alignment(loss, p))(params)
+    found = jax.jit(lambda p: metrics.layer_alignment(loss, p))(params)
     V = f.weights(params, feedback)
   x, target = np.asarray(x), np.asarray(target)
   Ws, Vs = (used(np.asarray(A)) for A in (params, V))
@@ -228,7 +228,7 @@ def test_V_equal_to_W_is_perfectly_aligned(dtype):
   W, x = normal(0, (3, 4, 4), dtype), normal(1, (6, 4), dtype)
   f = symjax_bp.with_feedback(scanned, symjax_bp.symmetric())
   loss = loss_of(f, None, x, 0 * x)
-  row = fast_jit(lambda W: metrics.layer_alignment(loss, W))(W)['']
+  row = jax.jit(lambda W: metrics.layer_alignment(loss, W))(W)['']
   assert all(value.dtype == jnp.float32 for value in row)
   assert tuple(map(float, row))[:5] == (1, 0, 1, 0, 0)
 
@@ -241,7 +241,7 @@ def test_W_and_V_are_those_of_the_product():
     lambda W, x: x @ jnp.where(mask, W, 0.0), symjax_bp.frsf(1.0)
   )
   loss = loss_of(f, f.init(jax.random.key(0), W), x, x)
-  row = fast_jit(lambda W: metrics.layer_alignment(loss, W))(W)['']
+  row = jax.jit(lambda W: metrics.layer_alignment(loss, W))(W)['']
   assert row.concordance == 4 / 16 and row.update_angle == 0
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 import symjax_bp as sbp
 from symjax_bp import nnx as asymmetric
 from symjax_bp.nnx import Feedback, feedback_weights
-from tests.cases import assert_same_bits, fast_jit, normal
+from tests.cases import assert_same_bits, normal
 from tests.nnx_models import (
   CNN,
   IMAGES,
@@ -333,7 +333,7 @@ def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes):
       dtype=dtypes[1], rngs=nnx.Rngs(0),
     )  # fmt: skip
     x = jnp.ones(3, dtypes[1])
-    used = fast_jit(jax.jacrev(layer))(x).T
+    used = jax.jit(jax.jacrev(layer))(x).T
     V = feedback_weights(layer)['kernel']
     assert (V.dtype, used.dtype) == dtypes
     np.testing.assert_array_equal(V.astype(used.dtype), used)

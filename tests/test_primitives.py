@@ -16,7 +16,6 @@ from tests.cases import (
   assert_same_bits,
   cotangents,
   expected_cotangents,
-  fast_jit,
   normal,
   operands,
 )
@@ -40,7 +39,7 @@ def test_cotangents_are_bit_equal_to_those_of_jax(name, dtype):
   """dx is that of JAX at V, everything else that of JAX at W."""
   operation = OPERATIONS[name]
   x, W, V, _ = operands(operation, dtype)
-  compiled = fast_jit(value_and_cotangents, static_argnums=0)
+  compiled = jax.jit(value_and_cotangents, static_argnums=0)
   y, (dx, dW) = compiled(operation.plain, x, W)
   _, (dx_at_V, _) = compiled(operation.plain, x, V)
   assert not np.array_equal(dx, dx_at_V)
@@ -119,7 +118,7 @@ def test_fan_and_features_by_counting(name):
     x = jnp.concatenate([x[: len(x) // images, ..., :1]] * images)
     x = jnp.broadcast_to(x, operation.x)
 
-  @fast_jit
+  @jax.jit
   def run(x, W):
     y, pullback = jax.vjp(lambda x: operation.plain(x, W), jnp.ones_like(x))
     return y.max(), pullback(jnp.ones_like(y))[0].max(), operation.plain(x, W)
@@ -181,14 +180,14 @@ SUBSETS = [tuple(map(int, f'{number:03b}')) for number in range(1, 8)]
 def test_vmap_over_any_subset_is_a_loop(float64, name):
   operation = OPERATIONS[name]
   *stacked, g = operands(operation, jnp.float64, lead=(1, 1, 1))
-  one = fast_jit(lambda *xWV: expected_cotangents(operation, *xWV, g))
+  one = jax.jit(lambda *xWV: expected_cotangents(operation, *xWV, g))
 
   def pick(i, mapped):
     return [
       a[i if axis else 0] for a, axis in zip(stacked, mapped, strict=True)
     ]
 
-  @fast_jit
+  @jax.jit
   def every(*stacked):
     results = []
     for mapped in SUBSETS:

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import symjax_bp
-from tests.cases import assert_same_bits, fast_jit, normal
+from tests.cases import assert_same_bits, normal
 
 SHAPES = ((6, 12), (12, 8), (8, 3))
 
@@ -43,7 +43,7 @@ def train(rule, optimizer, scales):
     start = params, optimizer.init(params)
     return jax.lax.scan(step, start, length=200)[0][0]
 
-  compiled = fast_jit(run)
+  compiled = jax.jit(run)
   return [compiled(jnp.float32(scale)) for scale in scales]
 
 

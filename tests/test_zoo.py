@@ -10,7 +10,6 @@ import pytest
 
 import symjax_bp as sbp
 from tests import zoo
-from tests.cases import fast_jit
 
 # Rounded in other places, and written with products of its own.
 UNREFERENCED = {'bfloat16', 'eqx GRU'}
@@ -77,7 +76,7 @@ def test_gradients_are_those_of_plain_jax_and_of_the_reference(name):
     rule = sbp.usf() if name in zoo.ARITHMETIC else sbp.frozen_sign()
     functions += [model.reference, asymmetric(model, rule)]
   # One program, in which what is the same is compiled once.
-  run = fast_jit(lambda *args: [gradients(f, *args) for f in functions])
+  run = jax.jit(lambda *args: [gradients(f, *args) for f in functions])
   plain, same, *usf = map(by_path, run(model.params, *model.args))
   assert plain.keys() == same.keys()
   for path, value in plain.items():
