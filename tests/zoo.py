@@ -373,6 +373,7 @@ def _over_time(cell, xs):
 
 
 EQUINOX = {
+  'eqx MLP': (functools.partial(eqx.nn.MLP, 3, 2, 8, 2), (4, 3)),
   'eqx Conv2d': (functools.partial(eqx.nn.Conv2d, 3, 5, 3), (2, 3, 6, 6)),
   'eqx ConvTranspose2d': (
     functools.partial(eqx.nn.ConvTranspose2d, 3, 5, 3, 2), (2, 3, 5, 5)
