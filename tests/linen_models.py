@@ -18,13 +18,6 @@ class CNN(nn.Module):
     return nn.Dense(3)(nn.relu(nn.Dense(8)(x)))
 
 
-class Attention(nn.Module):
-  @nn.compact
-  def __call__(self, x):
-    y = nn.MultiHeadDotProductAttention(num_heads=2)(nn.LayerNorm()(x))
-    return nn.Dense(3)(nn.relu(nn.Dense(8)(nn.LayerNorm()(x + y))).mean(1))
-
-
 class Autoencoder(nn.Module):
   def setup(self):
     self.enc, self.dec = nn.Dense(5), nn.Dense(5)
@@ -65,12 +58,25 @@ class OneScope(nn.Module):
     return self.second(jnp.tanh(self.first(x)))
 
 
+class ByHand(nn.Module):
+  """A layer that is called, applied by hand (F1) and transposed (F2b)."""
+
+  def setup(self):
+    self.body = nn.Dense(4, use_bias=False)
+    self.head = nn.Dense(2, use_bias=False)
+
+  def __call__(self, x):
+    h = nn.tanh(self.body(x))
+    y = self.head(h)
+    params = self.head.variables['params']
+    return (y + self.head.apply({'params': params}, h)) @ params['kernel'].T
+
+
 _boxed = nn.with_logical_partitioning(
   nn.initializers.lecun_normal(), ('in', 'out')
 )
 MODELS = {
   'CNN': (CNN(), IMAGES),
-  'attention': (Attention(), normal(0, (4, 5, 6))),
   'methods, shared layers': (Autoencoder(), X),
   'jit, remat': (
     nn.Sequential([nn.jit(nn.Dense)(5), nn.remat(nn.Dense)(4)]),
@@ -79,6 +85,7 @@ MODELS = {
   'scan, vmap': (Stack(), X),
   'nested': (Outer(nn.Sequential([nn.Dense(4), jnp.tanh])), X),
   'shared scope': (OneScope(), X[:, :3]),
+  'by hand': (ByHand(), X),
   'boxed': (
     nn.Sequential(
       [nn.Dense(4), nn.WeightNorm(nn.Dense(2, kernel_init=_boxed))]
