@@ -43,18 +43,28 @@ class MLP(nnx.Module):
     return nnx.tanh(self.body(x))
 
 
+class Noisy(MLP):
+  """Its calls change statistics and keys."""
+
+  def __init__(self, rngs):
+    super().__init__(rngs)
+    self.norm = nnx.BatchNorm(5, rngs=rngs)
+    self.dropout = nnx.Dropout(0.2, rngs=rngs)
+
+  def encode(self, x):
+    return self.dropout(self.norm(super().encode(x)))
+
+
 class CNN(nnx.Module):
   def __init__(self, rngs):
     self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
-    self.norm = nnx.BatchNorm(4, rngs=rngs)
-    self.dropout = nnx.Dropout(0.2, rngs=rngs)
     layers = nnx.Linear(4 * 9, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
     self.layers = nnx.List(layers)
 
   def __call__(self, x):
-    x = nnx.relu(self.norm(self.conv(x)))
+    x = nnx.relu(self.conv(x))
     x = nnx.max_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
-    return self.layers[1](self.dropout(nnx.relu(self.layers[0](x))))
+    return self.layers[1](nnx.relu(self.layers[0](x)))
 
 
 class NoPytree(nnx.Module, pytree=False):
@@ -196,6 +206,7 @@ def linen_in_nnx(rngs):
 
 MODELS = {
   'CNN': (CNN, IMAGES),
+  'noisy': (Noisy, X),
   'containers': (containers, X),
   'no pytree': (NoPytree, X),
   'mixin': (Mixed, X),
