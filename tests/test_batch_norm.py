@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
 
 from symjax_bp import nnx as asymmetric
 from symjax_bp.linen import BatchNorm, calibrate
@@ -268,38 +267,18 @@ def test_dtype_of_the_result(form, x_dtype, dtype, expected):
 
 
 DEVICES, SHAPE = 4, (8, 3, 3, 5)
-DEVICE = {'axis_name': 'batch', 'devices': jax.devices()[:DEVICES]}
-
-
-def _shard_map(function, x, g):
-  split, whole = PartitionSpec('batch'), PartitionSpec()
-  mesh = Mesh(DEVICE['devices'], ('batch',))
-  specs = {'in_specs': split, 'out_specs': (split, split, whole)}
-  return jax.jit(
-    jax.shard_map(lambda x, g: function(x[0], g[0]), mesh=mesh, **specs)
-  )(x, g)
-
-
-TRANSFORMATIONS = {
-  'vmap': lambda function, *xs: jax.vmap(function, axis_name='batch')(*xs),
-  'pmap': lambda function, *xs: jax.pmap(function, **DEVICE)(*xs),
-  'shard_map': _shard_map,
-}
 
 
 @pytest.mark.parametrize(
-  ('name', 'form'),
-  [
-    *((name, linen_form) for name in TRANSFORMATIONS),
-    ('pmap', nnx_form),
-  ],
+  'form, transform', [(linen_form, jax.vmap), (nnx_form, jax.pmap)]
 )
-def test_devices_are_the_whole_batch(name, form):
+def test_devices_are_the_whole_batch(form, transform):
+  """Whole steps by jit, pmap and shard_map are in test_data_parallel.py."""
   with jax.enable_x64(True):
     x, g = (jnp.asarray(random_array(SHAPE, k), jnp.float64) for k in (0, 1))
-    y, dx, statistics = TRANSFORMATIONS[name](
-      functools.partial(with_gradient, form, axis_name='batch'),
-      *(a.reshape(DEVICES, -1, *SHAPE[1:]) for a in (x, g)),
+    function = functools.partial(with_gradient, form, axis_name='batch')
+    y, dx, statistics = transform(function, axis_name='batch')(
+      *(a.reshape(DEVICES, -1, *SHAPE[1:]) for a in (x, g))
     )
     expected, gradient, whole = with_gradient(form, x, g)
   # 72 additions of numbers up to 100, each rounded by 1e-16.
@@ -315,7 +294,7 @@ def test_axis_index_groups():
   layer = BatchNorm(False, axis_name='batch')
   layer.init(jax.random.key(0), x)  # Initialization needs no axis.
   layer = layer.clone(axis_index_groups=[[0, 1], [2, 3]])
-  y = jax.pmap(functools.partial(layer.apply, {}), **DEVICE)(x)
+  y = jax.pmap(functools.partial(layer.apply, {}), 'batch')(x)
   expected = [linen_form(half.reshape(4, 5))[0] for half in np.split(x, 2)]
   # 4 additions of deviations up to 5, and the rounding of x up to 0.5.
   atol = (4 * 5 + 0.5 / 0.05) * ROUNDING

@@ -145,7 +145,7 @@ def test_factored_feedback_is_the_product_of_its_factors(rule):
 
 @pytest.mark.accelerator
 @pytest.mark.parametrize('make', [feedback.brsf, feedback.frsf])
-@pytest.mark.parametrize('p_flip', [0.0, 0.1, 0.25, 0.5, 0.75, 0.999, 1.0])
+@pytest.mark.parametrize('p_flip', [0.0, 0.25, 0.999, 1.0])
 def test_magnitudes_and_flips_have_the_stated_distribution(make, p_flip):
   V = np.asarray(weights(make(p_flip)), np.float64)
   M, kept = np.abs(V), np.sign(V) == np.sign(W)

@@ -236,7 +236,7 @@ def _scan(optimizer):
   jax.eval_shape(lambda: jax.lax.scan(step, start, length=2))
 
 
-@pytest.mark.parametrize('setting', SETTINGS)
+@pytest.mark.parametrize('setting', [0, 3])
 @pytest.mark.parametrize('kind', KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize('injected', [False, True])
 def test_any_kind_of_number_is_a_python_float(kind, setting, injected):

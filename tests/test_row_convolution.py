@@ -15,12 +15,10 @@ from tests.cases import assert_same_bits, normal
 # Shapes of x and W and the options that are not the defaults.
 FASTER = {
   'MNIST, second layer': ((2, 12, 12, 20), (5, 5, 20, 50), {}),
-  'padded unevenly': (
-    (4, 12, 9, 6), (7, 4, 6, 70), {'padding': ((1, 0), (3, 1))}
-  ),
-  'an odd layout': (
+  'an odd layout, padded unevenly': (
     (12, 5, 9, 6), (6, 5, 70, 4),
-    {'dimension_numbers': ('HNWC', 'IHOW', 'WNCH')},
+    {'dimension_numbers': ('HNWC', 'IHOW', 'WNCH')}
+    | {'padding': ((1, 0), (3, 1))},
   ),
   'three axes': (
     (3, 8, 6, 7, 4), (4, 3, 2, 4, 60),
@@ -74,13 +72,9 @@ def lowered(function, x, W, V, g, platform='cpu') -> str:
 
 
 @pytest.mark.parametrize('case', FASTER.values(), ids=FASTER)
-def test_the_bits_of_jax_and_with_the_option_its_rounding(case):
-  default, plain, (x, W, V, g) = functions(case)
+def test_only_dx_differs_from_jax_and_only_by_rounding(case):
+  rows, plain, (x, W, V, g) = functions(case, row_convolution=True)
   y, dx, dW = gradients(plain, g, x, W)
-  symmetric = lambda x, W: default(x, W, W)
-  assert_same_bits(gradients(symmetric, g, x, W), (y, dx, dW))
-
-  rows = functions(case, row_convolution=True)[0]
   zero = jnp.zeros_like(V)
   rows_y, rows_dx, rows_dW, dV = gradients(rows, g, x, W, V)
   assert_same_bits((rows_y, rows_dW, dV), (y, dW, zero))
