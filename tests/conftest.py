@@ -20,31 +20,39 @@ os.environ.setdefault(
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
-def _optimize(item):
-  """Programs of the library's tests compile in half the time without."""
+@pytest.fixture
+def float64():
+  """Double precision, in which no rounding hides or explains a difference."""
+  with jax.enable_x64(True):
+    yield
+
+
+def _choose_optimizations(item):
+  """Without any, the library's tests compile in half the time."""
   skip = item.path.parent == Path(__file__).parent
   if skip != jax.config.read('jax_disable_most_optimizations'):
     jax.config.update('jax_disable_most_optimizations', skip)
-    jax.clear_caches()
+    jax.clear_caches()  # Each test runs what is compiled its own way.
 
 
 def pytest_runtest_setup(item):
-  _optimize(item)
+  _choose_optimizations(item)
 
 
 def pytest_runtest_teardown(nextitem):
   """For tests that are not below this folder."""
   if nextitem:
-    _optimize(nextitem)
+    _choose_optimizations(nextitem)
 
 
 # Files that take minutes start first, so that no worker waits for another.
-_LONG = ('test_processes.py', 'test_killed.py', 'test_ray.py', 'test_zoo.py')
+_LONG = ('test_processes.py', 'test_killed.py', 'test_ray.py')
 
 
 def pytest_collection_modifyitems(items):

@@ -27,18 +27,13 @@ RULES = {  # of a layer each
 }
 OPTIMIZER = sbp.optim.batch_manhattan(0.01, 0.5, 0.01)
 BATCH, CLASSES, STEPS = 16, 3, 2
+pytestmark = pytest.mark.usefixtures('float64')
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
 SPECS = (WHOLE, WHOLE, WHOLE, SPLIT, SPLIT)
 
 # Float64 rounds each of up to 1e3 terms of a sum by 1e-16, and batch norm
 # divides by 1e-2 at least.
 ROUNDING = 1e-11
-
-
-@pytest.fixture(autouse=True, scope='module')
-def float64():
-  with jax.enable_x64(True):
-    yield
 
 
 class Network(nn.Module):

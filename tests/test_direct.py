@@ -14,12 +14,6 @@ from tests.cases import normal
 KEY = jax.random.key(0)
 
 
-@pytest.fixture
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def wide(seed, *shape):
   return normal(seed, shape, jnp.float64)
 

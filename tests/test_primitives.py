@@ -160,12 +160,6 @@ def test_a_kernel_of_another_rank_is_refused():
 wide = functools.partial(normal, dtype=jnp.float64)
 
 
-@pytest.fixture
-def float64():
-  with jax.enable_x64(True):
-    yield
-
-
 def assert_close(actual, expected):
   for a, e in zip(actual, expected, strict=True):
     assert a.dtype == e.dtype == jnp.float64

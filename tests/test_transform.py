@@ -16,11 +16,7 @@ from tests.zoo import KEY, normal
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
 
 
-@pytest.fixture(autouse=True)
-def double_precision():
-  """Differences then come from nowhere but errors: 1e-10 is far above both."""
-  with jax.enable_x64(True):
-    yield
+pytestmark = pytest.mark.usefixtures('float64')
 
 
 def assert_close(actual, expected, atol=1e-10):

@@ -16,8 +16,8 @@ UNREFERENCED = {'bfloat16', 'eqx GRU'}
 
 
 @pytest.fixture(autouse=True)
-def double_precision():
-  with jax.enable_x64(True), jax.numpy_dtype_promotion('standard'):
+def double_precision(float64):
+  with jax.numpy_dtype_promotion('standard'):
     yield
 
 
