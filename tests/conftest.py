@@ -35,7 +35,8 @@ def float64():
 
 def _choose_optimizations(item):
   """Without any, the library's tests compile in half the time."""
-  skip = item.path.parent == Path(__file__).parent
+  of_library = item.path.parent == Path(__file__).parent
+  skip = of_library and not item.get_closest_marker('optimized')
   if skip != jax.config.read('jax_disable_most_optimizations'):
     jax.config.update('jax_disable_most_optimizations', skip)
     jax.clear_caches()  # Each test runs what is compiled its own way.

@@ -24,6 +24,7 @@ from tests.batch_norms import (
   with_gradient,
 )
 
+pytestmark = pytest.mark.optimized
 TRAINING = BatchNorm(use_running_average=False)
 INITIAL = {
   'mean': np.zeros(5, np.float32),

@@ -27,7 +27,7 @@ RULES = {  # of a layer each
 }
 OPTIMIZER = sbp.optim.batch_manhattan(0.01, 0.5, 0.01)
 BATCH, CLASSES, STEPS = 16, 3, 2
-pytestmark = pytest.mark.usefixtures('float64')
+pytestmark = [pytest.mark.usefixtures('float64'), pytest.mark.optimized]
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
 SPECS = (WHOLE, WHOLE, WHOLE, SPLIT, SPLIT)
 

@@ -15,6 +15,7 @@ from symjax_bp import feedback
 from symjax_bp.primitives import Fan
 from tests.cases import RULES, assert_same_bits, normal
 
+pytestmark = pytest.mark.optimized
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 every_rule = pytest.mark.parametrize('rule', RULES.values(), ids=str)
 W = normal(0, (400, 504))

@@ -94,6 +94,7 @@ def mlp(rule, **kwargs):
   return asymmetric.with_feedback(MLP(nnx.Rngs(0)), rule, **kwargs)
 
 
+@pytest.mark.optimized
 def test_a_symmetric_model_learns_exactly_as_plain_flax():
   """Statistics, dropout masks and keys too; the original is not changed."""
   plain = Noisy(nnx.Rngs(0))

@@ -9,6 +9,7 @@ import pytest
 
 from symjax_bp import optim
 
+pytestmark = pytest.mark.optimized
 SETTINGS = (0, 1, 2, 3)
 # Learning rate, momentum and weight decay; powers of two keep sums exact.
 NUMBERS, EXACT = (1e-3, 0.9, 5e-4), (0.125, 0.5, 0.25)

@@ -71,6 +71,7 @@ def lowered(function, x, W, V, g, platform='cpu') -> str:
   return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize('case', FASTER.values(), ids=FASTER)
 def test_only_dx_differs_from_jax_and_only_by_rounding(case):
   rows, plain, (x, W, V, g) = functions(case, row_convolution=True)

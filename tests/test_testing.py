@@ -175,6 +175,7 @@ def test_an_asymmetric_model_is_told_from_backpropagation(kind):
   assert f'{last}: ' not in str(caught.value)
 
 
+@pytest.mark.optimized
 @every_kind
 def test_a_symmetric_model_is_backpropagation(kind):
   model, variables = make(kind, sbp.symmetric())
