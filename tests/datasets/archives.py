@@ -1,6 +1,7 @@
 """Small datasets in every form that a user may have, made on the spot."""
 
 import io
+import itertools
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -20,10 +21,13 @@ def picture(number: int, size: tuple[int, int] = (12, 10)) -> np.ndarray:
   return (np.stack(planes, -1) % 256).astype(np.uint8)
 
 
-def encoded(pixels: np.ndarray, form: str = 'PNG', **options) -> bytes:
+def encoded(
+  pixels: np.ndarray | Image.Image, form: str = 'PNG', **options
+) -> bytes:
   """The picture as a file."""
   file = io.BytesIO()
-  Image.fromarray(pixels).save(file, form, **options)
+  shown = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+  shown.save(file, form, **options)
   return file.getvalue()
 
 
@@ -32,15 +36,21 @@ def raw_arrays(
 ) -> dict[str, np.ndarray]:
   """A dataset as the raw npz form has it; counts are per class."""
   arrays = {'classes': np.array([f'class {i}' for i in range(classes)])}
-  number = 0
+  numbers = itertools.count()
   for part, count in (('train', train), ('test', test)):
-    pictures = []
-    for _ in range(classes * count):
-      pictures.append(picture(number, (size, size)))
-      number += 1
-    arrays[f'x_{part}'] = np.stack(pictures)
-    arrays[f'y_{part}'] = np.tile(np.arange(classes), count)
+    labels = np.tile(np.arange(classes), count)
+    pictures = [picture(next(numbers), (size, size)) for _ in labels]
+    arrays |= {f'x_{part}': np.stack(pictures), f'y_{part}': labels}
   return arrays
+
+
+def vectors(features: int = 1845) -> dict[str, np.ndarray]:
+  """A dataset of vectors in the raw form, as TIMIT80."""
+  rng = np.random.default_rng(0)
+  return raw_arrays() | {
+    f'x_{part}': rng.standard_normal((count, features), np.float32)
+    for part, count in (('train', 12), ('test', 6))
+  }
 
 
 def joined(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -64,14 +74,12 @@ def save(path: Path, arrays: dict[str, np.ndarray]) -> Path:
 
 def image_folder(path: Path, arrays: dict[str, np.ndarray]) -> Path:
   """The same as a folder of PNG files, named in the order of the rows."""
+  files = {}
   for part in ('train', 'test'):
-    labels = arrays[f'y_{part}']
-    for row, (x, label) in enumerate(
-      zip(arrays[f'x_{part}'], labels, strict=True)
-    ):
+    for row, label in enumerate(arrays[f'y_{part}']):
       name = f'{part}/{arrays["classes"][label]}/{row:05d}.png'
-      folder(path, {name: encoded(x)})
-  return path
+      files[name] = encoded(arrays[f'x_{part}'][row])
+  return folder(path, files)
 
 
 def folder(path: Path, files: Mapping[str, bytes]) -> Path:

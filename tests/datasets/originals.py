@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,11 +73,12 @@ def caltech256() -> Original:
   """256_ObjectCategories.tar: 4 categories, clutter, and stray files."""
   root = '256_ObjectCategories'
   names = ['001.ak47', '002.american-flag', '056.dog', '198.spider']
-  files, number = {}, 0
-  for name in [*names, '257.clutter']:
-    for i in range(5):
-      number += 1
-      files[f'{root}/{name}/{name[:3]}_{i + 1:04d}.jpg'] = jpeg(number)
+  numbers = itertools.count(1)
+  files = {
+    f'{root}/{name}/{name[:3]}_{i:04d}.jpg': jpeg(next(numbers))
+    for name in [*names, '257.clutter']
+    for i in range(1, 6)
+  }
   files[f'{root}/056.dog/greg/vision309/x.m'] = b'% stray'
   files[f'{root}/198.spider/RENAME2'] = b'mv'
   return Original({'256_ObjectCategories.tar': files})
@@ -84,16 +86,16 @@ def caltech256() -> Original:
 
 def icub() -> Original:
   """iCubWorld.zip: 3 training objects per category, 3 kinds of test."""
-  files, number = {}, 0
+  numbers = itertools.count(1)
   kinds = [('train', thing, 3) for thing in range(3)]
   for kind in ('categorization', 'demonstrator', 'robot'):
     kinds.append((f'test/{kind}', 9, 2))
-  for category in IcubWorld.CATEGORIES:
-    for kind, thing, count in kinds:
-      for i in range(count):
-        number += 1
-        name = f'{kind}/{category}/{category}_{thing}/{i:08d}.jpg'
-        files[f'iCubWorld/{name}'] = jpeg(number)
+  files = {
+    f'iCubWorld/{kind}/{name}/{name}_{thing}/{i:08d}.jpg': jpeg(next(numbers))
+    for name in IcubWorld.CATEGORIES
+    for kind, thing, count in kinds
+    for i in range(count)
+  }
   return Original({'icub_world/iCubWorld.zip': files})
 
 

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,15 +14,9 @@ from tests.datasets.archives import load
 _ARRAYS = {'a': np.arange(50_000), 'b': np.array([b'x', b'yz'])}
 
 
-class _Build:
-  """Counts how often the arrays are made."""
-
-  def __init__(self):
-    self.calls = 0
-
-  def __call__(self):
-    self.calls += 1
-    return _ARRAYS
+def _build():
+  """Makes the arrays, and counts how often."""
+  return mock.Mock(return_value=_ARRAYS)
 
 
 def _fetch(folder, build, config: object = 'config'):
@@ -32,16 +27,16 @@ def _fetch(folder, build, config: object = 'config'):
 
 
 def test_built_once_per_config(tmp_path):
-  build = _Build()
+  build = _build()
   for config in ('a', 'a', {'b': 1}, 'a', {'b': 1}):
     _fetch(tmp_path / 'new' / 'folder', build, config)
-  assert build.calls == 2
+  assert build.call_count == 2
   assert len(list((tmp_path / 'new' / 'folder').iterdir())) == 2
 
 
 @pytest.mark.parametrize('damage', ['empty', 'cut', 'flip', 'text'])
 def test_a_damaged_file_is_built_again(tmp_path, damage):
-  build = _Build()
+  build = _build()
   _fetch(tmp_path, build)
   (path,) = tmp_path.iterdir()
   content = bytearray(path.read_bytes())
@@ -52,7 +47,7 @@ def test_a_damaged_file_is_built_again(tmp_path, damage):
   path.write_bytes(content)
   _fetch(tmp_path, build)
   _fetch(tmp_path, build)
-  assert build.calls == 2
+  assert build.call_count == 2
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -62,21 +57,21 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
 
   monkeypatch.setattr(np, 'savez', full_disk)
   with pytest.warns(UserWarning, match='No space left .* XDG_CACHE_HOME'):
-    _fetch(tmp_path, _Build())
+    _fetch(tmp_path, _build())
   assert not list(tmp_path.iterdir())
   (tmp_path / 'file').write_text('')
   with pytest.warns(UserWarning, match='cannot keep decoded data'):
-    _fetch(tmp_path / 'file', _Build())
+    _fetch(tmp_path / 'file', _build())
 
 
 def test_several_writers_at_once(tmp_path):
   with ThreadPoolExecutor(8) as pool:
-    list(pool.map(lambda i: _fetch(tmp_path, _Build(), i % 20), range(160)))
+    list(pool.map(lambda i: _fetch(tmp_path, _build(), i % 20), range(160)))
   assert len(list(tmp_path.iterdir())) == 20
-  build = _Build()
+  build = _build()
   for config in range(20):
     _fetch(tmp_path, build, config)
-  assert build.calls == 0
+  assert build.call_count == 0
 
 
 def test_the_users_cache_folder(monkeypatch, tmp_path):
@@ -105,7 +100,7 @@ def test_the_users_cache_folder(monkeypatch, tmp_path):
 
 def test_the_name_of_the_file_is_safe(tmp_path):
   for name in ('a/../b', '.', 'x' * 300, '\udce9\n', ''):
-    cache.fetch(tmp_path / 'cache', name, name, _Build())
+    cache.fetch(tmp_path / 'cache', name, name, _build())
   files = [path.name for path in (tmp_path / 'cache').iterdir()]
   assert len(files) == 5
   assert all(name.isascii() and len(name) < 70 for name in files)

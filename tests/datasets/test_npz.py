@@ -64,10 +64,8 @@ def test_gray_pictures_without_channel_axis(tmp_path):
   assert data.x_train.shape == (12, 28, 28, 1)
 
 
-def test_vectors_stay_float32(tmp_path, arrays):
-  rng = np.random.default_rng(0)
-  for part, count in (('train', 12), ('test', 6)):
-    arrays[f'x_{part}'] = rng.standard_normal((count, 1845), np.float32)
+def test_vectors_stay_float32(tmp_path):
+  arrays = archives.vectors()
   archives.save(tmp_path / 'timit.npz', arrays)
   data = load(tmp_path, 'TIMIT80')
   np.testing.assert_array_equal(data.x_train, arrays['x_train'])
@@ -213,10 +211,6 @@ def test_a_broken_file(tmp_path, arrays, case):
   assert str(path) in str(caught.value)
 
 
-def _cut(share):
-  return lambda content: content[: int(share * len(content))]
-
-
 def _zeros_within(content):
   middle = len(content) // 2
   return content[:middle] + bytes(40) + content[middle + 40 :]
@@ -225,10 +219,9 @@ def _zeros_within(content):
 @pytest.mark.parametrize(
   ('damage', 'message'),
   [
-    *((_cut(share), '') for share in (0, 0.3, 0.999)),
+    (lambda content: content[: len(content) // 3], ''),
     (_zeros_within, ' at '),
     (lambda _: b'<html>404</html>', ''),
-    (lambda _: b'\x93NUMPY\x01\x00', ''),
   ],
 )
 def test_damaged_files(tmp_path, arrays, damage, message):

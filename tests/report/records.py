@@ -13,6 +13,18 @@ from experiments.paper.protocol import VERSION, Protocol, run_id
 from experiments.paper.results import result
 from experiments.runs.store import Record
 
+LONG = 'a dataset with quite a long name of its own'
+STORY = (
+  'SGD', 'uSF', 'uSF+BN', 'uSF+BN+BM', 'RndF', 'brSF+BN+BM', 'brSF-50%+BN+BM',
+)  # fmt: skip
+OLD = {
+  'processor': 'an <old> processor', 'cores': '2', 'cores of the host': '8',
+}  # fmt: skip
+LAYERS = {
+  'conv': {'concordance': 0.75, 'angle': 40.0, 'update_angle': None},
+  'output': {'concordance': 1.0, 'angle': 30.0, 'error_angle': 0.0},
+}
+
 
 def of_guessing(dataset: str) -> float:
   """Error in %; of 10 classes where the dataset is not known."""
@@ -111,6 +123,44 @@ def like_the_paper(
       ):  # fmt: skip
         records.setdefault(made.run_id, made)
   return list(records.values())
+
+
+def with_layers(
+  records: list[Record], layers: dict[str, dict[str, Any]] | None = None
+) -> list[Record]:
+  """The records with these metrics by layer at every epoch."""
+  for made in records:
+    for line in made.metrics:
+      line['layers'] = layers or LAYERS
+  return records
+
+
+def markup(what: str) -> str:
+  """A name that is dangerous in a page, a plot, a terminal and a path."""
+  return f'<script>{what}</script> "$x$" & \x1b[31m ../../etc'
+
+
+def everything() -> list[Record]:
+  """Runs of every kind that a report shows."""
+  bad = record('BM', 5.0)
+  bad.result['best_test_error'] = markup('result')
+  failed = dataclasses.replace(
+    record('BN', 3.0), result=None, metrics=[], error=markup('failure')
+  )
+  old = cell('SGD', 20.0, dataset='CIFAR', epochs=9, note=markup('note'))
+  return [
+    *like_the_paper(('MNIST',), seeds=2, only=STORY, noise=0.0),
+    *cell('uSF', 80.0, dataset='CIFAR', diverged=True, note='lossy copy'),
+    *(dataclasses.replace(made, environment=OLD) for made in old),
+    *cell('SGD', 20.0, dataset=markup('dataset'))[:4],
+    *cell('SGD', 50.0, dataset='zoo'),
+    *with_layers(cell('uSF+BN', 2.0, dataset='zoo')),
+    *cell('SGD', 30.0, dataset='zoo', rule=markup('rule')),
+    *cell('SGD', 3.0, dataset=LONG),
+    *cell('SGD', 3.0, weight_decay=0.0),
+    failed,
+    bad,
+  ]
 
 
 def write_live(folder: Path, records: list[Record]) -> Path:

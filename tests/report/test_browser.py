@@ -5,13 +5,9 @@ import shutil
 
 import pytest
 
-from experiments import report
-from experiments.terminal import as_typed
-from tests.report.records import cell, like_the_paper
-from tests.report.test_page import with_layers
+from tests.report.records import LONG
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
-LONG = 'a dataset with quite a long name of its own'
 
 
 @pytest.fixture(name='browser', scope='module')
@@ -27,26 +23,11 @@ def _browser():
     browser.close()
 
 
-@pytest.fixture(name='path', scope='module')
-def _path(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('page')
-  report.write_report(
-    [
-      *like_the_paper(('MNIST', 'CIFAR')),
-      *with_layers(cell('uSF+BN', 2.0, dataset='zoo')),
-      *cell('SGD', 50.0, dataset='zoo'),
-      *cell('SGD', 3.0, dataset=LONG),
-      *cell('SGD', 3.0, weight_decay=0.0),
-    ],
-    folder,
-  )
-  return folder / 'report.html'
-
-
 @pytest.fixture(name='open_page')
-def _open_page(browser, path):
+def _open_page(browser, folder):
   """Opens the page; fails if it asks for anything or its script does."""
   contexts, problems = [], []
+  address = (folder / 'report.html').as_uri()
 
   def open_page(width=1400, **options):
     viewport = {'width': width, 'height': 900}
@@ -55,30 +36,27 @@ def _open_page(browser, path):
     page.on('request', lambda request: problems.append(request.url))
     page.on('pageerror', lambda error: problems.append(str(error)))
     page.on('console', lambda message: problems.append(message.text))
-    page.goto(path.as_uri())
+    page.goto(address)
     return page
 
   yield open_page
   for context in contexts:
     context.close()
-  assert set(problems) == {path.as_uri()}
+  assert set(problems) == {address}
 
 
-def test_a_click_on_a_cell_shows_its_runs_and_the_command(open_page):
+def test_a_click_on_a_cell_shows_its_runs(open_page):
   page = open_page()
   row = page.locator('tr', has_text='zoo')
   link = row.locator('a[title^="uSF+BN: 5/5 runs"]').first
   link.click()
   box = page.locator(f'details{link.get_attribute("href")}')
   assert box.evaluate('box => box.open && box.matches(":target")')
-  command = 'python -m experiments run --dataset zoo --condition uSF+BN'
-  assert box.locator('pre').first.inner_text() == as_typed(
-    f'{command} --epochs 4'
-  )
   page.wait_for_function('document.querySelector(":target polyline")')
-  lines = box.locator('polyline').all()
-  points = [line.get_attribute('points').split() for line in lines]
-  assert [len(of) for of in points] == 5 * [4]  # runs, epochs
+  points = box.locator('polyline').evaluate_all(
+    'lines => lines.map(line => line.points.length)'
+  )
+  assert points == 5 * [4]  # runs, epochs
   assert page.evaluate('scrollY') > 1000
 
 
@@ -89,8 +67,8 @@ def test_a_click_on_a_head_sorts(open_page):
   column = head.evaluate('head => head.cellIndex')
 
   def shown():
-    cells = table.locator(f'tbody tr > :nth-child({column + 1}) a').all()
-    return [float(cell.inner_text().rstrip('▲▼')) for cell in cells]
+    cells = table.locator(f'tbody tr > :nth-child({column + 1}) a .value')
+    return [float(text) for text in cells.all_inner_texts()]
 
   for turn in ('ascending', 'descending'):
     head.click()
@@ -107,7 +85,7 @@ def test_the_filter_leaves_cells_with_every_word(open_page):
   assert len(titles) == 1 and 'zoo' in titles[0] and 'uSF+BN' in titles[0]
   page.fill('#filter', '')
   after = page.locator('details.cell > summary:visible').count()
-  assert after == before > 20
+  assert after == before > 10
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -127,7 +105,7 @@ def test_text_and_plots_can_be_read(open_page, scheme):
     assert '#ffffff' not in plot.inner_html()  # the page shows through
 
 
-@pytest.mark.parametrize('width', [320, 390, 1400])
+@pytest.mark.parametrize('width', [320, 1400])
 def test_only_tables_and_plots_scroll_sideways(open_page, width):
   page = open_page(width)
   page.evaluate("""document.querySelectorAll('details')
@@ -140,9 +118,10 @@ def test_only_tables_and_plots_scroll_sideways(open_page, width):
 
 def test_names_of_conditions_are_never_broken(open_page):
   page = open_page(390)
-  heads = page.locator('table.grid thead th:visible').all()
-  assert 'brSF-100%+BN+BM' in [head.inner_text() for head in heads]
-  names = page.locator('table.grid .name:visible').all()
-  assert any(LONG in name.inner_text() for name in names)
-  for name in (*heads, *names):
-    assert name.evaluate('name => name.offsetHeight') < 40  # one line
+  names = page.locator('table.grid :is(thead th, .name):visible')
+  shown = names.evaluate_all(
+    'names => names.map(name => [name.innerText, name.offsetHeight])'
+  )
+  texts = {text for text, _ in shown}
+  assert {'brSF-50%+BN+BM', f"{LONG} (not the paper's)"} <= texts
+  assert max(height for _, height in shown) < 40  # one line

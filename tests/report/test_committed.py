@@ -21,33 +21,40 @@ COUNT = 2306
 DIGEST = '2083d08495e60ce884fe81b1b0a0deddfbbc8bb00924818145f80258c807fc28'
 
 
-def test_every_run_is_there_with_its_name_its_result_and_every_number():
+@pytest.fixture(name='records', scope='module')
+def _records():
+  """The runs of each file."""
+  return {file: studies.load(file) for file in FILES}
+
+
+def test_every_run_is_there_with_its_name_its_result_and_every_number(records):
   rows = [
     json.dumps(
       [made.run_id, made.result, made.metrics, made.config, made.environment],
       sort_keys=True,
     )
-    for file in FILES
-    for made in studies.load(file)
+    for of in records.values()
+    for made in of
   ]
   assert len(rows) == COUNT
   assert hashlib.sha256('\n'.join(sorted(rows)).encode()).hexdigest() == DIGEST
 
 
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
-def test_folding_the_runs_again_gives_the_bytes_of_the_file(file, tmp_path):
-  records = studies.load(file)
+def test_folding_the_runs_again_gives_the_bytes_of_the_file(
+  records, file, tmp_path
+):
   again = tmp_path / file.name
-  studies.fold(write_live(tmp_path / 'live', records[::-1]), again)
+  studies.fold(write_live(tmp_path / 'live', records[file][::-1]), again)
   assert again.read_bytes() == file.read_bytes()
 
 
-def test_every_file_has_a_study_whose_commands_make_its_runs():
+def test_every_file_has_a_study_whose_commands_make_its_runs(records):
   found = tomllib.loads((FOLDER / 'studies' / 'studies.toml').read_text())
   assert set(found) == {file.stem for file in FILES}
   assert all({'what', 'why', 'found'} <= set(of) for of in found.values())
-  for file in FILES:
-    results = frame.read(studies.load(file))
+  for file, of in records.items():
+    results = frame.read(of)
     made = [
       command
       for protocol in results.protocols

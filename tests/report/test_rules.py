@@ -4,20 +4,17 @@ import pytest
 
 from experiments import report
 from experiments.report import frame, rules
-from tests.report.records import cell, record
+from tests.report.records import cell, record, with_layers
 
 _LAYERS = ('Conv_0', 'Dense_0', 'output')
 
 
-def _with_angles(records, angle):
-  """The records with angles of every layer: 1, 2 and 0 times the number."""
-  for made in records:
-    for line in made.metrics:
-      line['layers'] = {
-        layer: {'angle': None, 'update_angle': 0.0, 'error_angle': angle * n}
-        for layer, n in zip(_LAYERS, (1, 2, 0), strict=True)
-      }
-  return records
+def _angles(angle):
+  """Angles of every layer: 1, 2 and 0 times the number."""
+  return {
+    layer: {'angle': None, 'update_angle': 0.0, 'error_angle': angle * n}
+    for layer, n in zip(_LAYERS, (1, 2, 0), strict=True)
+  }
 
 
 @pytest.fixture(name='records', scope='module')
@@ -28,7 +25,7 @@ def _records():
   for at, name in enumerate(('SGD+BN', 'uSF+BN', 'DFA+BN', 'KP+BN')):
     for seed in (0, 1)[: 1 if name == 'KP+BN' else 2]:
       cells = cell(name, 2.0 + at + seed * at, seed=seed, **options)
-      made += _with_angles(cells, 20.0 * at)
+      made += with_layers(cells, _angles(20.0 * at))
   made += cell('RndF+BN', 9.0, **options)  # recorded no layers
   return made
 

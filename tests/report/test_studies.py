@@ -58,7 +58,7 @@ def test_the_bytes_depend_on_the_runs_alone(live, file, tmp_path):
   expected = file.read_bytes()
   assert studies.fold(live, file) == 4
   assert file.read_bytes() == expected
-  for at, (one, other) in enumerate(itertools.permutations(range(4), 2)):
+  for at, (one, other) in enumerate(itertools.combinations(range(4), 2)):
     first = [some_records()[one], some_records()[other]]
     rest = [r for r in some_records() if r not in first]
     for name, part in (('first', first), ('rest', rest)):
