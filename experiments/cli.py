@@ -117,7 +117,9 @@ def demo(results: Path = Path('results/demo')) -> int:
   """
   from experiments import report as reports
   from experiments.studies import load
+  from experiments.training import machine
 
+  machine.configure()
   print(
     f'{len(_DEMO.condition)} conditions at {len(_DEMO.rate)} learning rates, '
     f"{_DEMO_PROTOCOL.epochs} epochs each, on scikit-learn's\nhandwritten "
@@ -163,13 +165,18 @@ def run(
     results: results folder.
     verbose: also print the settings of JAX, XLA and malloc.
   """
+  from experiments.training import machine
+
   execution.check()
+  settings = machine.configure(execution.devices)  # before a plugin imports JAX
   runs = selection.runs(protocol, execution.devices or 1)
   runs = shard_of(runs, execution.shard)
   if not runs:
     print(f'shard {execution.shard} has no runs: nothing to do.')
     return 0
-  status = _train(runs, results, selection, execution, verbose)
+  status = _train(
+    runs, results, selection, execution, settings if verbose else ()
+  )
   if status in (0, 1):
     from experiments import report as reports
     from experiments.studies import load
@@ -204,11 +211,11 @@ def plan(
   from experiments.paper.conditions import names_of
   from experiments.training import machine
 
-  runs = selection.runs(protocol)
-  missing = _missing(runs, results)
-  for line in machine.configure():
+  for line in machine.configure():  # before a plugin imports JAX
     if verbose:
       print(f'set {line}')
+  runs = selection.runs(protocol)
+  missing = _missing(runs, results)
   from experiments.training import cost
 
   load = selection.loader()
@@ -435,13 +442,12 @@ def _train(
   results: Path,
   selection: Selection,
   execution: Execution,
-  verbose: bool = False,
+  settings: Sequence[str] = (),
 ) -> int:
-  """Trains runs with progress; returns the exit status."""
+  """Prints the settings and trains the runs; returns the exit status."""
   from experiments.runs import launch, store
   from experiments.runs.progress import reporter
   from experiments.runs.train import Options
-  from experiments.training import machine
 
   missing = _missing(runs, results)
   if not missing:
@@ -461,9 +467,8 @@ def _train(
     listener.message(
       f'{len(missing)} of {len(runs)} runs to do; results in {results}'
     )
-    for line in machine.configure(execution.devices):
-      if verbose:
-        listener.message(f'set {line}')
+    for line in settings:
+      listener.message(f'set {line}')
     launcher = _launcher(execution, options)
     try:
       summary = launch.launch(

@@ -144,7 +144,10 @@ print(*names.values(), sep='\n')
 PYTHON
   )
   if [ -n "$dry" ]; then
-    options=(--dataset digits --epochs 2 --train-size 200)
+    options=(
+      --dataset digits --epochs 2 --train-size 200
+      --plugin tests/experiments/small_network.py --network small
+    )
     conditions=$(head -1 <<<"$conditions")
   fi
   fetch grid.tar.gz

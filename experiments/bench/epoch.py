@@ -35,8 +35,8 @@ def epoch(
   """
   if repeats < 1:
     raise ValueError(f'repeats must be at least 1, not {repeats}.')
+  machine.start_jax()  # before a plugin imports JAX
   runs = selection.runs(protocol)
-  machine.start_jax()
   machine.warn_if_busy()
   from experiments.bench import output
 

@@ -42,7 +42,7 @@ def restore(
   Args:
     folder: of the checkpoints.
     last: epoch after which there cannot be one.
-    like: a state with the structure, shapes, dtypes and devices to restore.
+    like: a state with the structure, shapes and dtypes to restore.
 
   Returns:
     The epoch (0 if there is none), the state (None then), and the reasons why
@@ -84,7 +84,10 @@ def by_name(state: Any) -> dict[str, np.ndarray]:
 
 
 def fit(arrays: dict[str, Any], like: Any) -> Any:
-  """The state whose arrays ``by_name`` returned.
+  """The state whose arrays ``by_name`` returned, on the default device.
+
+  The arrays are not committed to the device, like those of a new state:
+  otherwise, JAX would compile all functions again.
 
   Raises:
     ValueError: if an array is missing or differs from that of ``like``.
@@ -98,7 +101,7 @@ def fit(arrays: dict[str, Any], like: Any) -> Any:
         f'{name} is {array.dtype} of shape {array.shape}, not {wanted.dtype} '
         f'of shape {wanted.shape}'
       )
-    return jax.device_put(array, wanted.sharding)
+    return jax.device_put(array)
 
   return jax.tree.map_with_path(fitted, like)
 

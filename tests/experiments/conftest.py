@@ -3,7 +3,9 @@
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def _cache_home(monkeypatch, tmp_path_factory):
+@pytest.fixture(autouse=True, scope='module')
+def _cache_home(tmp_path_factory):
   path = tmp_path_factory.getbasetemp() / 'cache_home'
-  monkeypatch.setenv('XDG_CACHE_HOME', str(path))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('XDG_CACHE_HOME', str(path))
+    yield

@@ -21,29 +21,21 @@ from experiments.bench import contenders, in_torch, output, scaling
 from experiments.bench.contenders import Contender, Workload, of_network
 from experiments.datasets import SHAPES
 from experiments.runs.train import Outcome
-from experiments.training import machine, models
+from experiments.training import models
 from experiments.training.step import program
 from symjax_bp import linen, usf
+from tests.experiments import tiny
+from tests.experiments.command_line import call
 
 
 @pytest.fixture(name='main')
-def _main(monkeypatch, capsys):
+def _main(monkeypatch):
   """Calls the program without torch: (exit status, output, errors)."""
-  monkeypatch.setattr(machine, 'start_jax', lambda: None)
   monkeypatch.setattr(in_torch, 'installed', lambda _: None)
   monkeypatch.setattr(time, 'sleep', lambda _: None)
   names = 'jax_enable_compilation_cache', 'jax_default_matmul_precision'
   before = {name: getattr(jax.config, name) for name in names}
-
-  def main(arguments):
-    monkeypatch.setattr(sys, 'argv', ['bench', *arguments.split()])
-    try:
-      bench.main()
-    except SystemExit as end:
-      return end.code, *capsys.readouterr()
-    return 0, *capsys.readouterr()
-
-  yield main
+  yield lambda arguments: call(bench.main, *arguments.split())
   for name, value in before.items():
     jax.config.update(name, value)
 
@@ -352,7 +344,7 @@ def test_networks_for_large_pictures(name, multiply_adds, weights):
 
 def test_the_parts_of_an_epoch(main):
   options = '--condition uSF+BN --rate 1 --train-size 200 --repeats 1'
-  status, out, _ = main(f'epoch {options}')
+  status, out, _ = main(f'epoch {options} {" ".join(tiny.NETWORK)}')
   _, text = out.split('\ndigits ')
   assert (status, text.split()[0]) == (0, 'uSF+BN')
   for part in (

@@ -1,47 +1,27 @@
 """The commands in this process: their output, and what they refuse."""
 
 import dataclasses
+import functools
 import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 
 from experiments import cli, datasets, terminal
 from experiments.paper.protocol import Protocol
+from experiments.runs import launch
 from experiments.runs.progress import Reporter
 from experiments.runs.selection import Selection
-from experiments.training import cost, machine
+from experiments.training import cost
+from tests.experiments import tiny
+from tests.experiments.command_line import call
 
-
-@pytest.fixture(name='main')
-def _main(monkeypatch, capsys):
-  """Calls the program with arguments: (exit status, output, errors)."""
-  monkeypatch.setattr(machine, 'configure', lambda devices=None: [])
-
-  def main(*arguments):
-    monkeypatch.setattr(sys, 'argv', ['experiments', *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-      cli.main()
-    captured = capsys.readouterr()
-    return end.value.code, captured.out, captured.err
-
-  return main
-
-
-@pytest.fixture(name='help_of_run', scope='module')
-def _help_of_run():
-  with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-    patch.setattr(sys, 'argv', ['experiments', 'run', '--help'])
-    output = io.StringIO()
-    patch.setattr(sys, 'stdout', output)
-    cli.main()
-  return output.getvalue()
+main = functools.partial(call, cli.main)
 
 
 def _error(result) -> str:
@@ -58,7 +38,6 @@ def _error(result) -> str:
   [
     ('--condition usf+bnn', "did you mean 'uSF+BN'"),
     ('--table 7', "unknown table '7'"),
-    ('--table 4-c3', "'4-C2'"),
     ('--table 2 --dataset minst', "'mnist'"),
     ('', 'nothing is selected: say --table'),
     ('--condition SGD --rate', 'nothing is selected: --rate'),
@@ -71,11 +50,6 @@ def _error(result) -> str:
       'initial_std is (1.0, 2.0, 3.0, 4.0, 5.0), one for each of 5 layers, but '
       'the network of digits has 4 layers',
     ),
-    ('--condition SGD --seed -1', 'seed must be from 0'),
-    ('--condition SGD --epochs 0', 'epochs must be positive, not 0'),
-    ('--condition SGD --holdout 1', 'holdout must be in [0, 1)'),
-    ('--condition SGD --reduction max', "'mean' or 'sum'"),
-    ('--condition SGD --train-size 50', 'change --holdout'),
     ('--condition SGD --train-size 5', 'train_size is 5'),
     ('--condition SGD --checkpoint-share 2', 'checkpoint_share must be in [0'),
     ('--condition SGD --workers 0', 'workers must be positive, not 0'),
@@ -100,37 +74,18 @@ def _error(result) -> str:
       '--condition SGD --devices 2 --executor ray',
       'devices is 2, but only --executor local',
     ),
-    ('--condition SGD --dataset mnist', 'MNIST was not found'),
-    ('--condition SGD --plugin none.py', 'plugin none.py cannot be read'),
-    ('--condition SGD SGD-500 --train-size 200', "condition is 'SGD-500'"),
+    ('--condition SGD --dataset digits mnist', 'MNIST was not found'),
   ],
 )
-def test_run_refuses(main, help_of_run, tmp_path, arguments, message):
+def test_run_refuses(tmp_path, arguments, message):
   results = tmp_path / 'results'
-  error = _error(main('run', *arguments.split(), '--results', results))
-  assert message in error
+  assert message in _error(
+    main('run', *arguments.split(), '--results', results)
+  )
   assert not results.exists()
-  # Every option that a message names exists.
-  for option in re.findall(r'--[a-z][a-z-]*', error):
-    assert option in help_of_run
 
 
-def test_broken_data_are_named_and_nothing_is_begun(main, tmp_path):
-  path = tmp_path / 'mnist.npz'
-  np.savez(path, x_train=np.zeros((50, 28, 28, 1), np.uint8))
-  path.write_bytes(path.read_bytes()[:1000])
-  error = _error(
-    main(
-      'run', '--condition', 'SGD', '--dataset', 'digits', 'mnist',
-      '--data-dir', tmp_path, '--results', tmp_path / 'results',
-    )
-  )  # fmt: skip
-  assert str(path) in error
-  assert 'broken or truncated' in error
-  assert not (tmp_path / 'results').exists()
-
-
-def test_results_that_are_not_there_or_cannot_be_written(main, tmp_path):
+def test_results_that_are_not_there_or_cannot_be_written(tmp_path):
   none = tmp_path / 'none'
   for command in (['report', none], ['claims', none], ['fold', none, 'study']):
     assert str(none) in _error(main(*command))
@@ -142,7 +97,8 @@ def test_results_that_are_not_there_or_cannot_be_written(main, tmp_path):
   assert '--results' in error
 
 
-def test_every_option_is_in_the_help(help_of_run):
+def test_every_option_is_in_the_help():
+  _, help_of_run, _ = main('run', '--help')
   for options in (Selection, Protocol, cli.Execution):
     for field in dataclasses.fields(options):
       option = f'--{field.name.replace("_", "-")}'
@@ -155,7 +111,7 @@ def test_every_option_is_in_the_help(help_of_run):
   'command',
   ['demo', 'run', 'plan', 'list', 'data', 'report', 'claims', 'fold'],
 )
-def test_help_shows_no_empty_defaults(main, command):
+def test_help_shows_no_empty_defaults(command):
   status, out, _ = main(command, '--help')
   assert status == 0
   for noise in ('None', 'default: )', 'default: ,', '{['):
@@ -187,9 +143,9 @@ def test_commands_work_as_typed(
   )
 
 
-@pytest.mark.parametrize('width', [40, 60, 80, 160])
+@pytest.mark.parametrize('width', [40, 80])
 @pytest.mark.parametrize('command', ['list', 'plan'])
-def test_lines_fit_the_terminal(main, monkeypatch, tmp_path, command, width):
+def test_lines_fit_the_terminal(monkeypatch, tmp_path, command, width):
   monkeypatch.setenv('COLUMNS', str(width))
   monkeypatch.setattr(sys, 'executable', '/env/bin/python')
   more = ['--condition', 'SGD', '--results', tmp_path]
@@ -203,17 +159,18 @@ def test_lines_fit_the_terminal(main, monkeypatch, tmp_path, command, width):
 
 _SHORT = (
   'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
-  '--train-size', '200',
+  '--train-size', '200', *tiny.NETWORK,
 )  # fmt: skip
 
 
-def test_a_failed_run_is_in_the_exit_status_and_the_report(main, tmp_path):
+def test_a_failed_run_is_in_the_exit_status_and_the_report(tmp_path):
   plugin, results = tmp_path / 'plugin.py', tmp_path / 'results'
   plugin.write_text(
-    "def bad(*_): raise RuntimeError('no <memory>')\nNETWORKS = {'bad': bad}"
+    "def small(*_): raise RuntimeError('no <memory>')\n"
+    "NETWORKS = {'small': small}"
   )
-  own = ('--plugin', plugin, '--network', 'bad', '--retries', '1')
-  status, out, _ = main(*_SHORT, *own, '--results', results)
+  options = ('--plugin', plugin, '--retries', '1', '--results', results)
+  status, out, _ = main(*_SHORT, *options)
   assert status == 1
   assert out.count('; it will be tried again') == 1
   assert 'FAILED: RuntimeError in line' in out
@@ -224,16 +181,16 @@ def test_a_failed_run_is_in_the_exit_status_and_the_report(main, tmp_path):
   assert 'no &lt;memory&gt;' in page
 
 
-def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
+def test_finished_runs_are_reported_folded_and_not_run_again(tmp_path):
   results, study = tmp_path / 'results', tmp_path / 'study.jsonl'
   status, out, _ = main(*_SHORT, '--results', results)
   assert status == 0
-  assert '[1/1] digits SGD, rate x1, seed 0: best test error' in out
+  assert '[1/1] digits SGD, network small, rate x1, seed 0: best' in out
   assert 'SGD' in out.split('Table 2')[1]
   (run,) = [path for path in results.iterdir() if path.is_dir()]
   (run / 'checkpoints').mkdir()  # left by a process that was killed
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(machine, 'configure', lambda _: pytest.fail('JAX started'))
+    patch.setattr(launch, 'launch', lambda *_: pytest.fail('runs again'))
     status, out, _ = main(*_SHORT, '--results', results)
     assert status == 0
     assert 'all 1 runs are finished' in out
@@ -261,9 +218,12 @@ def test_finished_runs_are_reported_folded_and_not_run_again(main, tmp_path):
 
 
 def test_the_demo_ends_with_the_answer_and_commands_that_work(
-  main, tmp_path, monkeypatch
+  tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(cli, '_DEMO', Selection(condition=('SGD',), rate=(1.0,)))
+  demo = Selection(
+    condition=('SGD',), rate=(1.0,), plugin=tiny.PLUGIN, network='small'
+  )
+  monkeypatch.setattr(cli, '_DEMO', demo)
   protocol = Protocol(epochs=1, train_size=200)
   monkeypatch.setattr(cli, '_DEMO_PROTOCOL', protocol)
   monkeypatch.setattr(sys, 'executable', str(tmp_path / '.venv/bin/python'))
@@ -271,9 +231,8 @@ def test_the_demo_ends_with_the_answer_and_commands_that_work(
   status, out, _ = main('demo', '--results', 'demo')
   assert status == 0
   assert 'digits SGD: compiling, then training' in out
-  assert 'digits (1 epoch, 200 images): backpropagation ' in out
   page = re.search('Open the page: (.*)', out)[1]
-  answer = re.search(r'digits \(1 epoch, 200 images\): .*', out)[0]
+  answer = re.search(r'digits \(1 epoch, .*\): backpropagation .*', out)[0]
   assert f'<li>{answer}</li>' in Path(page).read_text()
   start = '  .venv/bin/python -m experiments '
   commands = [line for line in out.splitlines() if line.startswith(start)]
@@ -308,7 +267,7 @@ def test_the_bar_of_all_runs_counts_parts_of_runs():
   assert output.getvalue().count(text) == 2
 
 
-def test_list(main, monkeypatch):
+def test_list(monkeypatch):
   monkeypatch.setenv('COLUMNS', '200')
   status, out, _ = main('list')
   assert status == 0
@@ -324,7 +283,7 @@ def test_list(main, monkeypatch):
   assert 'BN+BM BP BM setting 1 BN, learnable batch 100' in lines
 
 
-def test_plan_writes_nothing(main, tmp_path):
+def test_plan_writes_nothing(tmp_path):
   results = tmp_path / 'results'
   status, out, _ = main(
     'plan', '--condition', 'SGD', 'uSF', '--rate', '1', '10', '--epochs', '2',
@@ -358,7 +317,7 @@ def test_the_cost_of_a_run_by_hand():
   assert cost.run_flops(run, datasets.load('digits')) == wanted
 
 
-def test_data(main):
+def test_data():
   status, out, _ = main('data', 'digits')
   assert status == 0
   assert out.startswith('digits: ')
@@ -371,7 +330,7 @@ def test_data(main):
   assert 'say `data NAME`' in _error(main('data', 'mend', 'digits'))
 
 
-def test_an_interrupt_is_no_traceback(main, monkeypatch):
+def test_an_interrupt_is_no_traceback(monkeypatch):
   def interrupted(*_):
     raise KeyboardInterrupt
 

@@ -13,63 +13,65 @@ from experiments.paper.conditions import COLUMNS, TABLES, find
 _ONE_HUNDRED = [[(None, 100)]]
 _BOTTOM, _TOP = 'last layer', 'before last layer'
 
-# name: (rule, BM setting, BN, batch plans, frozen), written from the paper's
-# sections 2, 3 and 5 and its appendix A.
+
+def _row(rule, setting=0, norm='none', plans=_ONE_HUNDRED, frozen='nothing'):
+  return rule, setting, norm, plans, frozen
+
+
+# Written from the paper's sections 2, 3 and 5 and its appendix A.
 _EXPECTED = {
   # Experiment A
-  'SGD': ('BP', 0, 'none', _ONE_HUNDRED, 'nothing'),
-  'BM': ('BP', 1, 'none', _ONE_HUNDRED, 'nothing'),
-  'BN': ('BP', 0, 'affine', _ONE_HUNDRED, 'nothing'),
-  'BN+BM': ('BP', 1, 'affine', _ONE_HUNDRED, 'nothing'),
-  'uSF': ('uSF', 0, 'none', _ONE_HUNDRED, 'nothing'),
-  'NuSF': ('NuSF', 0, 'none', _ONE_HUNDRED, 'nothing'),
-  'uSF+BM': (
-    'uSF', 1, 'none', [[(None, 100)], [(3, 100), (None, 500)]], 'nothing',
-  ),
-  'uSF+BN': ('uSF', 0, 'plain', _ONE_HUNDRED, 'nothing'),
-  'uSF+BN+BM': ('uSF', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'brSF+BN+BM': ('brSF', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'frSF+BN+BM': ('frSF', 1, 'plain', _ONE_HUNDRED, 'nothing'),
+  'SGD': _row('BP'),
+  'BM': _row('BP', 1),
+  'BN': _row('BP', 0, 'affine'),
+  'BN+BM': _row('BP', 1, 'affine'),
+  'uSF': _row('uSF'),
+  'NuSF': _row('NuSF'),
+  'uSF+BM': _row('uSF', 1, 'none', [[(None, 100)], [(3, 100), (None, 500)]]),
+  'uSF+BN': _row('uSF', 0, 'plain'),
+  'uSF+BN+BM': _row('uSF', 1, 'plain'),
+  'brSF+BN+BM': _row('brSF', 1, 'plain'),
+  'frSF+BN+BM': _row('frSF', 1, 'plain'),
   # Experiment B
-  'brSF-100%+BN+BM': ('brSF-100%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'brSF-75%+BN+BM': ('brSF-75%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'brSF-50%+BN+BM': ('brSF-50%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'brSF-25%+BN+BM': ('brSF-25%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'frSF-100%+BN+BM': ('frSF-100%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'frSF-75%+BN+BM': ('frSF-75%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'frSF-50%+BN+BM': ('frSF-50%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'frSF-25%+BN+BM': ('frSF-25%', 1, 'plain', _ONE_HUNDRED, 'nothing'),
+  'brSF-100%+BN+BM': _row('brSF-100%', 1, 'plain'),
+  'brSF-75%+BN+BM': _row('brSF-75%', 1, 'plain'),
+  'brSF-50%+BN+BM': _row('brSF-50%', 1, 'plain'),
+  'brSF-25%+BN+BM': _row('brSF-25%', 1, 'plain'),
+  'frSF-100%+BN+BM': _row('frSF-100%', 1, 'plain'),
+  'frSF-75%+BN+BM': _row('frSF-75%', 1, 'plain'),
+  'frSF-50%+BN+BM': _row('frSF-50%', 1, 'plain'),
+  'frSF-25%+BN+BM': _row('frSF-25%', 1, 'plain'),
   # Experiment C1
-  'RndF': ('RndF', 0, 'none', _ONE_HUNDRED, 'nothing'),
-  'RndF+BN': ('RndF', 0, 'plain', _ONE_HUNDRED, 'nothing'),
-  'RndF+BM': ('RndF', 1, 'none', _ONE_HUNDRED, 'nothing'),
-  'RndF+BN+BM': ('RndF', 1, 'plain', _ONE_HUNDRED, 'nothing'),
+  'RndF': _row('RndF'),
+  'RndF+BN': _row('RndF', 0, 'plain'),
+  'RndF+BM': _row('RndF', 1),
+  'RndF+BN+BM': _row('RndF', 1, 'plain'),
   # Experiment C2
-  'SGD Bottom': ('BP', 0, 'none', _ONE_HUNDRED, _BOTTOM),
-  'SGD Top': ('BP', 0, 'none', _ONE_HUNDRED, _TOP),
-  'RndF Bottom': ('RndF', 0, 'none', _ONE_HUNDRED, _BOTTOM),
-  'RndF Top': ('RndF', 0, 'none', _ONE_HUNDRED, _TOP),
-  'RndF+BN+BM Bottom': ('RndF', 1, 'plain', _ONE_HUNDRED, _BOTTOM),
-  'RndF+BN+BM Top': ('RndF', 1, 'plain', _ONE_HUNDRED, _TOP),
-  'uSF+BN+BM Bottom': ('uSF', 1, 'plain', _ONE_HUNDRED, _BOTTOM),
-  'uSF+BN+BM Top': ('uSF', 1, 'plain', _ONE_HUNDRED, _TOP),
+  'SGD Bottom': _row('BP', frozen=_BOTTOM),
+  'SGD Top': _row('BP', frozen=_TOP),
+  'RndF Bottom': _row('RndF', frozen=_BOTTOM),
+  'RndF Top': _row('RndF', frozen=_TOP),
+  'RndF+BN+BM Bottom': _row('RndF', 1, 'plain', frozen=_BOTTOM),
+  'RndF+BN+BM Top': _row('RndF', 1, 'plain', frozen=_TOP),
+  'uSF+BN+BM Bottom': _row('uSF', 1, 'plain', frozen=_BOTTOM),
+  'uSF+BN+BM Top': _row('uSF', 1, 'plain', frozen=_TOP),
   # settings of Batch Manhattan
-  'BM1': ('BP', 1, 'none', _ONE_HUNDRED, 'nothing'),
-  'BM2': ('BP', 2, 'none', _ONE_HUNDRED, 'nothing'),
-  'BM3': ('BP', 3, 'none', _ONE_HUNDRED, 'nothing'),
-  'uSF+BN+BM1': ('uSF', 1, 'plain', _ONE_HUNDRED, 'nothing'),
-  'uSF+BN+BM2': ('uSF', 2, 'plain', _ONE_HUNDRED, 'nothing'),
-  'uSF+BN+BM3': ('uSF', 3, 'plain', _ONE_HUNDRED, 'nothing'),
+  'BM1': _row('BP', 1),
+  'BM2': _row('BP', 2),
+  'BM3': _row('BP', 3),
+  'uSF+BN+BM1': _row('uSF', 1, 'plain'),
+  'uSF+BN+BM2': _row('uSF', 2, 'plain'),
+  'uSF+BN+BM3': _row('uSF', 3, 'plain'),
   # batch sizes
-  'SGD-100': ('BP', 0, 'none', _ONE_HUNDRED, 'nothing'),
-  'SGD-30': ('BP', 0, 'none', [[(None, 30)]], 'nothing'),
-  'SGD-10': ('BP', 0, 'none', [[(None, 10)]], 'nothing'),
-  'SGD-5': ('BP', 0, 'none', [[(None, 5)]], 'nothing'),
-  'BM-100': ('BP', 1, 'none', _ONE_HUNDRED, 'nothing'),
-  'BM-30': ('BP', 1, 'none', [[(None, 30)]], 'nothing'),
-  'BM-10': ('BP', 1, 'none', [[(None, 10)]], 'nothing'),
-  'BM-5': ('BP', 1, 'none', [[(None, 5)]], 'nothing'),
-}  # fmt: skip
+  'SGD-100': _row('BP'),
+  'SGD-30': _row('BP', 0, 'none', [[(None, 30)]]),
+  'SGD-10': _row('BP', 0, 'none', [[(None, 10)]]),
+  'SGD-5': _row('BP', 0, 'none', [[(None, 5)]]),
+  'BM-100': _row('BP', 1),
+  'BM-30': _row('BP', 1, 'none', [[(None, 30)]]),
+  'BM-10': _row('BP', 1, 'none', [[(None, 10)]]),
+  'BM-5': _row('BP', 1, 'none', [[(None, 5)]]),
+}
 
 
 def _content(column: conditions.Column) -> tuple:
@@ -108,42 +110,27 @@ def test_tables_are_those_of_the_published_numbers():
 @pytest.mark.parametrize(
   ('name', 'canonical', 'content'),
   [
-    ('usf+bn', 'uSF+BN', _EXPECTED['uSF+BN']),
-    ('BP', 'SGD', _EXPECTED['SGD']),
-    ('sgd bottom', 'SGD Bottom', _EXPECTED['SGD Bottom']),
-    (
-      'frsf-10%+bn',
-      'frSF-10%+BN',
-      ('frSF-10%', 0, 'plain', _ONE_HUNDRED, 'nothing'),
-    ),
-    ('brSF-25.0%+BN+BM', 'brSF-25%+BN+BM', _EXPECTED['brSF-25%+BN+BM']),
-    ('brSF-0%+BN+BM', 'brSF+BN+BM', _EXPECTED['brSF+BN+BM']),
-    (
-      'frSF-12.5%',
-      'frSF-12.5%',
-      ('frSF-12.5%', 0, 'none', _ONE_HUNDRED, 'nothing'),
-    ),
-    ('SGD+BN', 'SGD+BN', ('BP', 0, 'plain', _ONE_HUNDRED, 'nothing')),
-    ('fa+bn', 'RndF+BN', _EXPECTED['RndF+BN']),
-    ('adam', 'Adam', ('BP', 0, 'none', _ONE_HUNDRED, 'nothing')),
-    ('signdfa', 'SignDFA', ('SignDFA', 0, 'none', _ONE_HUNDRED, 'nothing')),
-    (
-      'lowrank16+bm',
-      'LowRank16+BM',
-      ('LowRank16', 1, 'none', _ONE_HUNDRED, 'nothing'),
-    ),
-    ('bn+bm2', 'BN+BM2', ('BP', 2, 'affine', _ONE_HUNDRED, 'nothing')),
-    ('NuSF+BM3', 'NuSF+BM3', ('NuSF', 3, 'none', _ONE_HUNDRED, 'nothing')),
+    ('usf+bn', 'uSF+BN', _row('uSF', norm='plain')),
+    ('BP', 'SGD', _row('BP')),
+    ('sgd bottom', 'SGD Bottom', _row('BP', frozen=_BOTTOM)),
+    ('frsf-10%+bn', 'frSF-10%+BN', _row('frSF-10%', norm='plain')),
+    ('brSF-25.0%+BN+BM', 'brSF-25%+BN+BM', _row('brSF-25%', 1, 'plain')),
+    ('brSF-0%+BN+BM', 'brSF+BN+BM', _row('brSF', 1, 'plain')),
+    ('frSF-12.5%', 'frSF-12.5%', _row('frSF-12.5%')),
+    ('SGD+BN', 'SGD+BN', _row('BP', norm='plain')),
+    ('fa+bn', 'RndF+BN', _row('RndF', norm='plain')),
+    ('adam', 'Adam', _row('BP')),
+    ('signdfa', 'SignDFA', _row('SignDFA')),
+    ('lowrank16+bm', 'LowRank16+BM', _row('LowRank16', 1)),
+    ('bn+bm2', 'BN+BM2', _row('BP', 2, 'affine')),
+    ('NuSF+BM3', 'NuSF+BM3', _row('NuSF', 3)),
     (
       'uSF+BN-30 top',
       'uSF+BN-30 Top',
-      ('uSF', 0, 'plain', [[(None, 30)]], _TOP),
+      _row('uSF', 0, 'plain', [[(None, 30)]], _TOP),
     ),
-    (  # not both procedures: the size is stated
-      'uSF+BM-100',
-      'uSF+BM-100',
-      ('uSF', 1, 'none', _ONE_HUNDRED, 'nothing'),
-    ),
+    # not both procedures: the size is stated
+    ('uSF+BM-100', 'uSF+BM-100', _row('uSF', 1)),
   ],
 )
 def test_free_names(name, canonical, content):

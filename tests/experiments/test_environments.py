@@ -1,7 +1,5 @@
 """The program in the environments of the real world."""
 
-import contextlib
-import io
 import os
 import re
 import shutil
@@ -9,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import hypothesis
 import pytest
@@ -18,7 +15,8 @@ from hypothesis import strategies as st
 import experiments
 from experiments import cli
 from experiments.bench import __main__ as bench
-from experiments.training import machine
+from tests.experiments import tiny
+from tests.experiments.command_line import call
 
 _ROOT = Path(experiments.__file__).parents[1]
 _RUN = (
@@ -43,39 +41,39 @@ def _program(*arguments, cwd=_ROOT, prefix=(), code=None, **environment):
   )
 
 
-_QUICK = """
+_LIST_AND_HELP = """
 import sys
 from experiments import cli
-sys.argv[0] = 'experiments'
-try:
-  cli.main()
-finally:
-  heavy = {'jax', 'flax', 'sklearn', 'scipy', 'matplotlib', 'pandas'}
-  assert not heavy & set(sys.modules)
+for arguments in (['list'], ['run', '--help']):
+  sys.argv = ['experiments', *arguments]
+  try:
+    cli.main()
+  except SystemExit as end:
+    assert end.code == 0
+heavy = {'jax', 'flax', 'sklearn', 'scipy', 'matplotlib', 'pandas'}
+assert not heavy & set(sys.modules)
 """
 
 
 @pytest.mark.parametrize(
   'environment',
   [
-    {},  # no HOME
-    {'HOME': '/nonexistent', 'TERM': 'dumb', 'NO_COLOR': '1'},
-    {'COLUMNS': '40'},
-    {'COLUMNS': '200', 'FORCE_COLOR': '1'},
-    {'LC_ALL': 'C', 'PYTHONIOENCODING': 'ascii'},
-    {'PYTHONIOENCODING': 'cp1252'},
+    {'COLUMNS': '40'},  # and no HOME
+    {'COLUMNS': '200', 'FORCE_COLOR': '1', 'HOME': '/nonexistent'},
+    {'TERM': 'dumb', 'LC_ALL': 'C', 'PYTHONIOENCODING': 'ascii'},
+    {'NO_COLOR': '1', 'PYTHONIOENCODING': 'cp1252'},
   ],
 )
 def test_list_and_help_import_no_jax(tmp_path, environment):
-  for arguments in (['list'], ['run', '--help']):
-    done = _program(*arguments, cwd=tmp_path, code=_QUICK, **environment)
-    assert done.returncode == 0
-    assert done.stderr == b''
-    assert len(done.stdout) > 1000
-    if arguments == ['run', '--help'] and 'COLUMNS' in environment:
-      text = re.sub('\x1b.*?m', '', done.stdout.decode())
-      boxes = [line for line in text.splitlines() if line[:1] in ('│', '╭')]
-      assert max(map(len, boxes)) <= int(environment['COLUMNS'])
+  done = _program(cwd=tmp_path, code=_LIST_AND_HELP, **environment)
+  assert done.returncode == 0
+  assert done.stderr == b''
+  assert b'uSF+BN+BM' in done.stdout
+  assert b'--train-size' in done.stdout
+  if 'COLUMNS' in environment:
+    text = re.sub('\x1b.*?m', '', done.stdout.decode())
+    boxes = [line for line in text.splitlines() if line[:1] in ('│', '╭')]
+    assert max(map(len, boxes)) <= int(environment['COLUMNS'])
 
 
 def test_a_run_and_its_report():
@@ -98,27 +96,14 @@ def test_a_run_and_its_report():
       assert b'--results' in done.stderr
     for path in (folder, folder.parent):
       os.chmod(path, 0o777)
-    done = _program(*_RUN, folder, prefix=prefix, **environment)
+    run = (*_RUN, folder, *tiny.NETWORK)
+    done = _program(*run, prefix=prefix, **environment)
     assert done.returncode == 0, done.stderr
     assert rb'r\xe9sultats [x]' in done.stdout
     assert b'Traceback' not in done.stderr
     done = _program('report', folder, prefix=prefix, **environment)
     assert done.returncode == 0, done.stderr
     assert (folder / 'report' / 'report.html').stat().st_size > 1000
-
-
-def _called(program, *arguments: str) -> tuple[object, str]:
-  """The exit status and the output of a program in this process."""
-  output = io.StringIO()
-  with (
-    mock.patch.object(sys, 'argv', ['program', *arguments]),
-    mock.patch.object(machine, 'start_jax'),
-    contextlib.redirect_stdout(output),
-    contextlib.redirect_stderr(io.StringIO()),
-    pytest.raises(SystemExit) as end,
-  ):
-    program()
-  return end.value.code, output.getvalue()
 
 
 def _options() -> set[str]:
@@ -129,7 +114,7 @@ def _options() -> set[str]:
     (bench.main, ('steps', 'scaling', 'grid')),
   ):
     for command in commands:
-      _, text = _called(program, command, '--help')
+      _, text, _ = call(program, command, '--help')
       found |= set(re.findall(r'--[a-z][a-z-]*', text))
   return found
 
@@ -172,5 +157,5 @@ _WORDS = st.one_of(
   words=st.lists(_WORDS, max_size=8),
 )
 def test_any_command_line_ends_without_a_traceback(command, words):
-  status, _ = _called(cli.main, command, *words)
+  status, *_ = call(cli.main, command, *words)
   assert status in (0, 1, 2)

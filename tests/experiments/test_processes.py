@@ -33,43 +33,35 @@ _ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
 _OPTIONS = (
   '--condition', 'SGD', 'uSF+BN', '--rate', '1', '--train-size', '200',
-  '--epochs', str(_EPOCHS), '--checkpoint-share', '1',
+  '--epochs', str(_EPOCHS), '--checkpoint-share', '1', *tiny.NETWORK,
 )  # fmt: skip
 _WAIT = 600  # seconds until something is wrong, on a busy machine too
 _PREEMPTION = 10  # seconds between SIGTERM and SIGKILL on many clusters
 _PROGRAM = (sys.executable, '-m', 'experiments')
 _BAD = "def bad(*_): raise RuntimeError('no memory')\nNETWORKS = {'bad': bad}"
-_RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
+_RUNS = [tiny.run(epochs=6, seed=seed) for seed in (0, 1)]
 _FAILS = dataclasses.replace(_RUNS[0], network='bad', plugin=_BAD)
-_LONG = tiny.run('brSF-50%', epochs=100_000)  # never done before a stop
-
-
-@pytest.fixture(name='_cache_home', scope='module', autouse=True)
-def _cache_home_fixture(tmp_path_factory):
-  """As in conftest.py, for the fixtures of this module too."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv(
-      'XDG_CACHE_HOME', str(tmp_path_factory.getbasetemp() / 'cache_home')
-    )
-    yield
-
-
-def _environment() -> dict[str, str]:
-  """As a user has it: no flags of the tests' own."""
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONUNBUFFERED='1')
-  environment.pop('XLA_FLAGS', None)
-  return environment
+_LONG = tiny.run(epochs=100_000)  # never done before a stop
 
 
 def _start(
-  folder: Path, *options: str, program: Sequence[str] = _PROGRAM, **how
+  folder: Path,
+  *options: str,
+  program: Sequence[str] = _PROGRAM,
+  stdout: int = subprocess.PIPE,
+  stderr: int = subprocess.PIPE,
+  **variables: str,
 ) -> subprocess.Popen:
+  """Starts it as a user does: without flags of the tests' own."""
+  environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1'}
+  environment.pop('XLA_FLAGS', None)
   return subprocess.Popen(
     [*program, 'run', *_OPTIONS, '--results', str(folder), *options],
     cwd=_ROOT,
-    env=_environment(),
+    env=environment | variables,
     text=True,
-    **{'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **how},
+    stdout=stdout,
+    stderr=stderr,
   )
 
 
@@ -101,8 +93,8 @@ def test_an_undisturbed_program(undisturbed):
   contents, output = undisturbed
   assert len(contents) == 2 * 3
   assert '2 of 2 runs to do' in output
-  assert '[1/2] digits SGD, rate x1, seed 0: best test error' in output
-  assert '[2/2] digits uSF+BN, rate x1, seed 0: best test' in output
+  assert '[1/2] digits SGD, network small, rate x1, seed 0: best test' in output
+  assert '[2/2] digits uSF+BN, network small, rate x1, seed 0: best' in output
   assert '\x1b' not in output  # plain lines where there is no terminal
   assert 'set XLA_FLAGS' in output
 
@@ -128,43 +120,37 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   assert f'resumes with epoch {done + 1}' in output
   assert 'stopped by SIGTERM' in output
 
-  status, output = _on_a_terminal(tmp_path)
-  assert status == 0
+  output = _on_a_terminal(tmp_path)
   assert '━' in output  # the bar
-  assert re.search(r'digits uSF\+BN, rate x1, seed 0: best', output)
+  assert 'digits uSF+BN, network small, rate x1, seed 0: best' in output
   assert '1/1' in output
   assert folders.contents(tmp_path) == undisturbed[0]
 
 
-def _on_a_terminal(folder: Path) -> tuple[int, str]:
-  """Runs the program on a terminal of 200 columns: (status, output)."""
+def _on_a_terminal(folder: Path) -> str:
+  """The output of the program on a terminal of 200 columns."""
   main, terminal = pty.openpty()
-  environment = _environment() | {'COLUMNS': '200', 'TERM': 'xterm-256color'}
-  process = subprocess.Popen(
-    [*_PROGRAM, 'run', *_OPTIONS, '--results', str(folder)],
-    cwd=_ROOT, env=environment, stdout=terminal, stderr=terminal,
-  )  # fmt: skip
+  look = {'COLUMNS': '200', 'TERM': 'xterm-256color'}
+  process = _start(folder, stdout=terminal, stderr=terminal, **look)
   os.close(terminal)
   output = b''
-  end = time.monotonic() + _WAIT
-  while time.monotonic() < end:
-    if not select.select([main], [], [], 1.0)[0]:
-      continue
-    try:
+  with contextlib.suppress(OSError):  # how Linux says that it is closed
+    while select.select([main], [], [], _WAIT)[0]:
       chunk = os.read(main, 65536)
-    except OSError:  # how Linux says that the other side is closed
-      break
-    if not chunk:
-      break
-    output += chunk
+      if not chunk:
+        break
+      output += chunk
   os.close(main)
-  return process.wait(timeout=_WAIT), output.decode(errors='replace')
+  assert process.wait(timeout=_WAIT) == 0
+  return output.decode(errors='replace')
 
 
 def test_two_drivers_share_a_folder_and_shards_what_is_left(
   tmp_path, undisturbed
 ):
-  drivers = [_start(tmp_path / 'both') for _ in range(2)]
+  # What changes numbers is set before the plugin imports JAX.
+  theirs = {'JAX_DEFAULT_PRNG_IMPL': 'rbg'}
+  drivers = [_start(tmp_path / 'both', **theirs) for _ in range(2)]
   output = ''.join([_finish(driver) for driver in drivers])
   assert folders.contents(tmp_path / 'both') == undisturbed[0]
   for condition in ('SGD', 'uSF+BN'):  # each once

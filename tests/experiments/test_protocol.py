@@ -7,14 +7,7 @@ import pytest
 
 from experiments.paper import conditions
 from experiments.paper.conditions import Condition
-from experiments.paper.protocol import (
-  VERSION,
-  Data,
-  Protocol,
-  Run,
-  runs_of,
-  unique,
-)
+from experiments.paper.protocol import VERSION, Data, Protocol, Run, runs_of
 
 _RUN = Run(
   condition=Condition(rule='uSF', batch_manhattan=1),
@@ -142,23 +135,13 @@ def test_batch_plan_in_time():
   assert _RUN.batch_size(1, 500) == _RUN.batch_size(65, 500) == 100
 
 
-def _cell(name, **fields):
-  fields = {'dataset': _RUN.dataset, 'protocol': Protocol(), **fields}
-  return [*runs_of(conditions.find(name), **fields)]
-
-
 def test_runs_of_a_cell_are_seeds_times_conditions_times_rates():
-  runs = _cell('uSF+BM', seeds=(0, 7))
+  column = conditions.find('uSF+BM')
+  both = {'dataset': _RUN.dataset, 'protocol': Protocol()}
+  runs = [*runs_of(column, seeds=(0, 7), **both)]
   assert len(runs) == 2 * 2 * 5 == len({run.run_id for run in runs})
   assert [run.rate for run in runs[:5]] == [100.0, 10.0, 1.0, 0.1, 0.01]
   assert {run.seed for run in runs} == {0, 7}
-
-
-def test_unique_joins_columns_of_the_same_content():
-  names = ('BM', 'BM1', 'BM-100', 'SGD', 'SGD-100')
-  runs = [run for name in names for run in _cell(name)]
-  assert len(unique(runs)) == 10
-  assert unique(runs)[0] == runs[0]
 
 
 @pytest.mark.parametrize(

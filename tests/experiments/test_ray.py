@@ -16,7 +16,7 @@ from tests.experiments.listener import Listener
 # Ray forks to start its servers, as a driver does before it has loaded JAX.
 pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
-_RUNS = [tiny.run('brSF-50%', epochs=6, seed=seed) for seed in (0, 1)]
+_RUNS = [tiny.run(epochs=6, seed=seed) for seed in (0, 1)]
 
 
 def _launch(folder):

@@ -18,7 +18,7 @@ _FOLDER = Path(
   )
 )
 # Training and test samples, classes, and a part of the note; of each network
-# one is trained.
+# that the embedded digits do not have one is trained.
 _SETS = {
   'mnist': (60000, 10000, 10, ''),
   'cifar10': (50000, 10000, 10, 'lossy'),
@@ -27,7 +27,7 @@ _SETS = {
   'caltech256_10': (600, 250, 10, "10 of the paper's 102"),
   'flowers102': (2040, 2040, 102, '2040 / 6149'),
 }
-_TRAINED = ('mnist', 'cifar10', 'flowers102')
+_TRAINED = ('cifar10', 'flowers102')
 
 
 @pytest.mark.parametrize('name', _SETS)

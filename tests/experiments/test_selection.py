@@ -11,6 +11,7 @@ from experiments.runs.processes import in_processes, places
 from experiments.runs.selection import Selection, shard_of
 from experiments.runs.store import load
 from experiments.runs.train import Options
+from tests.experiments import tiny
 from tests.experiments.listener import Listener
 
 
@@ -103,7 +104,6 @@ _PLUGIN = """
 import flax.linen as nn
 import symjax_bp
 from experiments.paper.conditions import Condition
-from experiments.training.models import Full
 
 
 class Module(nn.Module):
@@ -115,10 +115,7 @@ class Module(nn.Module):
 
 
 RULES = {'half': symjax_bp.rule(lambda w: 0.5 * w)}
-NETWORKS = {
-  'layers': (Full(lambda n: 16), Full(lambda n: n)),
-  'module': lambda classes, batch_norm: Module(classes),
-}
+NETWORKS = {'module': lambda classes, batch_norm: Module(classes)}
 CONDITIONS = {'mine': Condition(rule='half', batch_manhattan=1)}
 """
 
@@ -126,36 +123,26 @@ CONDITIONS = {'mine': Condition(rule='half', batch_manhattan=1)}
 def test_conditions_rules_and_networks_of_ones_own(tmp_path):
   path = tmp_path / 'plugin.py'
   path.write_text(_PLUGIN)
-  protocol = {'epochs': 2, 'train_size': 200, 'layer_metrics': True}
-  chosen = {'rate': (1.0,), 'plugin': path}
-  runs = [
-    run
-    for network, condition in (('layers', 'half+BM'), ('module', 'uSF'))
-    for run in _runs(
-      1, protocol, condition=(condition,), network=network, **chosen
-    )
-  ]
+  protocol = {'epochs': 1, 'train_size': 200, 'layer_metrics': True}
+
+  def runs(condition, **chosen):
+    return _runs(1, protocol, condition=(condition,), rate=(1.0,), **chosen)
+
+  own = {'plugin': path, 'network': 'module'}
+  (run,) = runs('half+BM', **own)
   options = Options(tmp_path / 'results')
   launcher = launch.in_this_process(options)
-  assert launch.launch(runs, launcher, options, Listener()).done == 2
-  for record in load(tmp_path / 'results'):
-    assert record.config['plugin'] == _PLUGIN
-    layers = record.metrics[-1]['layers']
-    assert len(layers) == {'layers': 2, 'module': 1}[record.config['network']]
-    if record.config['rule'] == 'half':
-      assert layers['output']['norm_ratio'] == pytest.approx(0.5)
+  assert launch.launch([run], launcher, options, Listener()).done == 1
+  (record,) = load(tmp_path / 'results')
+  assert record.config['plugin'] == _PLUGIN
+  (layer,) = record.metrics[-1]['layers'].values()
+  assert layer['norm_ratio'] == pytest.approx(0.5)
   # A run that uses nothing of the plugin is the same run without it.
-  assert _runs(1, protocol, condition=('SGD',), **chosen) == _runs(
-    1, protocol, condition=('SGD',), rate=(1.0,)
-  )
+  assert runs('SGD', plugin=path) == runs('SGD')
   path.write_text(_PLUGIN + '\n')
-  (other,) = _runs(
-    1, protocol, condition=('HALF+bm',), network='layers', **chosen
-  )
-  assert [other] == _runs(
-    1, protocol, condition=('mine',), network='layers', **chosen
-  )
-  assert other.run_id not in {run.run_id for run in runs}
+  (other,) = runs('HALF+bm', **own)
+  assert [other] == runs('mine', **own)
+  assert other.run_id != run.run_id
 
 
 @pytest.mark.parametrize(
@@ -196,12 +183,13 @@ def test_a_dataset_of_ones_own(tmp_path):
   (mnist,) = _runs(1, protocol, architecture='mnist', **chosen)
   assert (cifar.network, mnist.network) == ('cifar', 'mnist')
   assert cifar.run_id != mnist.run_id
-  loader = Selection(**chosen, architecture='mnist').loader()
+  chosen |= {'plugin': tiny.PLUGIN, 'network': 'small'}
+  runs = _runs(1, protocol, architecture='mnist', **chosen)
+  loader = Selection(architecture='mnist', **chosen).loader()
   options = Options(tmp_path / 'results', loader)
   launcher = in_processes(options, places(1))
-  assert launch.launch([mnist], launcher, options, Listener()).done == 1
+  assert launch.launch(runs, launcher, options, Listener()).done == 1
   (record,) = load(tmp_path / 'results')
-  assert record.config['network'] == 'mnist'
   assert record.result is not None
   assert record.result['train_images'] == 270
   assert record.result['chance_error'] == 50

@@ -3,8 +3,8 @@
 import errno
 import json
 import os
+import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -198,30 +198,20 @@ def test_names_that_other_libraries_take_for_patterns(tmp_path):
     assert len(store.load(tmp_path / name)) == 1
 
 
-def test_no_pickle_is_read():
-  # An audit hook stays until the process ends.
-  code = """
-import sys, tempfile
-from pathlib import Path
-from experiments.runs import store
-from tests.experiments import folders
-loaded = []
-def hook(event, arguments):
-  if event == 'pickle.find_class':
-    loaded.append(arguments)
-path = Path(tempfile.mkdtemp())
-folder = folders.interrupted(path, 2)
-sys.addaudithook(hook)
-folders.check(folder, 2)
-store.load(path)
-assert not loaded, loaded
-import pickle
-pickle.loads(pickle.dumps(Path))
-assert loaded  # the hook works
-"""
-  environment = {'PYTHONPATH': os.getcwd(), 'JAX_PLATFORMS': 'cpu'}
-  command = [sys.executable, '-c', code]
-  subprocess.run(command, check=True, env={**os.environ, **environment})
+def test_no_pickle_is_read(tmp_path):
+  loaded = []
+
+  def hook(event, arguments):  # it stays until the process ends
+    if event == 'pickle.find_class':
+      loaded.append(arguments)
+
+  folder = folders.interrupted(tmp_path, 2)
+  sys.addaudithook(hook)
+  folders.check(folder, 2)
+  store.load(tmp_path)
+  assert not loaded
+  pickle.loads(pickle.dumps(Path))
+  assert loaded  # the hook works
 
 
 def test_the_error_of_a_failed_run_is_kept_until_it_is_tried_again(tmp_path):

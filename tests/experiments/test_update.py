@@ -16,18 +16,14 @@ from experiments.training.step import Setup, program
 from tests.experiments import tiny
 
 
-@pytest.mark.parametrize('name', ['SGD', 'BN'])
-def test_what_is_frozen_does_not_move(name):
+def test_what_is_frozen_does_not_move():
   last = {'output'}
   for part in ('Bottom', 'Top'):
-    run = tiny.run(f'{name} {part}', weight_decay=0.1)
-    placed = tiny.placed(run)
-    before = jax.tree.map(np.array, train.start(run, placed)['params'])
-    (*_, state), _ = tiny.train(run, placed)
+    run = tiny.run(f'BN {part}', weight_decay=0.1)
+    before = train.start(run, tiny.placed(run))['params']
+    after = _first_step(run)
     moved = {
-      layer
-      for layer in before
-      if not tiny.equal(before[layer], state['params'][layer])
+      layer for layer in before if not tiny.equal(before[layer], after[layer])
     }
     assert moved == (last if part == 'Top' else set(before) - last)
 
@@ -38,42 +34,32 @@ def test_weight_decay_spares_batch_norm_alone():
   )
   run = tiny.run('BN')
   before = train.start(run, tiny.placed(run))['params']
-  for path, w in jax.tree.leaves_with_path(before):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    difference = _at(decayed, path) - _at(plain, path)
-    if name.startswith('BatchNorm'):
-      np.testing.assert_array_equal(difference, 0, err_msg=name)
-    else:
-      wanted = -np.float32(0.01 * 0.5) * np.asarray(w)
-      np.testing.assert_allclose(difference, wanted, atol=1e-6, err_msg=name)
-  names = set(before)
-  assert names == {
+
+  def check(path, w, decayed, plain):
+    decay = 0.0 if path[0].key.startswith('BatchNorm') else 0.5
+    wanted = -np.float32(0.01 * decay) * w
+    np.testing.assert_allclose(decayed - plain, wanted, atol=2e-6 * decay)
+
+  jax.tree.map_with_path(check, before, decayed, plain)
+  assert before.keys() == {
     'Dense_0', 'Dense_1', 'output', 'BatchNorm_0', 'BatchNorm_1',
   }  # fmt: skip
 
 
-def _at(tree, path):
-  for key in path:
-    tree = tree[key.key]
-  return np.asarray(tree)
-
-
-def _first_step(run, index=None, rate=None):
+def _first_step(run, rate=0.01):
   placed = tiny.placed(run)
-  functions = program(Setup.of(run, placed))
-  index = placed.trained[:100] if index is None else index
-  state, _ = functions.step(
+  state, _ = program(Setup.of(run, placed)).step(
     train.start(run, placed),
     placed.arrays,
-    index,
-    np.float32(run.protocol.base_rate if rate is None else rate),
+    placed.trained[:100],
+    np.float32(rate),
   )
   return state['params']
 
 
 def test_a_summed_gradient_is_the_mean_times_the_batch():
-  summed = _first_step(tiny.run(reduction='sum', weight_decay=0.0), rate=0.0001)
-  mean = _first_step(tiny.run(weight_decay=0.0), rate=0.01)
+  summed = _first_step(tiny.run(reduction='sum', weight_decay=0.0), 0.0001)
+  mean = _first_step(tiny.run(weight_decay=0.0))
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
     summed,
@@ -118,12 +104,11 @@ def test_feedback_is_redrawn_once_an_update():
   assert tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5))
   assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 6))
   assert not tiny.equal(buffers(redrawn, 5), buffers(redrawn, 5, seed=1))
-  assert tiny.equal(buffers('frSF+BN', 5), buffers('frSF+BN', 6))
+  assert tiny.equal(buffers('frSF-50%+BN', 5), buffers('frSF-50%+BN', 6))
 
 
-@pytest.mark.parametrize('condition', ['frSF+BN', 'RndF+BN', 'uSF+BN'])
-def test_the_start_is_that_of_the_model(condition):
-  run = tiny.run(condition, seed=3)
+def test_the_start_is_that_of_the_model():
+  run = tiny.run('frSF-50%+BN', seed=3)
   state = train.start(run, tiny.placed(run))
   model = symjax_bp.with_feedback(
     Network(
@@ -131,23 +116,25 @@ def test_the_start_is_that_of_the_model(condition):
     ),
     symjax_bp.from_name(run.condition.rule),
   )
-  variables = model.init(jax.random.key(3), jnp.zeros((1, 1845)), True)
+  initialize = jax.jit(model.init, static_argnums=2)
+  variables = initialize(jax.random.key(3), jnp.zeros((1, 1845)), True)
   for part in ('params', 'feedback'):
     jax.tree.map(
-      # One is compiled, which may round the product with 0.05 differently.
+      # Another program may round the product with 0.05 differently.
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
       state[part],
-      variables.get(part, {}),
+      variables[part],
     )
 
 
 def test_a_kept_draw_stays():
-  states, _ = tiny.train(tiny.run('frSF+BN'))
+  states, _ = tiny.train(tiny.run('frSF-50%+BN'))
   first = jax.tree.leaves(states[0]['feedback'])
   assert len(first) == 3
   assert tiny.equal(first, jax.tree.leaves(states[-1]['feedback']))
-  other, _ = tiny.train(tiny.run('frSF+BN', seed=1))
-  assert not tiny.equal(first, jax.tree.leaves(other[0]['feedback']))
+  run = tiny.run('frSF-50%+BN', seed=1)
+  other = train.start(run, tiny.placed(run))
+  assert not tiny.equal(first, jax.tree.leaves(other['feedback']))
 
 
 class _Plain(nn.Module):
