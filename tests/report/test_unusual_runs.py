@@ -1,0 +1,44 @@
+"""Runs that are rare but allowed: reported like all others."""
+
+import pytest
+
+from experiments import report
+from experiments.report import frame
+from tests.report.records import cell, record
+
+
+@pytest.mark.parametrize(
+  'absent',
+  [('holdout_error', 'held_out_test_error', 'held_out_epoch'), ('best_epoch',)],
+)
+def test_a_report_of_runs_that_all_lack_a_result(tmp_path, absent):
+  """Such as those of `--holdout 0`."""
+  records = cell('SGD', 5.0)
+  for made in records:
+    made.result.update(dict.fromkeys(absent))
+  report.write_report(records, tmp_path)
+  assert 'best test error 5.00' in (tmp_path / 'report.html').read_text()
+
+
+def test_a_result_without_epochs_is_left_out(tmp_path):
+  bad, *good = cell('SGD', 5.0)
+  bad.metrics.clear()
+  report.write_report([bad, *good], tmp_path)
+  page = (tmp_path / 'report.html').read_text()
+  assert f'{bad.run_id} is left out: it has a result, but no epochs' in page
+
+
+def test_networks_with_names_alike_have_protocols_of_their_own():
+  records = [record(network=name, plugin='x') for name in ('v1', 'v1.0')]
+  assert len(frame.read(records).protocols) == 2
+
+
+def test_rules_of_a_network_of_one_layer_are_compared_without_angles(tmp_path):
+  records = []
+  for name in ('SGD+BN', 'uSF+BN', 'DFA+BN', 'KP+BN'):
+    records += cell(name, 5.0, layer_metrics=True)
+  for made in records:
+    for line in made.metrics:
+      line['layers'] = {'output': {'angle': 1.0, 'error_angle': 0.0}}
+  report.write_report(records, tmp_path)
+  assert '| DFA |' in (tmp_path / 'RESULTS.md').read_text()
