@@ -13,8 +13,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments import terminal
+from experiments import report, studies, terminal
+from experiments.paper import conditions
 from experiments.paper.protocol import Protocol, Run
+from experiments.runs import store
 from experiments.runs.selection import Selection, shard_of
 
 # All rates: the paper's conclusions need them.
@@ -115,9 +117,6 @@ def demo(results: Path = Path('results/demo')) -> int:
   Args:
     results: results folder.
   """
-  from experiments import report as reports
-  from experiments.studies import load
-
   print(
     f'{len(_DEMO.condition)} conditions at {len(_DEMO.rate)} learning rates, '
     f"{_DEMO_PROTOCOL.epochs} epochs each, on scikit-learn's\nhandwritten "
@@ -126,11 +125,11 @@ def demo(results: Path = Path('results/demo')) -> int:
   status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
   if status:
     return status
-  records = load(results)
+  records = studies.load(results)
   page = results / 'report' / 'report.html'
-  reports.write_report(records, page.parent)
-  print('\n' + reports.text_tables(records, width=terminal.width()))
-  print(reports.answers_text(records, terminal.width()))
+  report.write_report(records, page.parent)
+  print('\n' + report.text_tables(records, width=terminal.width()))
+  print(report.answers_text(records, terminal.width()))
   print(f'\nOpen the page: {page}\n\nNext, from this folder:')
   folder = shlex.quote(str(results))
   more = '--condition RndF RndF+BN+BM --epochs 5 --layer-metrics'
@@ -171,14 +170,15 @@ def run(
     return 0
   status = _train(runs, results, selection, execution, verbose)
   if status in (0, 1):
-    from experiments import report as reports
-    from experiments.studies import load
-
     ids = {each.run_id for each in runs}
-    records = [record for record in load(results) if record.run_id in ids]
-    tables = [table.name for table in selection.tables()]
+    records = [
+      record for record in studies.load(results) if record.run_id in ids
+    ]
     if any(record.result for record in records):
-      print(reports.text_tables(records, tables or None, terminal.width()))
+      tables = [table.name for table in selection.tables()]
+      # A condition may be in none of the tables.
+      shown = None if selection.condition else tables
+      print(report.text_tables(records, shown, terminal.width()))
     command = shlex.join(['report', str(results)])
     print(terminal.as_typed(f'report: python -m experiments {command}'))
   return status
@@ -201,7 +201,6 @@ def plan(
     calibrate: time a few steps of each network on this machine.
     verbose: also print the settings of JAX, XLA and malloc.
   """
-  from experiments.paper.conditions import names_of
   from experiments.training import machine
 
   runs = selection.runs(protocol)
@@ -217,7 +216,7 @@ def plan(
     return 0
   cells: dict[tuple[str, str], list[Run]] = {}
   for each in missing:
-    key = each.dataset.name, names_of(each.condition)[0]
+    key = each.dataset.name, conditions.names_of(each.condition)[0]
     cells.setdefault(key, []).append(each)
   rows, total_flops, total_hours = [], 0.0, 0.0
   for (name, condition), members in cells.items():
@@ -253,7 +252,6 @@ def list_all(data_dir: _Path = None) -> int:
     data_dir: folder with NAME.npz files or image folders.
   """
   from experiments import datasets
-  from experiments.paper import conditions
 
   def status_of(name: str) -> str:
     status = datasets.status(name, data_dir)
@@ -349,8 +347,8 @@ def show_data(
   return 0
 
 
-@app.command
-def report(
+@app.command(name='report')
+def write_report(
   results: tyro.conf.Positional[Path] = Path('results'),
   out: _Path = None,
   markdown_only: bool = False,
@@ -362,13 +360,10 @@ def report(
     out: where to write (default: the folder `report` beside the results).
     markdown_only: write only RESULTS.md and its plots.
   """
-  from experiments import report as reports
-  from experiments.studies import load
-
-  records = load(results)
-  print(reports.text_tables(records, width=terminal.width()))
+  records = studies.load(results)
+  print(report.text_tables(records, width=terminal.width()))
   default = (results if results.is_dir() else results.parent) / 'report'
-  paths = reports.write_report(
+  paths = report.write_report(
     records, out or default, markdown_only=markdown_only
   )
   plots = [path for path in paths if path.parent.name == 'plots']
@@ -390,10 +385,7 @@ def claims(
   Args:
     results: results folder, a study's JSONL file, or a folder of such files.
   """
-  from experiments import report as reports
-  from experiments.studies import load
-
-  print(reports.claims_text(load(results), terminal.width()))
+  print(report.claims_text(studies.load(results), terminal.width()))
   return 0
 
 
@@ -407,8 +399,6 @@ def fold(
     results: results folder.
     study: the file to write, such as experiments/results/NAME.jsonl.
   """
-  from experiments import studies
-
   print(f'{study} has {studies.fold(results, study)} runs.')
   return 0
 
@@ -423,10 +413,8 @@ def _duration(hours: float) -> str:
 
 def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
   """The runs without a result."""
-  from experiments.runs.store import RunFolder
-
   return [
-    run for run in runs if RunFolder(results, run.run_id).result() is None
+    run for run in runs if store.RunFolder(results, run.run_id).result() is None
   ]
 
 
@@ -438,7 +426,7 @@ def _train(
   verbose: bool = False,
 ) -> int:
   """Trains runs with progress; returns the exit status."""
-  from experiments.runs import launch, store
+  from experiments.runs import launch
   from experiments.runs.progress import reporter
   from experiments.runs.train import Options
   from experiments.training import machine

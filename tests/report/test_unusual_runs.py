@@ -1,10 +1,14 @@
 """Runs that are rare but allowed: reported like all others."""
 
+import dataclasses
+
 import pytest
 
-from experiments import report
+from experiments import cli, report
+from experiments.paper.protocol import Protocol
 from experiments.report import frame
-from tests.report.records import cell, record
+from experiments.runs.selection import Selection
+from tests.report.records import cell, record, write_live
 
 
 @pytest.mark.parametrize(
@@ -42,3 +46,17 @@ def test_rules_of_a_network_of_one_layer_are_compared_without_angles(tmp_path):
       line['layers'] = {'output': {'angle': 1.0, 'error_angle': 0.0}}
   report.write_report(records, tmp_path)
   assert '| DFA |' in (tmp_path / 'RESULTS.md').read_text()
+
+
+def test_run_shows_conditions_that_are_in_none_of_its_tables(tmp_path, capsys):
+  selection = Selection(table=('6',), condition=('DFA',), rate=(1.0,))
+  protocol = Protocol(epochs=4)
+  like = record(error=5.0)
+  for made in selection.runs(protocol):
+    write_live(tmp_path, [
+      dataclasses.replace(like, run_id=made.run_id, config=made.config())
+    ])  # fmt: skip
+  cli.run(selection, protocol, results=tmp_path)
+  shown = capsys.readouterr().out
+  assert 'Table 6' in shown
+  assert 'DFA' in shown
