@@ -205,15 +205,15 @@ def plan(
 
   runs = selection.runs(protocol)
   missing = _missing(runs, results)
+  print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
+  if not missing:
+    return 0
   for line in machine.configure():
     if verbose:
       print(f'set {line}')
   from experiments.training import cost
 
   load = selection.loader()
-  print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
-  if not missing:
-    return 0
   cells: dict[tuple[str, str], list[Run]] = {}
   for each in missing:
     key = each.dataset.name, conditions.names_of(each.condition)[0]
