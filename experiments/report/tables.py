@@ -251,7 +251,7 @@ def _held_out(cell: Cell | None) -> float | None:
 def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
   """Cells that both we and the paper have, each condition of a row once."""
   cells = {}
-  for line in (line for grid in found for line in grid.lines if line.row):
+  for line in (line for grid in found for line in grid.rows):
     for entry in line.shared:
       first = first_name(entry.condition)
       cells.setdefault((line.title, first), (line, entry))
