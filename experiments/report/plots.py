@@ -476,7 +476,7 @@ def alignment(results: Results, row: Row) -> Picture | None:
 def layer_table(runs: Frame) -> Frame:
   """Means over runs by epoch and layer; empty if no layers were recorded."""
   rows = [
-    {'epoch': epoch, 'layer': layer, **row}
+    {**row, 'epoch': epoch, 'layer': layer}
     for layers in runs.layers
     for epoch, of in layers.items()
     for layer, row in of.items()

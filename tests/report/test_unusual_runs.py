@@ -48,6 +48,14 @@ def test_rules_of_a_network_of_one_layer_are_compared_without_angles(tmp_path):
   assert '| DFA |' in (tmp_path / 'RESULTS.md').read_text()
 
 
+def test_a_metric_may_have_any_name(tmp_path):
+  made = record('RndF', 5.0)
+  for line in made.metrics:
+    line['layers'] = {'conv': {'angle': 3.0, 'layer': 1.0, 'epoch': 9.0}}
+  report.write_report([made], tmp_path)
+  assert '>conv<' in (tmp_path / 'report.html').read_text()
+
+
 def test_run_shows_conditions_that_are_in_none_of_its_tables(tmp_path, capsys):
   selection = Selection(table=('6',), condition=('DFA',), rate=(1.0,))
   protocol = Protocol(epochs=4)
