@@ -29,7 +29,7 @@ from experiments.report.tables import Grid, Line
 from experiments.report.tables import settings as changed_settings
 
 # From plain backpropagation to random feedback, top to bottom.
-_STORY = (
+_OVERVIEW = (
   'SGD', 'uSF', 'NuSF', 'uSF+BN', 'uSF+BN+BM', 'frSF+BN+BM',
   'brSF-50%+BN+BM', 'RndF', 'RndF+BN', 'RndF+BN+BM',
 )  # fmt: skip
@@ -204,10 +204,10 @@ def overview(results: Results) -> Picture | None:
   rows: dict[str, tuple[Row, dict[str, Cell]]] = {}
   for row in results.main_rows:
     cells = results.cells_of(row)
-    if len(set(_STORY) & set(cells)) >= 3:
+    if len(set(_OVERVIEW) & set(cells)) >= 3:
       rows.setdefault(row.label, (row, cells))
   shown = [
-    name for name in _STORY if any(name in of for _, of in rows.values())
+    name for name in _OVERVIEW if any(name in of for _, of in rows.values())
   ]
   if not rows:
     return None
