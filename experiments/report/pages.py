@@ -362,11 +362,9 @@ def _environments(results: Results) -> Frame:
   """Machine and versions: a row for each combination, most runs first."""
   counts = results.runs[results.runs.finished].environment.value_counts()
   order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-  if not any(about for about, _ in order):
-    return pd.DataFrame()
-  rows = [pd.Series(dict(about), name=f'{count} runs', dtype=object)
-          for about, count in order]  # fmt: skip
-  return pd.concat(rows, axis=1).sort_index().fillna('').T
+  rows = [dict(about) for about, _ in order]
+  table = pd.DataFrame(rows, [f'{count} runs' for _, count in order])
+  return table.sort_index(axis=1).fillna('')
 
 
 @dataclasses.dataclass(frozen=True)
