@@ -13,8 +13,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from experiments import terminal
+from experiments import report, studies, terminal
+from experiments.paper import conditions
 from experiments.paper.protocol import Protocol, Run
+from experiments.runs import store
 from experiments.runs.selection import Selection, shard_of
 
 # All rates: the paper's conclusions need them.
@@ -115,8 +117,6 @@ def demo(results: Path = Path('results/demo')) -> int:
   Args:
     results: results folder.
   """
-  from experiments import report as reports
-  from experiments.studies import load
   from experiments.training import machine
 
   machine.configure()
@@ -128,11 +128,11 @@ def demo(results: Path = Path('results/demo')) -> int:
   status = _train(_DEMO.runs(_DEMO_PROTOCOL), results, _DEMO, Execution())
   if status:
     return status
-  records = load(results)
+  records = studies.load(results)
   page = results / 'report' / 'report.html'
-  reports.write_report(records, page.parent)
-  print('\n' + reports.text_tables(records, width=terminal.width()))
-  print(reports.answers_text(records, terminal.width()))
+  report.write_report(records, page.parent)
+  print('\n' + report.text_tables(records, width=terminal.width()))
+  print(report.answers_text(records, terminal.width()))
   print(f'\nOpen the page: {page}\n\nNext, from this folder:')
   folder = shlex.quote(str(results))
   more = '--condition RndF RndF+BN+BM --epochs 5 --layer-metrics'
@@ -178,14 +178,15 @@ def run(
     runs, results, selection, execution, settings if verbose else ()
   )
   if status in (0, 1):
-    from experiments import report as reports
-    from experiments.studies import load
-
     ids = {each.run_id for each in runs}
-    records = [record for record in load(results) if record.run_id in ids]
-    tables = [table.name for table in selection.tables()]
+    records = [
+      record for record in studies.load(results) if record.run_id in ids
+    ]
     if any(record.result for record in records):
-      print(reports.text_tables(records, tables or None, terminal.width()))
+      tables = [table.name for table in selection.tables()]
+      # A condition may be in none of the tables.
+      shown = None if selection.condition else tables
+      print(report.text_tables(records, shown, terminal.width()))
     command = shlex.join(['report', str(results)])
     print(terminal.as_typed(f'report: python -m experiments {command}'))
   return status
@@ -208,23 +209,22 @@ def plan(
     calibrate: time a few steps of each network on this machine.
     verbose: also print the settings of JAX, XLA and malloc.
   """
-  from experiments.paper.conditions import names_of
   from experiments.training import machine
 
-  for line in machine.configure():  # before a plugin imports JAX
-    if verbose:
-      print(f'set {line}')
+  settings = machine.configure()  # before a plugin imports JAX
   runs = selection.runs(protocol)
   missing = _missing(runs, results)
-  from experiments.training import cost
-
-  load = selection.loader()
   print(f'{len(runs) - len(missing)} of {len(runs)} runs are finished')
   if not missing:
     return 0
+  if verbose:
+    print(*(f'set {line}' for line in settings), sep='\n')
+  from experiments.training import cost
+
+  load = selection.loader()
   cells: dict[tuple[str, str], list[Run]] = {}
   for each in missing:
-    key = each.dataset.name, names_of(each.condition)[0]
+    key = each.dataset.name, conditions.names_of(each.condition)[0]
     cells.setdefault(key, []).append(each)
   rows, total_flops, total_hours = [], 0.0, 0.0
   for (name, condition), members in cells.items():
@@ -260,7 +260,6 @@ def list_all(data_dir: _Path = None) -> int:
     data_dir: folder with NAME.npz files or image folders.
   """
   from experiments import datasets
-  from experiments.paper import conditions
 
   def status_of(name: str) -> str:
     status = datasets.status(name, data_dir)
@@ -356,8 +355,8 @@ def show_data(
   return 0
 
 
-@app.command
-def report(
+@app.command(name='report')
+def write_report(
   results: tyro.conf.Positional[Path] = Path('results'),
   out: _Path = None,
   markdown_only: bool = False,
@@ -369,13 +368,10 @@ def report(
     out: where to write (default: the folder `report` beside the results).
     markdown_only: write only RESULTS.md and its plots.
   """
-  from experiments import report as reports
-  from experiments.studies import load
-
-  records = load(results)
-  print(reports.text_tables(records, width=terminal.width()))
+  records = studies.load(results)
+  print(report.text_tables(records, width=terminal.width()))
   default = (results if results.is_dir() else results.parent) / 'report'
-  paths = reports.write_report(
+  paths = report.write_report(
     records, out or default, markdown_only=markdown_only
   )
   plots = [path for path in paths if path.parent.name == 'plots']
@@ -397,10 +393,7 @@ def claims(
   Args:
     results: results folder, a study's JSONL file, or a folder of such files.
   """
-  from experiments import report as reports
-  from experiments.studies import load
-
-  print(reports.claims_text(load(results), terminal.width()))
+  print(report.claims_text(studies.load(results), terminal.width()))
   return 0
 
 
@@ -414,8 +407,6 @@ def fold(
     results: results folder.
     study: the file to write, such as experiments/results/NAME.jsonl.
   """
-  from experiments import studies
-
   print(f'{study} has {studies.fold(results, study)} runs.')
   return 0
 
@@ -430,10 +421,8 @@ def _duration(hours: float) -> str:
 
 def _missing(runs: Sequence[Run], results: Path) -> list[Run]:
   """The runs without a result."""
-  from experiments.runs.store import RunFolder
-
   return [
-    run for run in runs if RunFolder(results, run.run_id).result() is None
+    run for run in runs if store.RunFolder(results, run.run_id).result() is None
   ]
 
 
@@ -445,7 +434,7 @@ def _train(
   settings: Sequence[str] = (),
 ) -> int:
   """Prints the settings and trains the runs; returns the exit status."""
-  from experiments.runs import launch, store
+  from experiments.runs import launch
   from experiments.runs.progress import reporter
   from experiments.runs.train import Options
 

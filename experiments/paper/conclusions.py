@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy import stats
 
 Errors = Mapping[str, np.ndarray]
 Effect = Callable[[Errors, float], np.ndarray]
@@ -22,6 +21,8 @@ RISING = 0.5  # rank correlation from which we call a trend rising
 
 def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
   """Spearman's correlation along an axis; 0 where a side is constant."""
+  from scipy import stats  # takes a second, and most tables need none of it
+
   x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
   x, y = (ranks - ranks.mean(axis=axis, keepdims=True) for ranks in (x, y))
   spread = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))

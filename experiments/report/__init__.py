@@ -10,7 +10,7 @@ Never imports JAX, and imports pandas and matplotlib only when they are used.
 
 import os
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:
 
 def text_tables(
   records: 'Iterable[Record]',
-  tables: Iterable[str] | None = None,
+  tables: Sequence[str] | None = None,
   width: int = 120,
 ) -> str:
   """The paper's tables as text, cells with runs only.

@@ -7,10 +7,8 @@ for a plugin: runs record its content, not its path.
 
 import dataclasses
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import pandas as pd
 
 from experiments.datasets.specs import SPECS
 from experiments.paper.conditions import find_exactly
@@ -37,27 +35,17 @@ def of_runs(runs: Frame) -> list[str]:
   runs['processes'] = [_processes(about) for about in runs.environment]
   runs = runs[[*map(_runnable, runs.condition, runs.config)]]
   runs = runs.sort_values(
-    ['dataset', 'condition'],
-    key=lambda names: (
-      [*map(column_order, names)] if names.name == 'condition' else names
-    ),
+    ['dataset', 'condition', 'seed', 'rate'],
+    ascending=[True, True, True, False],
+    key=lambda of: [*map(column_order, of)] if of.name == 'condition' else of,
   )
-  keys = ['dataset', 'processes', 'condition', 'seed', 'rate']
+  keys = ['dataset', 'condition', 'rate', 'seed', 'processes']
   table = runs[keys].drop_duplicates()
-  for column in (
-    'rate',
-    'seed',
-    'condition',
-  ):  # join rows that differ only in this
-    keys.remove(column)
-    others = [key for key in table.columns if key != column]
-    kind = tuple if column == 'condition' else _ordered
-    table = table.groupby(others, sort=False, as_index=False)[column].agg(kind)
-  return [
-    _command(fields, row.dataset, row.condition, row.rate, row.seed,
-             row.processes)
-    for row in table.itertuples()
-  ]  # fmt: skip
+  for column in ('rate', 'seed', 'condition'):
+    # Joins rows that differ only in this column.
+    others = [key for key in keys if key != column]
+    table = table.groupby(others, sort=False, as_index=False)[column].agg(tuple)
+  return [_command(fields, *row) for row in table[keys].itertuples(index=False)]
 
 
 def of_run(run: Any) -> str:
@@ -67,28 +55,23 @@ def of_run(run: Any) -> str:
     return ''
   processes = _processes(run.environment)
   return _command(
-    run.fields, run.dataset, [name], [run.rate], [run.seed], processes
+    run.fields, run.dataset, (name,), (run.rate,), (run.seed,), processes
   )
-
-
-def _ordered(values: pd.Series) -> tuple[float, ...]:
-  return tuple(sorted(values))
 
 
 def _command(
   fields: Mapping[str, Any],
   dataset: str,
-  conditions: Iterable[str],
-  rates: Iterable[float],
-  seeds: Iterable[int],
+  conditions: Sequence[str],
+  rates: Sequence[float],
+  seeds: Sequence[int],
   processes: int,
 ) -> str:
   """`python -m experiments run` with the options that differ from defaults."""
   parts = ['--dataset', dataset, '--condition', *conditions]
-  rates = sorted(rates, reverse=True)
-  if rates != list(RATES):
+  if rates != RATES:
     parts += ['--rate', *(f'{rate:g}' for rate in rates)]
-  if (seeds := sorted(seeds)) != [0]:
+  if seeds != (0,):
     parts += ['--seed', *map(str, seeds)]
   for field in dataclasses.fields(Protocol):
     value = fields[field.name]

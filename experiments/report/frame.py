@@ -6,6 +6,7 @@ the same protocol; a cell is a condition on a dataset under one protocol.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -15,27 +16,20 @@ from typing import Any
 import pandas as pd
 
 from experiments.datasets.specs import SPECS
-from experiments.paper import conditions
 from experiments.paper import published as paper
-from experiments.paper.conditions import Condition, names_of, steps_of
+from experiments.paper.conditions import (
+  COLUMNS,
+  Condition,
+  names_of,
+  steps_of,
+)
 from experiments.paper.protocol import RATES, Protocol
 from experiments.report import statistics
 from experiments.runs.store import Record
 
 _NAMED = 20  # warnings; more are counted
 
-# Columns of the paper, how many batch plans each tries, and the first column of
-# the same condition.
-COLUMNS = tuple(conditions.COLUMNS)
 _PLACES = {name: at for at, name in enumerate(COLUMNS)}
-_CONTENTS = {
-  name: column.conditions for name, column in conditions.COLUMNS.items()
-}
-_PLANS = {name: len(content) for name, content in _CONTENTS.items()}
-_FIRST = {
-  name: next(n for n in COLUMNS if _CONTENTS[n] == content)
-  for name, content in _CONTENTS.items()
-}
 
 DEFAULTS = dataclasses.asdict(Protocol())
 # Fields that say which run it is; all others are the protocol.
@@ -130,6 +124,11 @@ class Cell:
   settled: bool
 
   @property
+  def error(self) -> float:
+    """The best test error, the mean over seeds; NaN without a result."""
+    return self.best.mean if self.best else math.nan
+
+  @property
   def mark(self) -> str:
     """'' if complete, else such as '4/5 rates' or '12/15 runs'."""
     if self.present == self.expected:
@@ -172,15 +171,30 @@ class Results:
     rows = [row for row in self.rows.values() if row.protocol in order]
     return sorted(rows, key=lambda row: order.index(row.protocol))
 
+  def runs_of(self, row: Row) -> Frame:
+    """The row's finished runs, once for each name of their condition."""
+    runs = self.runs[self.runs.finished]
+    runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
+    return runs.explode('condition')
+
+  def cells_of(self, row: Row) -> dict[str, Cell]:
+    """The row's cells with a result, each under its first name."""
+    return {
+      name: cell
+      for (*key, name), cell in self.cells.items()
+      if tuple(key) == row.key and cell.best and first_name(name) == name
+    }
+
 
 def column_order(name: str) -> tuple[int, str]:
   """A key to sort conditions by: in the paper's order, then by name."""
   return _PLACES.get(name, len(_PLACES)), name
 
 
+@functools.cache
 def first_name(name: str) -> str:
   """The first of a condition's names: BM, BM1 and BM-100 are the same."""
-  return _FIRST.get(name, name)
+  return names_of(COLUMNS[name].conditions[0])[0] if name in COLUMNS else name
 
 
 def read(records: Iterable[Record]) -> Results:
@@ -206,7 +220,10 @@ def read(records: Iterable[Record]) -> Results:
       'demo` (a minute, no downloads) or `python -m experiments run --table 2`.'
     )
     raise EmptyReportError('\n'.join((*warnings, hint)))
-  runs = pd.DataFrame(found)
+  # A column of None alone would not be one of numbers.
+  runs = pd.DataFrame(found).astype(dict.fromkeys(
+    ('best', 'best_epoch', 'holdout', 'held_out', 'held_out_epoch'), float
+  ))  # fmt: skip
   runs['name'], runs['label'] = _names(runs)
   protocols = dict(zip(runs.protocol, runs.fields, strict=True))
   order = sorted(protocols, key=lambda name: (
@@ -243,7 +260,11 @@ def is_variant(fields: Mapping[str, Any]) -> bool:
 def words(value: Any) -> list[str]:
   """A protocol's value as words of a command."""
   values = value if isinstance(value, list | tuple) else [value]
-  return [json.dumps(v).strip('"').removesuffix('.0') for v in values]
+  return [
+    json.dumps(v)[1:-1] if isinstance(v, str)
+    else json.dumps(v).removesuffix('.0')
+    for v in values
+  ]  # fmt: skip
 
 
 def printable(text: str) -> str:
@@ -311,6 +332,8 @@ def _run(record: Record) -> dict[str, Any]:
     if found := _layers(line, where):
       layers[epoch] = found
     seconds += _field(line, where, 'seconds', float, None) or 0.0
+  if record.result is not None and not errors:
+    raise _BadRecord('it has a result, but no epochs')
   about = {} if record.environment is None else record.environment
   return {
     'run_id': printable(str(record.run_id)),
@@ -444,7 +467,8 @@ def _row(runs: Frame) -> Row:
 def _cells(runs: Frame, rows: list[RowKey]) -> dict[CellKey, Cell]:
   runs = runs.explode('condition', ignore_index=True)
   runs['fall'] = -runs.rate
-  runs['full'] = [len(RATES) * _PLANS.get(name, 1) for name in runs.condition]
+  plans = {name: len(column.conditions) for name, column in COLUMNS.items()}
+  runs['full'] = [len(RATES) * plans.get(name, 1) for name in runs.condition]
   done = runs[runs.finished].astype({'diverged': bool})
   grid = done[done.rate.isin(RATES)].drop_duplicates([*_SEED, 'rate', 'plan'])
   present = grid.groupby(_SEED).size().rename('present')

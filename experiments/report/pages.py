@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import functools
 import hashlib
-import math
+import itertools
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 import markupsafe
+import numpy as np
 import pandas as pd
 
 from experiments.paper import published as paper
@@ -72,10 +73,9 @@ _SCRIPT = _TEMPLATES / 'page.js'
 
 
 def text_tables(
-  results: Results, names: Iterable[str] | None = None, width: int = _WIDTH
+  results: Results, names: Sequence[str] | None = None, width: int = _WIDTH
 ) -> str:
   """Returns the tables as text of that width, by protocol; see `grids`."""
-  names = None if names is None else list(names)
   tables = []
   for protocol in results.protocols:
     found = grids(results, names, [protocol])
@@ -209,10 +209,8 @@ def text_claims(
 
 
 def _by_protocol(claims: Iterable[Claim]) -> dict[str, list[Claim]]:
-  found: dict[str, list[Claim]] = {}
-  for claim in claims:
-    found.setdefault(claim.protocol, []).append(claim)
-  return found
+  groups = itertools.groupby(claims, key=lambda claim: claim.protocol)
+  return {protocol: list(of) for protocol, of in groups}
 
 
 def markdown(
@@ -364,11 +362,9 @@ def _environments(results: Results) -> Frame:
   """Machine and versions: a row for each combination, most runs first."""
   counts = results.runs[results.runs.finished].environment.value_counts()
   order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-  if not any(about for about, _ in order):
-    return pd.DataFrame()
-  rows = [pd.Series(dict(about), name=f'{count} runs', dtype=object)
-          for about, count in order]  # fmt: skip
-  return pd.concat(rows, axis=1).sort_index().fillna('').T
+  rows = [dict(about) for about, _ in order]
+  table = pd.DataFrame(rows, [f'{count} runs' for _, count in order])
+  return table.sort_index(axis=1).fillna('')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,33 +426,19 @@ def _inline(picture: 'Picture') -> markupsafe.Markup:
   return markupsafe.Markup(re.sub(r'\s*\n\s*', ' ', text).replace('> <', '><'))
 
 
-@dataclasses.dataclass(frozen=True)
-class _RateCell:
-  """The mean best test error at one rate."""
-
-  error: float
-  diverged: bool
-  is_best: bool
-  shade: int
-
-
 def rates(results: Results, line: Line, conditions: Sequence[str]) -> Frame:
   """Cells of a row by condition and rate, darker for a higher error."""
   assert line.row is not None  # a row of ours
-  found = by_rate(results, line.row).sort_values('best')
+  found = by_rate(results, line.row).rename(columns={'best': 'error'})
   # Of several batch plans the better one.
-  found = found.drop_duplicates(['condition', 'rate'])
+  found = found.sort_values('error').drop_duplicates(['condition', 'rate'])
   found = found[found.condition.isin(conditions)]
-  low = max(found.best.min(), 0.01)
-  span = math.log(max(found.best.max() / low, 1.01))
-  best = found.groupby('condition').best.transform('min')
-  found['cell'] = [
-    _RateCell(error, diverged, error == lowest,
-              round(60 * math.log(max(error / low, 1)) / span))
-    for error, diverged, lowest in zip(
-      found.best, found.diverged, best, strict=True
-    )
-  ]  # fmt: skip
+  lowest = found.groupby('condition').error.transform('min')
+  found['is_best'] = found.error == lowest
+  heights = np.log(np.maximum(found.error / max(lowest.min(), 0.01), 1))
+  shades = 60 * heights / max(heights.max(), np.log(1.01))
+  found['shade'] = shades.round().astype(int)
+  found['cell'] = list(found.itertuples())
   table = found.pivot(index='condition', columns='rate', values='cell')
   columns = sorted({*RATES, *found.rate})
   order = [name for name in conditions if name in table.index]

@@ -3,8 +3,13 @@
 from collections.abc import Iterable
 
 from experiments.paper.conclusions import POINTS
-from experiments.paper.conditions import BATCH_100, find_exactly, in_words
-from experiments.report.frame import Cell, Results, Row, first_name
+from experiments.paper.conditions import (
+  BATCH_100,
+  find_exactly,
+  in_words,
+  steps_of,
+)
+from experiments.report.frame import Cell, Results, Row
 
 # How much symmetry is needed, in the order of a sentence.
 _FAMILIES = (
@@ -60,7 +65,7 @@ def answers(results: Results) -> list[str]:
   known = {row.label for row in main}
   others = [row for row in results.rows.values() if row.label not in known]
   for row in (*main, *others):
-    cells = _shown(results, row)
+    cells = results.cells_of(row)
     _, before = chosen.get(row.label, (row, {}))
     if _answering(cells) > _answering(before) or (cells and not before):
       chosen[row.label] = row, cells
@@ -75,15 +80,6 @@ def _answering(cells: Iterable[str]) -> int:
   return len(_ANSWERING & set(cells))
 
 
-def _shown(results: Results, row: Row) -> dict[str, Cell]:
-  """The row's cells with a result, each once."""
-  return {
-    name: cell
-    for (*key, name), cell in results.cells.items()
-    if tuple(key) == row.key and cell.best and first_name(name) == name
-  }
-
-
 def _answer(row: Row, cells: dict[str, Cell]) -> str:
   parts = []
   for subject, names in _FAMILIES:
@@ -94,7 +90,7 @@ def _answer(row: Row, cells: dict[str, Cell]) -> str:
       whose = f'{subject} {alone}'.strip() if at == 0 else added
       parts.append(f'{whose} {_error(row, cells[name])}')
   if not parts:
-    name = min(cells, key=lambda name: _mean(cells[name]))
+    name = min(cells, key=lambda name: cells[name].error)
     error = _error(row, cells[name])
     if len(cells) == 1:
       return f'{name} {error}'
@@ -102,17 +98,11 @@ def _answer(row: Row, cells: dict[str, Cell]) -> str:
   return '; '.join(parts)
 
 
-def _mean(cell: Cell) -> float:
-  assert cell.best is not None  # see `_shown`
-  return cell.best.mean
-
-
 def _error(row: Row, cell: Cell) -> str:
-  mean = _mean(cell)
-  mark = f' ({cell.mark})' if cell.mark else ''
-  if row.chance is not None and row.chance - mean < POINTS:
+  error, mark = cell.error, f' ({cell.mark})' if cell.mark else ''
+  if row.chance is not None and row.chance - error < POINTS:
     return f'stays at chance{mark}'
-  return f'{mean:.{1 if mean >= 1 else 2}f}\N{NO-BREAK SPACE}%{mark}'
+  return f'{error:.{1 if error >= 1 else 2}f}\N{NO-BREAK SPACE}%{mark}'
 
 
 def glossary(names: Iterable[str]) -> dict[str, str]:
@@ -127,6 +117,7 @@ def _line(name: str) -> str:
   condition = found.conditions[0]
   rule, _, percent = condition.rule.partition('-')
   plans = [of.batch_plan for of in found.conditions]
+  sizes = ', or '.join(', then '.join(steps_of(plan)) for plan in plans)
   parts = [
     in_words(rule) or _RULES[rule],
     f'each sign is wrong with probability {percent}' if percent else '',
@@ -134,16 +125,6 @@ def _line(name: str) -> str:
     _UPDATES[condition.batch_manhattan],
     'updates by Adam' if condition.adam else '',
     _FROZEN[condition.frozen],
-    '' if plans == [BATCH_100] else f'mini-batches of {_sizes(plans)}',
+    '' if plans == [BATCH_100] else f'mini-batches of {sizes}',
   ]
   return '; '.join(filter(None, parts))
-
-
-def _sizes(plans: Iterable[Iterable[tuple[int | None, int]]]) -> str:
-  return ', or '.join(
-    ', then '.join(
-      f'{size}' if epochs is None else f'{size} for {epochs} epochs'
-      for epochs, size in plan
-    )
-    for plan in plans
-  )

@@ -24,18 +24,12 @@ from matplotlib.lines import Line2D
 
 from experiments.paper import published as paper
 from experiments.paper.conditions import find_exactly, setting_of
-from experiments.report.frame import (
-  Frame,
-  Results,
-  Row,
-  Selection,
-  first_name,
-)
-from experiments.report.tables import Grid, Line, by_rate
+from experiments.report.frame import Cell, Frame, Results, Row
+from experiments.report.tables import Grid, Line
 from experiments.report.tables import settings as changed_settings
 
 # From plain backpropagation to random feedback, top to bottom.
-_STORY = (
+_OVERVIEW = (
   'SGD', 'uSF', 'NuSF', 'uSF+BN', 'uSF+BN+BM', 'frSF+BN+BM',
   'brSF-50%+BN+BM', 'RndF', 'RndF+BN', 'RndF+BN+BM',
 )  # fmt: skip
@@ -202,27 +196,18 @@ def _head(axes: Axes, row: Row) -> None:
   axes.set_title(f'{_short(row.label)}\n{_short(row.protocol)}')
 
 
-def _bests(results: Results, row: Row) -> dict[str, Selection]:
-  """The row's best test errors by condition."""
-  return {
-    condition: cell.best
-    for (*key, condition), cell in results.cells.items()
-    if tuple(key) == row.key and cell.best
-  }
-
-
 def overview(results: Results) -> Picture | None:
   """Error per condition, ours and the paper's, a panel per dataset.
 
   A dataset of several protocols is shown under the one that trains most.
   """
-  rows: dict[str, tuple[Row, dict[str, Selection]]] = {}
+  rows: dict[str, tuple[Row, dict[str, Cell]]] = {}
   for row in results.main_rows:
-    bests = _bests(results, row)
-    if len(set(_STORY) & set(bests)) >= 3:
-      rows.setdefault(row.label, (row, bests))
+    cells = results.cells_of(row)
+    if len(set(_OVERVIEW) & set(cells)) >= 3:
+      rows.setdefault(row.label, (row, cells))
   shown = [
-    name for name in _STORY if any(name in of for _, of in rows.values())
+    name for name in _OVERVIEW if any(name in of for _, of in rows.values())
   ]
   if not rows:
     return None
@@ -232,21 +217,19 @@ def overview(results: Results) -> Picture | None:
     figure, all_axes = panels(
       f'{title}\nBest test error by condition', len(rows), size
     )
-    for axes, (row, bests) in zip(all_axes, rows.values(), strict=True):
+    for axes, (row, cells) in zip(all_axes, rows.values(), strict=True):
       theirs = {c: paper.by_condition().get((row.name, c)) for c in shown}
-      ours = [bests[c].mean for c in shown if c in bests]
+      ours = [cells[c].error for c in shown if c in cells]
       at = error_axis(axes, [*ours, *theirs.values(), row.chance], 'x')
       if row.chance:
         axes.axvline(row.chance, **_CHANCE)
       for place, name in enumerate(shown):
         if (published := theirs[name]) is not None:
           axes.plot(at(published), place, 'D', markersize=6, **_PAPER)
-        if best := bests.get(name):
-          low, high = best.interval or (best.mean, best.mean)
-          axes.plot([at(low), at(high)], [place, place], linewidth=1.6, **_OURS)
-          whole = not results.cells[(*row.key, name)].mark
-          face = _OURS['color'] if whole else 'none'
-          axes.plot(at(best.mean), place, 'o', markersize=5, mfc=face, **_OURS)
+        if cell := cells.get(name):
+          axes.plot(_bar(cell, at), [place, place], linewidth=1.6, **_OURS)
+          face = 'none' if cell.mark else _OURS['color']
+          axes.plot(at(cell.error), place, 'o', markersize=5, mfc=face, **_OURS)
       axes.set_yticks(range(len(shown)), shown)
       axes.set_ylim(len(shown) - 0.4, -0.6)
       axes.set_xlabel('error (%)')
@@ -257,6 +240,12 @@ def overview(results: Results) -> Picture | None:
       ('chance', _CHANCE),
     ])  # fmt: skip
     return picture(figure, 'overview', title, png=True)
+
+
+def _bar(cell: Cell, at: Callable[[float], float]) -> list[float]:
+  """The ends of the interval of a cell's error, where they are drawn."""
+  interval = cell.best.interval if cell.best else None
+  return [at(end) for end in interval or (cell.error, cell.error)]
 
 
 def legend(
@@ -271,17 +260,17 @@ def legend(
 
 def against_p(results: Results) -> Picture | None:
   """Experiment B: error against the probability of a wrong sign."""
-  ours = {row: _by_p(_bests(results, row)) for row in results.main_rows}
+  ours = {row: _by_p(results.cells_of(row)) for row in results.main_rows}
   ours = {row: of for row, of in ours.items()
-          if any(p for errors in of.values() for p in errors)}  # fmt: skip
+          if any(p for cells in of.values() for p in cells)}  # fmt: skip
   if not ours:
     return None
   title = 'Error against the probability p of a wrong sign (with BN and BM)'
   with style('error-against-p'):
     figure, all_axes = panels(title, len(ours), (3.5, 3.2))
     for axes, (row, of) in zip(all_axes, ours.items(), strict=True):
-      sgd = _bests(results, row).get('SGD')
-      _p_panel(axes, row, of, sgd.mean if sgd else None)
+      sgd = results.cells_of(row).get('SGD')
+      _p_panel(axes, row, of, sgd.error if sgd else None)
     looks = [
       (f'{whose}, {text}', {'marker': marker, 'linestyle': dash, **look})
       for marker, dash, text in _P_RULES.values()
@@ -291,25 +280,25 @@ def against_p(results: Results) -> Picture | None:
     return picture(figure, 'error-against-p', title)
 
 
-def _by_p(errors: Mapping[str, Any]) -> dict[str, dict[float, Any]]:
-  """Errors of Experiment B by rule and p in %; any p, not only the paper's."""
+def _by_p(values: Mapping[str, Any]) -> dict[str, dict[float, Any]]:
+  """Values of Experiment B by rule and p in %; any p, not only the paper's."""
   found: dict[str, dict[float, Any]] = {rule: {} for rule in _P_RULES}
-  for condition, error in errors.items():
+  for condition, value in values.items():
     if match := _P_NAME.fullmatch(condition):
-      found[match[1]][float(match[2] or 0)] = error
+      found[match[1]][float(match[2] or 0)] = value
   return {rule: dict(sorted(of.items())) for rule, of in found.items()}
 
 
 def _p_panel(
   axes: Axes,
   row: Row,
-  ours: Mapping[str, Mapping[float, Selection]],
+  ours: Mapping[str, Mapping[float, Cell]],
   sgd: float | None,
 ) -> None:
   published = paper.by_condition().items()
   theirs = _by_p({c: error for (name, c), error in published
                   if name == row.name})  # fmt: skip
-  means = {rule: {p: best.mean for p, best in of.items()}
+  means = {rule: {p: cell.error for p, cell in of.items()}
            for rule, of in ours.items()}  # fmt: skip
   lines = [(rule, of, _PAPER) for rule, of in theirs.items()]
   lines += [(rule, of, _OURS) for rule, of in means.items()]
@@ -319,9 +308,8 @@ def _p_panel(
     marker, dash, _ = _P_RULES[rule]
     axes.plot(list(of), [at(error) for error in of.values()], markersize=5,
               marker=marker, linestyle=dash, linewidth=1.4, **look)  # fmt: skip
-  for p, best in (item for of in ours.values() for item in of.items()):
-    low, high = best.interval or (best.mean, best.mean)
-    axes.plot([p, p], [at(low), at(high)], linewidth=1.6, **_OURS)
+  for p, cell in (item for of in ours.values() for item in of.items()):
+    axes.plot([p, p], _bar(cell, at), linewidth=1.6, **_OURS)
   if sgd is not None:
     axes.axhline(at(sgd), **_SGD)
   if row.chance:
@@ -366,14 +354,15 @@ def of_settings(results: Results) -> Picture | None:
 def curves(results: Results, grid: Grid, line: Line) -> Picture:
   """Mean test error by epoch of one row of a table, at the best rates."""
   assert line.row is not None
-  runs, settings = runs_of(results, line.row)
+  runs = results.runs_of(line.row)
   name = file_name(line.row, f'table-{grid.table.name}-curves').lower()
   found = {}
   for entry in line.entries:
     if entry.best:
-      mine, diverged = at_best_rate(entry.condition, runs, settings)
+      mine = at_best_rate(entry.condition, runs)
       table = pd.DataFrame([dict(errors) for errors in mine.errors])
-      found[entry.condition] = table.mean(skipna=False).dropna(), diverged
+      curve = table.mean(skipna=False).dropna()
+      found[entry.condition] = curve, mine.diverged.any()
   title = 'Test error by epoch, best rate'
   about = f'{_short(line.title, 60)}, {grid.name}'
   groups: dict[str, list[str]] = {}
@@ -416,23 +405,12 @@ def curves(results: Results, grid: Grid, line: Line) -> Picture:
     return picture(figure, name, f'{title}: {about}')
 
 
-def runs_of(results: Results, row: Row) -> tuple[Frame, Frame]:
-  """A row's finished runs by condition, and their means by batch and rate."""
-  runs = results.runs[results.runs.finished]
-  runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
-  return runs.explode('condition'), by_rate(results, row)
-
-
-def at_best_rate(
-  condition: str, runs: Frame, settings: Frame
-) -> tuple[Frame, bool]:
-  """The runs with the lowest mean error, and whether one diverged."""
-  found = settings[settings.condition == condition]
-  # Ties: the highest rate.
-  best = found[found.best == found.best.min()].sort_values('rate').iloc[-1]
-  mine = runs[(runs.condition == condition) & (runs.rate == best.rate)
-              & (runs.plan == best.plan)]  # fmt: skip
-  return mine, bool(best.diverged)
+def at_best_rate(condition: str, runs: Frame) -> Frame:
+  """The runs of a condition at the rate and plan with the lowest mean error."""
+  runs = runs[runs.condition == condition]
+  means = runs.groupby(['rate', 'plan']).best.mean()
+  rate, plan = means[means == means.min()].index[-1]  # ties: the highest rate
+  return runs[(runs.rate == rate) & (runs.plan == plan)]
 
 
 def alignment(results: Results, row: Row) -> Picture | None:
@@ -441,16 +419,12 @@ def alignment(results: Results, row: Row) -> Picture | None:
   Each condition is shown at its best rate, as a mean over seeds. Conditions
   without recorded layers and those that backpropagate exactly are left out.
   """
-  runs, settings = runs_of(results, row)
+  runs = results.runs_of(row)
   shown: dict[str, Frame] = {}
-  for (*key, condition), cell in results.cells.items():
-    if tuple(key) == row.key and cell.best and first_name(condition) == (
-      condition
-    ):  # fmt: skip
-      mine, _ = at_best_rate(condition, runs, settings)
-      table = layer_table(mine)
-      if len(table) and (table.get('angle', pd.Series([1.0])) > 0).any():
-        shown[condition] = table
+  for condition in results.cells_of(row):
+    table = layer_table(at_best_rate(condition, runs))
+    if len(table) and (table.get('angle', pd.Series([1.0])) > 0).any():
+      shown[condition] = table
   if not shown:
     return None
   name = file_name(row, 'alignment')
@@ -502,7 +476,7 @@ def alignment(results: Results, row: Row) -> Picture | None:
 def layer_table(runs: Frame) -> Frame:
   """Means over runs by epoch and layer; empty if no layers were recorded."""
   rows = [
-    {'epoch': epoch, 'layer': layer, **row}
+    {**row, 'epoch': epoch, 'layer': layer}
     for layers in runs.layers
     for epoch, of in layers.items()
     for layer, row in of.items()

@@ -6,26 +6,15 @@ Only conditions whose layers were recorded (`--layer-metrics`) are shown.
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.paper.conditions import (
-  find_exactly,
-  plain_name,
-  setting_of,
-)
+from experiments.paper.conditions import find_exactly, plain_name, setting_of
 from experiments.report import plots, statistics
-from experiments.report.frame import (
-  Cell,
-  Frame,
-  Results,
-  Row,
-  column_order,
-  first_name,
-)
+from experiments.report.frame import Cell, Frame, Results, Row, column_order
 from experiments.report.plots import Picture
 
 _STEP = 0.047  # between labels, of a panel's height
@@ -43,7 +32,6 @@ _KINDS = {
   'learning': ('KP', 'PFA', 'LowRank', 'Mirror'),
   'the output (direct)': ('DFA', 'SignDFA', 'CenteredDFA', 'DRTP'),
 }
-_MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')  # by depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +46,8 @@ class Rule:
     difference: best test error less backpropagation's, in points, over the
       seeds that both have; None without such a seed.
     interval: of the difference, 95 %, seeds drawn together.
-    seeds: how many seeds both have.
-    angles: {layer: {name: degrees}} after the last epoch at the best rate, the
-      layers from the input on; the last layer, whose error is exact, is left
-      out.
+    angles: in degrees after the last epoch at the best rate, a row per layer
+      from the input on; the last layer, whose error is exact, is left out.
   """
 
   name: str
@@ -70,12 +56,11 @@ class Rule:
   cell: Cell
   difference: float | None
   interval: statistics.Interval | None
-  seeds: int
-  angles: Mapping[str, Mapping[str, float]]
+  angles: Frame
 
   def mean_angle(self, name: str) -> float:
     """Mean over layers in degrees; NaN where it does not apply."""
-    return float(np.mean([of.get(name, np.nan) for of in self.angles.values()]))
+    return float(self.angles[name].mean(skipna=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,50 +84,40 @@ def compare(results: Results) -> list[Comparison]:
     counts = collections.Counter(rule.setting for rule in rules)
     rules = [rule for rule in rules if counts[rule.setting] >= _LEAST]
     if rules:
-      rules.sort(key=lambda of: (column_order(of.setting), _best(of)))
+      rules.sort(key=lambda of: (column_order(of.setting), of.cell.error))
       found.append(Comparison(row, tuple(rules)))
   return found
 
 
-def _best(rule: Rule) -> float:
-  assert rule.cell.best is not None  # see `_rules`
-  return rule.cell.best.mean
-
-
 def _rules(results: Results, row: Row) -> Iterable[Rule]:
-  runs, settings = plots.runs_of(results, row)
-  for (*key, name), cell in results.cells.items():
-    if tuple(key) != row.key or not cell.best or first_name(name) != name:
-      continue
+  runs, cells = results.runs_of(row), results.cells_of(row)
+  for name, cell in cells.items():
     column = find_exactly(name)
-    mine, _ = plots.at_best_rate(name, runs, settings)
-    table = plots.layer_table(mine)
+    table = plots.layer_table(plots.at_best_rate(name, runs))
     if column is None or table.empty:
       continue
     condition = column.conditions[0]
     last = table.xs(table.index.unique('epoch').max(), level='epoch').iloc[:-1]
-    plain = results.cells.get((*row.key, plain_name(condition)))
-    difference, interval, seeds = _paired(cell, plain)
+    plain = cells.get(plain_name(condition))
     yield Rule(
-      name, condition.rule, setting_of(condition), cell, difference, interval,
-      seeds, {str(layer): dict(of) for layer, of in last.iterrows()},
+      name, condition.rule, setting_of(condition), cell, *_paired(cell, plain),
+      last.reindex(columns=[*_ANGLES]),
     )  # fmt: skip
 
 
 def _paired(
   cell: Cell, plain: Cell | None
-) -> tuple[float | None, statistics.Interval | None, int]:
+) -> tuple[float | None, statistics.Interval | None]:
   """The difference to backpropagation over the seeds that both have."""
   if plain is None or not plain.best or not cell.best or plain is cell:
-    return None, None, 0
+    return None, None
   ours, theirs = cell.best.values, plain.best.values
   seeds = sorted(set(ours) & set(theirs))
   if not seeds:
-    return None, None, 0
+    return None, None
   samples = [[of[seed] for seed in seeds] for of in (ours, theirs)]
   difference = float(np.mean(samples[0]) - np.mean(samples[1]))
-  interval = statistics.effect_interval(samples, lambda a, b: a - b)
-  return difference, interval, len(seeds)
+  return difference, statistics.effect_interval(samples, lambda a, b: a - b)
 
 
 def table(comparison: Comparison) -> Frame:
@@ -152,7 +127,7 @@ def table(comparison: Comparison) -> Frame:
     best, held = rule.cell.best, rule.cell.held_out
     rows.append({
       'condition': rule.name,
-      'best test error': _number(best and best.mean),
+      'best test error': _number(rule.cell.error),
       'held-out test error': _number(held and held.mean),
       'minus backpropagation': _difference(rule),
       'seeds': str(len(best.values) if best else 0),
@@ -186,7 +161,7 @@ def summary(comparison: Comparison) -> Frame:
 def _lines(rule: Rule) -> str:
   """Such as '1.69, held-out 2.20', '-0.12 [-0.30, +0.05]' and '23°'."""
   held, angle = rule.cell.held_out, rule.mean_angle('error_angle')
-  errors = _number(_best(rule)) + (
+  errors = _number(rule.cell.error) + (
     f', held-out {_number(held.mean)}' if held else ''
   )
   degrees = f'{angle:.0f}°' if np.isfinite(angle) else ''
@@ -195,7 +170,7 @@ def _lines(rule: Rule) -> str:
 
 def _correlation(rules: Iterable[Rule]) -> str:
   """Such as '0.94 (16 rules)': best test error and angle of error signals."""
-  pairs = [(_best(rule), rule.mean_angle('error_angle')) for rule in rules]
+  pairs = [(of.cell.error, of.mean_angle('error_angle')) for of in rules]
   pairs = [pair for pair in pairs if np.isfinite(pair[1])]
   errors, angles = zip(*pairs, strict=True) if pairs else ((), ())
   found = statistics.rank_correlation(errors, angles)
@@ -217,8 +192,9 @@ def figure(comparison: Comparison) -> Picture:
   """Error against the final angle of the error signal, by rule and depth."""
   row, settings = comparison.row, comparison.settings
   layers = list(dict.fromkeys(
-    layer for rule in comparison.rules for layer in rule.angles
+    layer for rule in comparison.rules for layer in rule.angles.index
   ))  # fmt: skip
+  markers = {layer: plots.look(at)['marker'] for at, layer in enumerate(layers)}
   kinds = {rule: at for at, of in enumerate(_KINDS.values()) for rule in of}
   title = "Error against the error signal's angle to backpropagation"
   name = plots.file_name(row, 'angles')
@@ -228,19 +204,16 @@ def figure(comparison: Comparison) -> Picture:
     )
     for axes, setting in zip(all_axes, settings, strict=True):
       rules = [rule for rule in comparison.rules if rule.setting == setting]
-      at = plots.error_axis(axes, [_best(rule) for rule in rules])
+      at = plots.error_axis(axes, [rule.cell.error for rule in rules])
       labels = []
       for rule in rules:
         kind = kinds.get(re.sub(r'(-.*|\d+)$', '', rule.rule), -1)
-        color, height = plots.COLORS[kind], at(_best(rule))
+        color, height = plots.COLORS[kind], at(rule.cell.error)
         labels.append((rule.rule, height, color))
-        angles = [
-          rule.angles.get(layer, {}).get('error_angle', np.nan)
-          for layer in layers
-        ]
+        angles = rule.angles.error_angle.reindex(layers)
         axes.plot(angles, [height] * len(angles), color=color, linewidth=0.8)
-        for angle, marker in zip(angles, _MARKERS, strict=False):
-          axes.plot(angle, height, marker, color=color, markersize=4.5)
+        for layer, angle in angles.items():
+          axes.plot(angle, height, markers[layer], color=color, markersize=4.5)
       _labels(axes, labels)
       axes.set_xlim(-3, max(100, axes.get_xlim()[1]))
       axes.axvline(90, color='#777777', linestyle=':', linewidth=1)
@@ -252,7 +225,7 @@ def figure(comparison: Comparison) -> Picture:
       *((f'feedback from {kind}', {'color': plots.COLORS[at]})
         for at, kind in enumerate(_KINDS)),
       *((layer, {'marker': marker, 'ls': '', 'color': '#555555'})
-        for layer, marker in zip(layers, _MARKERS, strict=False)),
+        for layer, marker in markers.items()),
     ])  # fmt: skip
     return plots.picture(drawing, name, f'{title}: {row.label}', png=True)
 

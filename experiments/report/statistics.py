@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy import stats
 
 from experiments.paper.conclusions import spearman
 
@@ -47,6 +46,8 @@ def effect_interval(
 
 def _bootstrap(samples: Sequence[Sequence[float]], statistic) -> Interval:
   """Percentiles of 2000 draws with a fixed key."""
+  from scipy import stats  # takes a second, and one seed needs none of it
+
   found = stats.bootstrap(
     [np.asarray(values, float) for values in samples],
     statistic,

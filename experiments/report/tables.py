@@ -8,10 +8,9 @@ import pandas as pd
 
 from experiments.paper import published as paper
 from experiments.paper.conclusions import POINTS
-from experiments.paper.conditions import TABLES, Table, find_table
+from experiments.paper.conditions import COLUMNS, TABLES, Table, find_table
 from experiments.report import statistics
 from experiments.report.frame import (
-  COLUMNS,
   Cell,
   Frame,
   Results,
@@ -252,7 +251,7 @@ def _held_out(cell: Cell | None) -> float | None:
 def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
   """Cells that both we and the paper have, each condition of a row once."""
   cells = {}
-  for line in (line for grid in found for line in grid.lines if line.row):
+  for line in (line for grid in found for line in grid.rows):
     for entry in line.shared:
       first = first_name(entry.condition)
       cells.setdefault((line.title, first), (line, entry))
@@ -261,10 +260,8 @@ def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
 
 def by_rate(results: Results, row: Row) -> Frame:
   """Means over the seeds of a row by condition, batch plan and rate."""
-  runs = results.runs[results.runs.finished]
-  runs = runs[(runs.protocol == row.protocol) & (runs.label == row.label)]
   keys = ['condition', 'plan', 'rate']
-  return runs.explode('condition').groupby(keys, as_index=False).agg(
+  return results.runs_of(row).groupby(keys, as_index=False).agg(
     best=('best', 'mean'), diverged=('diverged', 'any')
   )  # fmt: skip
 
