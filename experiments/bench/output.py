@@ -48,7 +48,7 @@ def summarize(
     programs.PRODUCT
   )
   plain_bytes = contenders[fastest[programs.FLAX]].bytes
-  rows = []
+  flops, rows = workload.flops, []
   for name, own in seconds.items():
     contender, memory = contenders[fastest[name]], None
     if contender.bytes is not None and plain_bytes:
@@ -64,13 +64,13 @@ def summarize(
         for other in (programs.FLAX, TORCH, _rival(name))
         if other in seconds
       },
-      'peak_share': float(np.median(workload.flops / own / product)),
+      'peak_share': float(np.median(flops / own / product)),
       'compile_seconds': contender.compile_seconds,
       'bytes': contender.bytes,
       'memory_to_flax': memory,
     })  # fmt: skip
   return described(workload) | {
-    'flops': workload.flops,
+    'flops': flops,
     'product_rate': float(np.median(product)),
     'rows': rows,
   }
