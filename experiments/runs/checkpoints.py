@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from experiments.runs.files import StoreError, read_bytes, write_atomically
+from experiments.runs.files import read_bytes, refuse_link, write_atomically
 
 _KEPT = 2
 
@@ -51,8 +51,7 @@ def restore(
   Raises:
     StoreError: if the folder is a link.
   """
-  if folder.is_symlink():
-    raise StoreError(f'{folder} is a link, which is not followed. Remove it.')
+  refuse_link(folder)
   problems = []
   for epoch in _epochs(folder):
     try:

@@ -39,6 +39,7 @@ from experiments.runs.files import (
   not_written,
   read_json,
   read_text,
+  refuse_link,
   write_atomically,
 )
 
@@ -105,7 +106,7 @@ class RunFolder:
     Raises:
       StoreError: if the file is no result, or a link.
     """
-    self._refuse_link()
+    refuse_link(self.path)
     result = read_json(self.path / 'result.json')
     if result is None:
       return None
@@ -145,7 +146,7 @@ class RunFolder:
     Raises:
       StoreError: if the folder cannot be made or locked.
     """
-    self._refuse_link()
+    refuse_link(self.path)
     path = self.path / '.lock'
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -229,19 +230,6 @@ class RunFolder:
   def _remove_unfinished(self) -> None:
     for file in self.path.glob(f'{UNFINISHED}*'):
       file.unlink(missing_ok=True)
-
-  def _refuse_link(self) -> None:
-    try:
-      is_link = self.path.is_symlink()
-    except OSError as error:
-      raise StoreError(
-        f'{self.path} cannot be read: {error.strerror}. Choose another folder '
-        'with --results.'
-      ) from error
-    if is_link:
-      raise StoreError(
-        f'{self.path} is a link, which is not followed. Remove it.'
-      )
 
 
 def create(folder: Path) -> None:
