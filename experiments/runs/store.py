@@ -32,7 +32,7 @@ from typing import Any
 
 import filelock
 
-from experiments.paper.protocol import VERSION
+from experiments.paper.protocol import VERSION, run_id
 from experiments.runs.files import (
   UNFINISHED,
   StoreError,
@@ -178,7 +178,7 @@ class RunFolder:
     found = self.config()
     if found is None:
       _write_json(self.path / 'config.json', config)
-    elif _without_words(found) != _without_words(config):
+    elif run_id(found) != run_id(config):
       raise StoreError(
         f'{self.path}/config.json is the configuration of another run. Remove '
         f'{self.path} to do this run again.'
@@ -327,7 +327,3 @@ def _is_number(value: Any) -> bool:
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
   text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
   write_atomically(path, text + '\n')
-
-
-def _without_words(config: Mapping[str, Any]) -> dict[str, Any]:
-  return {k: v for k, v in config.items() if k not in ('source', 'note')}
