@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -110,8 +109,8 @@ class RunFolder:
     result = read_json(self.path / 'result.json')
     if result is None:
       return None
-    if not isinstance(result, dict) or not _is_number(
-      result.get('best_test_error')
+    if not (
+      isinstance(result, dict) and _is_percent(result.get('best_test_error'))
     ):
       raise StoreError(
         f'{self.path}/result.json is no result: remove {self.path} to do that '
@@ -314,14 +313,14 @@ def _is_line(line: Any, epoch: int) -> bool:
   return (
     isinstance(line, dict)
     and line.get('epoch') == epoch
-    and _is_number(line.get('test_error'))
-    and _is_number(line.get('holdout_error', 0.0))
+    and _is_percent(line.get('test_error'))
+    and _is_percent(line.get('holdout_error', 0.0))
     and isinstance(line.get('finite'), bool)
   )
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
+def _is_percent(value: Any) -> bool:
+  return isinstance(value, int | float) and 0 <= value <= 100
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
