@@ -125,7 +125,9 @@ def accelerators() -> list[str]:
     return []
   visible = os.environ.get('CUDA_VISIBLE_DEVICES')
   if visible is not None:
-    return [name for name in visible.split(',') if name.strip()]
+    return [
+      name for name in visible.split(',') if name.strip() not in ('', '-1')
+    ]
   found = Path('/dev').glob('nvidia[0-9]*')
   return [str(number) for number in range(len(list(found)))]
 

@@ -342,3 +342,5 @@ def test_each_worker_has_its_own_part_of_the_host(monkeypatch):
     {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': '3'},
     {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': 'GPU-8f'},
   ]
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')  # hides all
+  assert [place.cores for place in places(None)] == each
