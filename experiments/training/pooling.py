@@ -59,23 +59,15 @@ def _forward(x, layer):
 
 def _backward(layer, residuals, g):
   like, place = residuals
-  zero = jnp.zeros((), g.dtype)
+  windows = g, place
   if place is None:
-    g = g * _share((g.shape[0], *like.shape[1:]), layer, g.dtype)
-    dx = _unpool(
-      layer,
-      like.shape,
-      (g,),
-      lambda code, inside, g: jnp.where(inside, g, zero),
-    )
-  else:
-    dx = _unpool(
-      layer,
-      like.shape,
-      (g, place),
-      lambda code, inside, g, place: jnp.where(place == code, g, zero),
-    )
-  return (dx,)
+    windows = (g * _share((g.shape[0], *like.shape[1:]), layer, g.dtype),)
+
+  def term(code, inside, g, place=None):
+    chosen = inside if place is None else place == code
+    return jnp.where(chosen, g, jnp.zeros((), g.dtype))
+
+  return (_unpool(layer, like.shape, windows, term),)
 
 
 pool.defvjp(_forward, _backward)
