@@ -87,14 +87,15 @@ fetch() {
 }
 
 tests() {
-  local files options=(-n 6)
+  local files options=(-p xdist -n 6)
   mapfile -t files < <(grep -l 'mark.accelerator' tests/test_*.py)
   [ -z "$dry" ] || options=(--collect-only)
-  # cuDNN's fastest sums come in any order, and TF32 has 10 bits.
+  # cuDNN's fastest sums come in any order, and TF32 has 10 bits. Warnings are
+  # errors, so no plugin that happens to be there may take part.
   XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true" \
     JAX_DEFAULT_MATMUL_PRECISION=float32 \
-    XLA_PYTHON_CLIENT_PREALLOCATE=false \
-    within 60 "$python" -m pytest -q -m accelerator -p no:cacheprovider \
+    XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+    within 60 "$python" -m pytest -v -m accelerator -p no:cacheprovider \
     "${options[@]}" "${files[@]}" | tee "$out/tests.txt"
 }
 
