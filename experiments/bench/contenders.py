@@ -231,14 +231,14 @@ def all_in_jax(
   if jax.default_backend() == 'cpu':
     steps = [in_jax(workload, rule) for rule in rules]
     return steps if workload.layers is None else [*steps, operations(workload)]
-  # A compilation takes seconds and one core. What a kernel of an accelerator
-  # takes alone is less than its launch, so it says nothing.
+  # A compilation takes seconds and one core. On an accelerator, an operation
+  # alone takes less time than its launch, so it says nothing.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return [*pool.map(functools.partial(in_jax, workload), rules)]
 
 
 def product() -> Contender:
-  """A product of two matrices of float32 in the precision of the moment."""
+  """A product of two matrices of float32 in the current precision."""
   size = 2048 if jax.default_backend() == 'cpu' else 8192
   matrix = jax.random.normal(jax.random.key(0), (size, size))
   multiply = jax.jit(jnp.matmul)
@@ -250,10 +250,9 @@ def product() -> Contender:
 
 
 def set_precision(precision: str) -> None:
-  """Sets that of JAX's products of float32 from now on.
+  """Sets the precision of JAX's products of float32.
 
-  On a GPU JAX has bfloat16 for dense layers only; its convolutions of float32
-  are then in TF32.
+  On a GPU, bfloat16 applies to dense layers only; convolutions use TF32 then.
   """
   on_gpu = jax.default_backend() == 'gpu'
   jax.config.update(

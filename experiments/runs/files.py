@@ -20,7 +20,7 @@ def write_whole(path: Path, body: bytes, *, durable: bool = False) -> Path:
   Args:
     path: of the file.
     body: its content.
-    durable: wait until it is on the disk, for what cannot be made again.
+    durable: wait until it is on the disk, for data that cannot be made again.
 
   Raises:
     OSError: if it cannot be written; the previous file is still there.

@@ -86,7 +86,7 @@ class RunFolder:
     """The configuration of the run; None if there is none.
 
     Raises:
-      StoreError: if the file is none of this version.
+      StoreError: if the file is no configuration of this version.
     """
     config = read_json(self.path / 'config.json')
     if config is None:
@@ -266,7 +266,7 @@ def tidy(folder: Path) -> None:
 def load(folder: str | os.PathLike[str]) -> list[Record]:
   """All runs in a results folder, in order of their names.
 
-  One that cannot be read is there with its problem.
+  A run that cannot be read is listed with its problem.
 
   Raises:
     StoreError: if there is no such folder, or it cannot be read.

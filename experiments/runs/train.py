@@ -203,7 +203,7 @@ def _train(
       outcome = Outcome('stopped')
       _save(group)
       break
-    except Exception as error:  # it depends on the device what can be raised
+    except Exception as error:  # which errors there are depends on the device
       outcome = Outcome('failed', _in_words(error), in_group=len(group) > 1)
       break
     for i, (state, line) in (done or {}).items():

@@ -35,8 +35,8 @@ def pool(x: jax.Array, layer: Pool) -> jax.Array:
     windows = _windows(x, layer, -jnp.inf)
     return functools.reduce(lambda a, b: jnp.where(b > a, b, a), windows)
   share = _share(x.shape, layer, x.dtype)
-  # A sum comes last, not a product with a constant: XLA:CPU would work out the
-  # whole pooling again at every use of that.
+  # A sum comes last, not a product with a constant: XLA:CPU would recompute the
+  # whole pooling at every use of the product.
   return functools.reduce(
     jnp.add, [pixel * share for pixel in _windows(x, layer, 0.0)]
   )
@@ -74,7 +74,7 @@ pool.defvjp(_forward, _backward)
 
 
 def _code(layer: Pool, row, column) -> jax.Array:
-  """The number of a pixel in its window; others for pixels outside of it."""
+  """The number of a pixel in its window, which no pixel outside of it has."""
   reach = layer.size + layer.stride
   return jnp.asarray(row * reach + column, jnp.int16)
 
