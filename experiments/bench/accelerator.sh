@@ -132,7 +132,8 @@ large() {
 }
 
 grid() {
-  local conditions status=0 options=(--dataset mnist --data-dir "${data:-data}")
+  local conditions finished status=0
+  local options=(--dataset mnist --data-dir "${data:-data}")
   conditions=$("$python" - <<'PYTHON'
 from experiments.paper.conditions import TABLES, find
 
@@ -162,8 +163,12 @@ PYTHON
   ' "$(($(date +%s) + 270))" "$python" -m experiments run --condition '{}' \
     "${options[@]}" --together 5 --scan True --results "$results" \
     <<<"$conditions" || status=$?
-  "$python" -m experiments fold "$results" "$out/$study.jsonl"
-  tar -czf "$out/grid.tar.gz" -C "$results" --exclude checkpoints .
+  # The others are not finished, and begin again on another machine.
+  finished=$(mktemp -d)
+  find "$results" -name result.json -printf '%h\0' |
+    xargs -0 -r cp -r -t "$finished"
+  tar -czf "$out/grid.tar.gz" -C "$finished" .
+  "$python" -m experiments fold "$finished" "$out/$study.jsonl"
   return "$status"
 }
 

@@ -323,6 +323,9 @@ def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
     files = sorted(path.name for path in (tmp_path / day).iterdir())
     return done.stdout, files, (tmp_path / day / 'mnist-65-epochs.jsonl')
 
+  stopped = tmp_path / 'monday-results' / ('0' * 20)  # an unfinished run
+  stopped.mkdir(parents=True)
+  (stopped / 'config.json').write_text('{"version": 2}')
   out, files, study = call('monday', 'tests', 'steps', 'grid')
   assert len(files) <= 8
   assert 'test_symmetric_is_plain_jax_bit_for_bit[Dense]' in out
