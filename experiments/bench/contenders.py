@@ -191,9 +191,9 @@ def in_jax(workload: Workload, rule: str | None) -> Contender:
   x, y, indices = workload.data()
   images = Images(jnp.asarray(x), jnp.asarray(y))
   arrays = Arrays(images, images, jnp.asarray(x.mean(0, dtype=np.float32)))
-  norm, rate = workload.setup.condition.batch_norm, np.float32(workload.rate)
-  condition = Condition(rule=rule or 'BP', batch_norm=norm)
-  setup = dataclasses.replace(workload.setup, condition=condition)
+  setup, rate = workload.setup, np.float32(workload.rate)
+  condition = dataclasses.replace(setup.condition, rule=rule or 'BP')
+  setup = dataclasses.replace(setup, condition=condition)
   functions = program(setup, plain=rule is None)
   state = functions.initialize(jax.random.key(0))
   several = workload.repeat > 1

@@ -277,18 +277,14 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
       f'there is no results folder {root}; `python -m experiments run` makes '
       'one.'
     )
-  return list(_records(root))
-
-
-def _records(root: Path) -> Iterator[Record]:
+  records = []
   for run in _runs(root):
-    run_id = run.path.name
     try:
       config = run.config()
       if config is None:
         continue
-      yield Record(
-        run_id=run_id,
+      record = Record(
+        run_id=run.path.name,
         config=config,
         metrics=run.metrics(),
         result=run.result(),
@@ -296,7 +292,9 @@ def _records(root: Path) -> Iterator[Record]:
         error=run.error(),
       )
     except StoreError as error:
-      yield Record(run_id, {}, [], None, problem=str(error))
+      record = Record(run.path.name, {}, [], None, problem=str(error))
+    records.append(record)
+  return records
 
 
 def _runs(root: Path) -> Iterator[RunFolder]:
