@@ -73,7 +73,7 @@ within() {
   local status=0
   timeout --kill-after=15 "$@" || status=$?
   case $status in
-    124 | 137) echo "stopped after $1 s: call the stage again to go on" ;;
+    124 | 137) echo "stopped after $1 s: call the stage again" ;;
     *) return "$status" ;;
   esac
 }
