@@ -57,13 +57,13 @@ def compare_steps(
     batch: examples in a mini-batch, one number or several.
     precision: of products on a GPU: float32, tensorfloat32 or bfloat16 (JAX's
       convolutions are in tensorfloat32 then).
-    repeat: steps that each program makes in a row; more than one are a compiled
-      loop in JAX, as `run` has it on an accelerator.
+    repeat: steps that each program makes in a row; several are one compiled
+      loop in JAX, as in `run` on an accelerator.
     steps: the least number of measured rounds of each program.
-    seconds: continue with rounds for this long on each network.
-    resume: go on with the measurements in the folder: leave out the networks
-      that are there, measured on this kind of device.
-    limit: begin with no other network after so many seconds.
+    seconds: measure each network for at least this long.
+    resume: continue the measurements in the folder: skip networks that were
+      measured on this kind of device.
+    limit: start no further network after this many seconds.
     out: folder for the measurements, their tables and their plot.
   """
   machine.start_jax()
@@ -109,10 +109,10 @@ def compare_steps(
     document = {'results': results}, output.steps_markdown(results)
     output.write(out, 'bench', *document)
     if limit is not None and time.monotonic() - began > limit:
-      print('the limit is reached: --resume goes on with the next network.')
+      print('the limit is reached: --resume continues with the next network.')
       break
   if len(results) == before:
-    print('all of it is measured already: nothing to do.')
+    print('everything is measured already: nothing to do.')
     return
   document = {'results': results}, output.steps_markdown(results)
   written = output.write(out, 'bench', *document, output.steps_figure(results))
@@ -145,7 +145,7 @@ def measure_scaling(steps: int = 10, out: Path = _OUT) -> None:
 
 
 def _prepare(steps: int, out: Path) -> None:
-  """Checks, before anything is measured, that something can be, and written."""
+  """Checks the steps and the output folder before anything is measured."""
   if steps < 1:
     raise ValueError(f'steps must be at least 1, not {steps}.')
   try:

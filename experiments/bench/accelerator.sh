@@ -73,7 +73,7 @@ within() {
   local status=0
   timeout --kill-after=15 "$@" || status=$?
   case $status in
-    124 | 137) echo "stopped after $1 s: call the stage again to go on" ;;
+    124 | 137) echo "stopped after $1 s: call the stage again" ;;
     *) return "$status" ;;
   esac
 }
@@ -87,14 +87,15 @@ fetch() {
 }
 
 tests() {
-  local files options=(-n 6)
+  local files options=(-p xdist -n 6)
   mapfile -t files < <(grep -l 'mark.accelerator' tests/test_*.py)
   [ -z "$dry" ] || options=(--collect-only)
-  # cuDNN's fastest sums come in any order, and TF32 has 10 bits.
+  # cuDNN's fastest sums come in any order, and TF32 has 10 bits. Warnings are
+  # errors, so no plugin that happens to be there may take part.
   XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true" \
     JAX_DEFAULT_MATMUL_PRECISION=float32 \
-    XLA_PYTHON_CLIENT_PREALLOCATE=false \
-    within 60 "$python" -m pytest -q -m accelerator -p no:cacheprovider \
+    XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+    within 60 "$python" -m pytest -v -m accelerator -p no:cacheprovider \
     "${options[@]}" "${files[@]}" | tee "$out/tests.txt"
 }
 
@@ -131,7 +132,8 @@ large() {
 }
 
 grid() {
-  local conditions status=0 options=(--dataset mnist --data-dir "${data:-data}")
+  local conditions finished status=0
+  local options=(--dataset mnist --data-dir "${data:-data}")
   conditions=$("$python" - <<'PYTHON'
 from experiments.paper.conditions import TABLES, find
 
@@ -164,8 +166,12 @@ PYTHON
   ' "$(($(date +%s) + 270))" "$python" -m experiments run --condition '{}' \
     "${options[@]}" --together 5 --scan True --results "$results" \
     <<<"$conditions" || status=$?
-  "$python" -m experiments fold "$results" "$out/$study.jsonl"
-  tar -czf "$out/grid.tar.gz" -C "$results" --exclude checkpoints .
+  # The others are not finished, and begin again on another machine.
+  finished=$(mktemp -d)
+  find "$results" -name result.json -printf '%h\0' |
+    xargs -0 -r cp -r -t "$finished"
+  tar -czf "$out/grid.tar.gz" -C "$finished" .
+  "$python" -m experiments fold "$finished" "$out/$study.jsonl"
   return "$status"
 }
 

@@ -103,19 +103,15 @@ class Workload:
     # XLA's count, of the step in Flax's own layers.
     functions = program(self.setup, plain=True)
     shape_of: Any = jax.ShapeDtypeStruct
-    images = Images(
-      shape_of((self.batch, *shape), jnp.uint8),
-      shape_of((self.batch,), jnp.int32),
-    )
+    index = shape_of((self.batch,), jnp.int32)
+    images = Images(shape_of((self.batch, *shape), jnp.uint8), index)
     arrays = Arrays(images, images, shape_of(shape, jnp.float32))
+    state = jax.eval_shape(functions.initialize, jax.random.key(0))
     step: Any = functions.step
-    lowered = step.lower(
-      jax.eval_shape(functions.initialize, jax.random.key(0)),
-      arrays,
-      shape_of((self.batch,), jnp.int32),
-      shape_of((), jnp.float32),
-    )
-    return int(lowered.cost_analysis()['flops'])
+    # CUDA's backend counts compiled programs only, without cuDNN's kernels.
+    with jax.default_device(jax.local_devices(backend='cpu')[0]):
+      lowered = step.lower(state, arrays, index, shape_of((), jnp.float32))
+      return int(lowered.cost_analysis()['flops'])
 
   def data(self) -> tuple[np.ndarray, np.ndarray, Iterator[np.ndarray]]:
     """Images (or features), labels, and rows of mini-batches without end."""
@@ -195,9 +191,9 @@ def in_jax(workload: Workload, rule: str | None) -> Contender:
   x, y, indices = workload.data()
   images = Images(jnp.asarray(x), jnp.asarray(y))
   arrays = Arrays(images, images, jnp.asarray(x.mean(0, dtype=np.float32)))
-  norm, rate = workload.setup.condition.batch_norm, np.float32(workload.rate)
-  condition = Condition(rule=rule or 'BP', batch_norm=norm)
-  setup = dataclasses.replace(workload.setup, condition=condition)
+  setup, rate = workload.setup, np.float32(workload.rate)
+  condition = dataclasses.replace(setup.condition, rule=rule or 'BP')
+  setup = dataclasses.replace(setup, condition=condition)
   functions = program(setup, plain=rule is None)
   state = functions.initialize(jax.random.key(0))
   several = workload.repeat > 1
@@ -235,14 +231,14 @@ def all_in_jax(
   if jax.default_backend() == 'cpu':
     steps = [in_jax(workload, rule) for rule in rules]
     return steps if workload.layers is None else [*steps, operations(workload)]
-  # A compilation takes seconds and one core. What a kernel of an accelerator
-  # takes alone is less than its launch, so it says nothing.
+  # A compilation takes seconds and one core. On an accelerator, an operation
+  # alone takes less time than its launch, so it says nothing.
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return [*pool.map(functools.partial(in_jax, workload), rules)]
 
 
 def product() -> Contender:
-  """A product of two matrices of float32 in the precision of the moment."""
+  """A product of two matrices of float32 in the current precision."""
   size = 2048 if jax.default_backend() == 'cpu' else 8192
   matrix = jax.random.normal(jax.random.key(0), (size, size))
   multiply = jax.jit(jnp.matmul)
@@ -254,10 +250,9 @@ def product() -> Contender:
 
 
 def set_precision(precision: str) -> None:
-  """Sets that of JAX's products of float32 from now on.
+  """Sets the precision of JAX's products of float32.
 
-  On a GPU JAX has bfloat16 for dense layers only; its convolutions of float32
-  are then in TF32.
+  On a GPU, bfloat16 applies to dense layers only; convolutions use TF32 then.
   """
   on_gpu = jax.default_backend() == 'gpu'
   jax.config.update(

@@ -1,4 +1,4 @@
-"""What an epoch's seconds go to: training, evaluation, statistics, the rest.
+"""Where the time of an epoch goes: training, evaluation, statistics, the rest.
 
 Nothing here imports JAX before it is set up.
 """

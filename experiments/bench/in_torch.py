@@ -53,7 +53,7 @@ def contenders(workload: Workload) -> Iterator[Contender]:
   layouts = LAYOUTS if len(workload.setup.shape) == 3 else ('',)
   for (name, module), layout in itertools.product(layers.items(), layouts):
     compiles = name == COMPILED
-    # Of the compiler, which takes long, one layout: that of its kernels.
+    # Compiling takes long, so it is measured in the layout of its kernels only.
     if module is None or (compiles and layout != layouts[-1]):
       continue
     before = torch.cuda.memory_allocated() if on_gpu else 0
@@ -63,7 +63,7 @@ def contenders(workload: Workload) -> Iterator[Contender]:
       torch.cuda.reset_peak_memory_stats()
       try:
         step()
-      except Exception as error:  # theirs; the others are measured still
+      except Exception as error:  # the others are still measured
         print(f'{name} {layout} is left out: {error}', flush=True)
         continue
     yield Contender(
@@ -76,7 +76,7 @@ def contenders(workload: Workload) -> Iterator[Contender]:
 
 
 def _device(torch: Any) -> str:
-  """Where JAX computes, too."""
+  """The device that JAX uses too."""
   on_gpu = jax.default_backend() == 'gpu' and torch.cuda.is_available()
   return 'cuda' if on_gpu else 'cpu'
 

@@ -35,7 +35,7 @@ def summarize(
   contenders: Sequence[programs.Contender],
   times: np.ndarray,
 ) -> dict[str, Any]:
-  """What ``bench.json`` has of a network; of each name the fastest variant.
+  """The entry of a network in ``bench.json``; of each name the fastest variant.
 
   ``times`` are those of ``take_turns``; a product and plain Flax take part.
   """
@@ -48,7 +48,7 @@ def summarize(
     programs.PRODUCT
   )
   plain_bytes = contenders[fastest[programs.FLAX]].bytes
-  rows = []
+  flops, rows = workload.flops, []
   for name, own in seconds.items():
     contender, memory = contenders[fastest[name]], None
     if contender.bytes is not None and plain_bytes:
@@ -64,20 +64,20 @@ def summarize(
         for other in (programs.FLAX, TORCH, _rival(name))
         if other in seconds
       },
-      'peak_share': float(np.median(workload.flops / own / product)),
+      'peak_share': float(np.median(flops / own / product)),
       'compile_seconds': contender.compile_seconds,
       'bytes': contender.bytes,
       'memory_to_flax': memory,
     })  # fmt: skip
   return described(workload) | {
-    'flops': workload.flops,
+    'flops': flops,
     'product_rate': float(np.median(product)),
     'rows': rows,
   }
 
 
 def described(workload: programs.Workload) -> dict[str, Any]:
-  """What tells a network's measurements from all others."""
+  """The fields that identify the measurements of a network."""
   return {
     'architecture': workload.setup.network,
     'batch_norm': workload.setup.condition.batch_norm,
@@ -142,7 +142,7 @@ def _heading(result: Result) -> str:
 
 
 def _cells(result: Result) -> list[dict[str, str]]:
-  """What the tables have of every program."""
+  """The cells of every program in the tables."""
 
   def number(value: float | None, digits: int = 2) -> str:
     return '' if value is None else f'{value:.{digits}f}'

@@ -52,22 +52,11 @@ def _below_chance(name: str) -> Effect:
   return lambda errors, chance: chance - errors[name]
 
 
-def _worst_minus(names: tuple[str, ...], other: str) -> Effect:
-  return lambda errors, chance: (
-    np.max([errors[name] for name in names], axis=0) - errors[other]
-  )
-
-
 def _fails(name: str) -> Holds:
   """Near chance, or worse than SGD by the paper's threshold."""
   return lambda effect, errors, chance: (
     effect >= POINTS or chance - errors[name] < POINTS
   )
-
-
-def _works(name: str) -> Holds:
-  failed = _fails(name)
-  return lambda effect, errors, chance: not failed(effect, errors, chance)
 
 
 def _trend_in_p(errors: Errors, chance: float) -> np.ndarray:
@@ -149,6 +138,7 @@ SIGNED = ('uSF+BN+BM', 'brSF+BN+BM', 'frSF+BN+BM')
 
 
 def _normalized(name: str) -> Conclusion:
+  failed = _fails(name)
   return Conclusion(
     'III',
     f'{name} works',
@@ -157,26 +147,23 @@ def _normalized(name: str) -> Conclusion:
     'more below chance',
     ('SGD', name),
     _minus(name, 'SGD'),
-    _works(name),
+    lambda effect, errors, chance: not failed(effect, errors, chance),
   )
 
 
 def _grows(rule: str, drawn: str) -> Conclusion:
-  same, *others = (
-    f'{rule}+BN+BM',
-    *(f'{rule}-{p}%+BN+BM' for p in (50, 100, 25, 75)),
-  )
+  half, full, *others = (f'{rule}-{p}%+BN+BM' for p in (50, 100, 25, 75))
   return Conclusion(
     'V',
     f'{rule} p',
     f'Error grows with the probability p of a wrong sign, {drawn}.',
     f'effect: rank correlation of the error of {rule}-p+BN+BM with p (0, 25, '
     '50, 75, 100 %; 0, 50 and 100 % must be there); holds from 0.5 on',
-    (same, *others[:2]),
+    (f'{rule}+BN+BM', half, full),
     _trend_in_p,
     _at_least(RISING),
     'rank correlation',
-    tuple(others[2:]),
+    tuple(others),
   )
 
 
@@ -235,7 +222,9 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     'With any of these magnitudes the error is that of SGD or lower.',
     'effect: largest error of the three - SGD; holds if below 3 points',
     (*SIGNED, 'SGD'),
-    _worst_minus(SIGNED, 'SGD'),
+    lambda errors, chance: (
+      np.max([errors[name] for name in SIGNED], axis=0) - errors['SGD']
+    ),
     _below(POINTS),
   ),
   Conclusion(
@@ -337,4 +326,4 @@ CONCLUSIONS: tuple[Conclusion | AcrossDatasets, ...] = (
     _minus('SGD-5', 'SGD-100'),
     _below(POINTS),
   ),
-)  # fmt: skip
+)

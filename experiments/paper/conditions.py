@@ -224,8 +224,8 @@ COLUMNS: dict[str, Column] = {
 def find(name: str, own: Iterable[str] = ()) -> Column:
   """Returns the column of a name, in upper or lower case.
 
-  Besides the paper's own, any
-  ``RULE[+BN][+BM[1-3]|+Adam][-BATCH SIZE][ Bottom|Top]`` is one, such as
+  The paper's own names are valid, and any other name of the form
+  ``RULE[+BN][+BM[1-3]|+Adam][-BATCH SIZE][ Bottom|Top]``, such as
   ``frSF-10%+BN``, ``uSF+BN+BM-30`` or ``DFA+Adam``.
 
   Args:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import serialization
 
-from experiments.runs.files import StoreError, read_bytes, write_atomically
+from experiments.runs.files import read_bytes, refuse_link, write_atomically
 
 _KEPT = 2
 
@@ -28,7 +28,7 @@ def save(folder: Path, epoch: int, state: Any) -> None:
   digest = _digest(epoch, body)
   folder.mkdir(exist_ok=True)
   write_atomically(_path(folder, epoch), digest + b'\n' + body)
-  # Those of later epochs could not be read, or the run would not be here.
+  # Later ones could not be read: otherwise the run would have resumed there.
   kept = [e for e in _epochs(folder) if e <= epoch][:_KEPT]
   for other in set(_epochs(folder)) - set(kept):
     _path(folder, other).unlink(missing_ok=True)
@@ -41,7 +41,7 @@ def restore(
 
   Args:
     folder: of the checkpoints.
-    last: epoch after which there cannot be one.
+    last: epoch with the last metrics; later checkpoints are not used.
     like: a state with the structure, shapes and dtypes to restore.
 
   Returns:
@@ -51,8 +51,7 @@ def restore(
   Raises:
     StoreError: if the folder is a link.
   """
-  if folder.is_symlink():
-    raise StoreError(f'{folder} is a link, which is not followed. Remove it.')
+  refuse_link(folder)
   problems = []
   for epoch in _epochs(folder):
     try:

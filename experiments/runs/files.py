@@ -20,7 +20,7 @@ def write_whole(path: Path, body: bytes, *, durable: bool = False) -> Path:
   Args:
     path: of the file.
     body: its content.
-    durable: wait until it is on the disk, for what cannot be made again.
+    durable: wait until it is on the disk, for data that cannot be made again.
 
   Raises:
     OSError: if it cannot be written; the previous file is still there.
@@ -62,17 +62,32 @@ def not_written(path: Path, error: OSError) -> StoreError:
   )
 
 
+def refuse_link(path: Path) -> None:
+  """Checks that a path is no link, which could lead out of the folder.
+
+  Raises:
+    StoreError: if it is a link, or cannot be read.
+  """
+  try:
+    is_link = path.is_symlink()
+  except OSError as error:
+    raise StoreError(
+      f'{path} cannot be read: {error.strerror}. Choose another folder with '
+      '--results.'
+    ) from error
+  if is_link:
+    raise StoreError(f'{path} is a link, which is not followed. Remove it.')
+
+
 def read_bytes(path: Path) -> bytes | None:
   """The content of a file; None if there is none.
 
   Raises:
-    StoreError: if it cannot be read, is a link, or is no ordinary file.
+    StoreError: if it is a link, is no ordinary file, or cannot be read.
   """
+  refuse_link(path)
   try:
-    mode = path.lstat().st_mode
-    if stat.S_ISLNK(mode):
-      raise StoreError(f'{path} is a link, which is not followed. Remove it.')
-    if not stat.S_ISREG(mode):  # reading a pipe would block
+    if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would block
       raise StoreError(f'{path} is not an ordinary file. Remove it.')
     return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError):

@@ -45,15 +45,18 @@ def places(workers: int | None) -> list[Place]:
   Raises:
     ValueError: if it is not positive.
   """
-  devices, platforms = machine.accelerators(), os.environ.get('JAX_PLATFORMS')
-  cores = machine.cores()
+  devices, cores = machine.accelerators(), machine.cores()
   if workers is None:
     workers = len(devices) or len(cores)
   if workers < 1:
     raise ValueError(f'workers must be positive, not {workers}.')
+  shared = {'JAX_PLATFORMS': os.environ.get('JAX_PLATFORMS', '')}
+  if workers > len(devices) > 0:  # the first process would take most memory
+    name = 'XLA_PYTHON_CLIENT_PREALLOCATE'
+    shared[name] = os.environ.get(name, 'false')
   made = []
   for i in range(workers):
-    environment = {'JAX_PLATFORMS': platforms or ''}
+    environment = dict(shared)
     if devices:
       environment['CUDA_VISIBLE_DEVICES'] = devices[i % len(devices)]
     first, end = (len(cores) * k // workers for k in (i, i + 1))

@@ -129,7 +129,7 @@ class Selection:
   def _runs_on(
     self, name: str, columns: Sequence[Column], protocol: Protocol, devices: int
   ) -> Iterator[Run]:
-    """The runs on one dataset, once it is sure that they can be done."""
+    """The runs on one dataset, after checking that they fit it."""
     from experiments import datasets
     from experiments.datasets import WEIGHT_LAYERS
 
@@ -178,7 +178,7 @@ def shard_of(runs: Sequence[Run], shard: str | None) -> Sequence[Run]:
   """The I-th of N equal parts of the runs, for a shard such as 1/4.
 
   Raises:
-    ValueError: if the shard is none.
+    ValueError: if the shard is not of this form.
   """
   if shard is None:
     return runs

@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import errno
 import json
-import math
 import os
 import re
 import shutil
@@ -32,13 +31,14 @@ from typing import Any
 
 import filelock
 
-from experiments.paper.protocol import VERSION
+from experiments.paper.protocol import VERSION, run_id
 from experiments.runs.files import (
   UNFINISHED,
   StoreError,
   not_written,
   read_json,
   read_text,
+  refuse_link,
   write_atomically,
 )
 
@@ -86,7 +86,7 @@ class RunFolder:
     """The configuration of the run; None if there is none.
 
     Raises:
-      StoreError: if the file is none of this version.
+      StoreError: if the file is no configuration of this version.
     """
     config = read_json(self.path / 'config.json')
     if config is None:
@@ -105,12 +105,12 @@ class RunFolder:
     Raises:
       StoreError: if the file is no result, or a link.
     """
-    self._refuse_link()
+    refuse_link(self.path)
     result = read_json(self.path / 'result.json')
     if result is None:
       return None
-    if not isinstance(result, dict) or not _is_number(
-      result.get('best_test_error')
+    if not (
+      isinstance(result, dict) and _is_percent(result.get('best_test_error'))
     ):
       raise StoreError(
         f'{self.path}/result.json is no result: remove {self.path} to do that '
@@ -145,7 +145,7 @@ class RunFolder:
     Raises:
       StoreError: if the folder cannot be made or locked.
     """
-    self._refuse_link()
+    refuse_link(self.path)
     path = self.path / '.lock'
     try:
       self.path.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ class RunFolder:
     found = self.config()
     if found is None:
       _write_json(self.path / 'config.json', config)
-    elif _without_words(found) != _without_words(config):
+    elif run_id(found) != run_id(config):
       raise StoreError(
         f'{self.path}/config.json is the configuration of another run. Remove '
         f'{self.path} to do this run again.'
@@ -230,19 +230,6 @@ class RunFolder:
     for file in self.path.glob(f'{UNFINISHED}*'):
       file.unlink(missing_ok=True)
 
-  def _refuse_link(self) -> None:
-    try:
-      is_link = self.path.is_symlink()
-    except OSError as error:
-      raise StoreError(
-        f'{self.path} cannot be read: {error.strerror}. Choose another folder '
-        'with --results.'
-      ) from error
-    if is_link:
-      raise StoreError(
-        f'{self.path} is a link, which is not followed. Remove it.'
-      )
-
 
 def create(folder: Path) -> None:
   """Makes a results folder if need be, and checks that it can be written.
@@ -279,7 +266,7 @@ def tidy(folder: Path) -> None:
 def load(folder: str | os.PathLike[str]) -> list[Record]:
   """All runs in a results folder, in order of their names.
 
-  One that cannot be read is there with its problem.
+  A run that cannot be read is listed with its problem.
 
   Raises:
     StoreError: if there is no such folder, or it cannot be read.
@@ -290,18 +277,14 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
       f'there is no results folder {root}; `python -m experiments run` makes '
       'one.'
     )
-  return list(_records(root))
-
-
-def _records(root: Path) -> Iterator[Record]:
+  records = []
   for run in _runs(root):
-    run_id = run.path.name
     try:
       config = run.config()
       if config is None:
         continue
-      yield Record(
-        run_id=run_id,
+      record = Record(
+        run_id=run.path.name,
         config=config,
         metrics=run.metrics(),
         result=run.result(),
@@ -309,7 +292,9 @@ def _records(root: Path) -> Iterator[Record]:
         error=run.error(),
       )
     except StoreError as error:
-      yield Record(run_id, {}, [], None, problem=str(error))
+      record = Record(run.path.name, {}, [], None, problem=str(error))
+    records.append(record)
+  return records
 
 
 def _runs(root: Path) -> Iterator[RunFolder]:
@@ -326,20 +311,16 @@ def _is_line(line: Any, epoch: int) -> bool:
   return (
     isinstance(line, dict)
     and line.get('epoch') == epoch
-    and _is_number(line.get('test_error'))
-    and _is_number(line.get('holdout_error', 0.0))
+    and _is_percent(line.get('test_error'))
+    and _is_percent(line.get('holdout_error', 0.0))
     and isinstance(line.get('finite'), bool)
   )
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, int | float) and math.isfinite(value)
+def _is_percent(value: Any) -> bool:
+  return isinstance(value, int | float) and 0 <= value <= 100
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
   text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
   write_atomically(path, text + '\n')
-
-
-def _without_words(config: Mapping[str, Any]) -> dict[str, Any]:
-  return {k: v for k, v in config.items() if k not in ('source', 'note')}

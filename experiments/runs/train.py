@@ -60,23 +60,18 @@ class Listener(Protocol):
 
   def run_started(self, run: Run, first_epoch: int) -> None:
     """A run begins, or resumes."""
-    ...
 
   def epoch_finished(self, run: Run, line: dict[str, Any]) -> None:
     """An epoch has been recorded."""
-    ...
 
   def run_finished(self, run: Run, result: dict[str, Any]) -> None:
     """A run has its result."""
-    ...
 
   def run_failed(self, run: Run, error: str, again: bool) -> None:
     """A run has failed; it may be tried again."""
-    ...
 
   def message(self, text: str) -> None:
     """Something the user should know."""
-    ...
 
 
 class _Pace:
@@ -203,7 +198,7 @@ def _train(
       outcome = Outcome('stopped')
       _save(group)
       break
-    except Exception as error:  # it depends on the device what can be raised
+    except Exception as error:  # which errors there are depends on the device
       outcome = Outcome('failed', _in_words(error), in_group=len(group) > 1)
       break
     for i, (state, line) in (done or {}).items():

@@ -24,8 +24,10 @@ def stored_speed(architecture: str) -> float:
   return _STORED.get(architecture, min(_STORED.values()))
 
 
-def layers_of(run: Run, data: Dataset) -> models.Layers:
-  """The layers of a run's network.
+def network_of(
+  run: Run, data: Dataset
+) -> tuple[models.Layers, tuple[int, ...], int]:
+  """The layers of a run's network, the shape of an input, and the classes.
 
   Raises:
     ValueError: if the network is a module of a plugin, whose cost is unknown.
@@ -37,12 +39,12 @@ def layers_of(run: Run, data: Dataset) -> models.Layers:
       f'network is {run.network!r}, a module, whose cost is not known; `plan` '
       'needs a network given as layers.'
     )
-  return layers
+  return layers, data.x_train.shape[1:], len(data.classes)
 
 
 def run_flops(run: Run, data: Dataset) -> float:
   """Operations of all training steps and evaluations of a run."""
-  network = layers_of(run, data), data.x_train.shape[1:], len(data.classes)
+  network = network_of(run, data)
   held_out = run.protocol.held_out(len(data.y_train))
   trained = len(data.y_train) - held_out
   evaluated = held_out + len(data.y_test)
@@ -68,7 +70,5 @@ def flops_per_second(run: Run, data: Dataset) -> float:
     state, _ = functions.step(state, placed.arrays, index, np.float32(0))
   jax.block_until_ready(state)
   seconds = (time.perf_counter() - began) / _STEPS
-  flops = models.training_flops(
-    layers_of(run, data), data.x_train.shape[1:], len(data.classes)
-  )
+  flops = models.training_flops(*network_of(run, data))
   return index.size * flops / seconds

@@ -79,8 +79,12 @@ def replicate(mesh: Mesh | None, tree: Any) -> Any:
 
 
 def split(mesh: Mesh | None, rows: np.ndarray) -> Any:
-  """Rows of images divided over the devices by their last axis."""
+  """Rows of images divided over the devices by their last axis.
+
+  Rows that do not divide, a mini-batch of all images, are on every device.
+  """
   if mesh is None:
     return rows
-  spec = PartitionSpec(*(None,) * (rows.ndim - 1), AXIS)
+  axis = None if rows.shape[-1] % mesh.size else AXIS
+  spec = PartitionSpec(*(None,) * (rows.ndim - 1), axis)
   return jax.device_put(rows, NamedSharding(mesh, spec))

@@ -201,13 +201,12 @@ class Trainer:
     measured = {}
     for name, evaluated in rows.evaluated.items():
       images = arrays.test if name == 'test' else arrays.train
-      first, *others = [
+      measured[name] = sum(
         self._functions.evaluate(
           variables, arrays, images, *self._split(*batch)
         )
         for batch in zip(*evaluated, strict=True)
-      ]
-      measured[name] = sum(others, start=first)
+      )
     return measured
 
   def _split(self, *rows: np.ndarray) -> list[Any]:

@@ -56,16 +56,16 @@ def configure(devices: int | None = None) -> list[str]:
   Args:
     devices: how many a CPU is to have; None leaves it at one.
   """
-  messages = []
+  messages, wanted = [], {}
+  if importlib.metadata.version('jaxlib').startswith(_VERSION_WITH_FLAGS):
+    wanted |= _CPU_FLAGS
+  if devices is not None and devices > 1:
+    wanted[_CPU_DEVICES] = devices
   flags = os.environ.get('XLA_FLAGS', '')
-  version = importlib.metadata.version('jaxlib')
-  for flag, value in _CPU_FLAGS.items():
-    if flag not in flags and version.startswith(_VERSION_WITH_FLAGS):
+  for flag, value in wanted.items():
+    if flag not in flags:
       flags = f'{flags} {flag}={value}'.strip()
       messages.append(f'XLA_FLAGS {flag}={value}')
-  if devices is not None and devices > 1 and _CPU_DEVICES not in flags:
-    flags = f'{flags} {_CPU_DEVICES}={devices}'.strip()
-    messages.append(f'XLA_FLAGS {_CPU_DEVICES}={devices}')
   if flags:
     os.environ['XLA_FLAGS'] = flags
   for name, value in _NUMERICS.items():
@@ -125,7 +125,9 @@ def accelerators() -> list[str]:
     return []
   visible = os.environ.get('CUDA_VISIBLE_DEVICES')
   if visible is not None:
-    return [name for name in visible.split(',') if name.strip()]
+    return [
+      name for name in visible.split(',') if name.strip() not in ('', '-1')
+    ]
   found = Path('/dev').glob('nvidia[0-9]*')
   return [str(number) for number in range(len(list(found)))]
 

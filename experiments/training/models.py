@@ -87,8 +87,8 @@ NETWORKS: dict[str, Layers] = {
 def rectified_once(x: jax.Array) -> jax.Array:
   """``flax.linen.relu`` as a choice between two arrays.
 
-  XLA:CPU works out what has a single operand again at every use, and with it
-  all that it was fused with: here, the pooling.
+  XLA:CPU recomputes an operation with a single operand at every use, and with
+  it everything that is fused into it: here, the pooling.
   """
   return jnp.where(x <= 0, jnp.zeros_like(x), x)
 

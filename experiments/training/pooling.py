@@ -35,8 +35,8 @@ def pool(x: jax.Array, layer: Pool) -> jax.Array:
     windows = _windows(x, layer, -jnp.inf)
     return functools.reduce(lambda a, b: jnp.where(b > a, b, a), windows)
   share = _share(x.shape, layer, x.dtype)
-  # A sum comes last, not a product with a constant: XLA:CPU would work out the
-  # whole pooling again at every use of that.
+  # A sum comes last, not a product with a constant: XLA:CPU would recompute the
+  # whole pooling at every use of the product.
   return functools.reduce(
     jnp.add, [pixel * share for pixel in _windows(x, layer, 0.0)]
   )
@@ -59,30 +59,22 @@ def _forward(x, layer):
 
 def _backward(layer, residuals, g):
   like, place = residuals
-  zero = jnp.zeros((), g.dtype)
+  windows = g, place
   if place is None:
-    g = g * _share((g.shape[0], *like.shape[1:]), layer, g.dtype)
-    dx = _unpool(
-      layer,
-      like.shape,
-      (g,),
-      lambda code, inside, g: jnp.where(inside, g, zero),
-    )
-  else:
-    dx = _unpool(
-      layer,
-      like.shape,
-      (g, place),
-      lambda code, inside, g, place: jnp.where(place == code, g, zero),
-    )
-  return (dx,)
+    windows = (g * _share((g.shape[0], *like.shape[1:]), layer, g.dtype),)
+
+  def term(code, inside, g, place=None):
+    chosen = inside if place is None else place == code
+    return jnp.where(chosen, g, jnp.zeros((), g.dtype))
+
+  return (_unpool(layer, like.shape, windows, term),)
 
 
 pool.defvjp(_forward, _backward)
 
 
 def _code(layer: Pool, row, column) -> jax.Array:
-  """The number of a pixel in its window; others for pixels outside of it."""
+  """The number of a pixel in its window, which no pixel outside of it has."""
   reach = layer.size + layer.stride
   return jnp.asarray(row * reach + column, jnp.int16)
 

@@ -291,7 +291,7 @@ def program(setup: Setup, plain: bool = False) -> Program:
     return redraw(state['feedback'], state['updates'])
 
   def trained_part(params, feedback):
-    """What the optimizer has."""
+    """The arrays that the optimizer updates."""
     learned = {'feedback': partition(feedback)[0]} if way.learns else {}
     return {'params': params} | learned
 

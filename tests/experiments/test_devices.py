@@ -131,3 +131,10 @@ def test_devices_that_are_not_there_are_refused():
     devices.mesh_for([run], 9)
   with pytest.raises(ValueError, match='devices is 0'):
     devices.mesh_for([run], 0)
+
+
+def test_a_mini_batch_that_does_not_divide_is_on_every_device():
+  mesh = devices.mesh_for([tiny.run('uSF+BM')], 5)
+  for images, divided in ((100, True), (216, False)):
+    rows = devices.split(mesh, np.zeros((2, images), np.int32))
+    assert rows.is_fully_replicated != divided

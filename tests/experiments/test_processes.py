@@ -328,3 +328,9 @@ def test_each_worker_has_its_own_part_of_the_host(monkeypatch):
     {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': '3'},
     {'JAX_PLATFORMS': '', 'CUDA_VISIBLE_DEVICES': 'GPU-8f'},
   ]
+  name = 'XLA_PYTHON_CLIENT_PREALLOCATE'  # of those that share a device
+  assert [place.environment[name] for place in places(3)] == 3 * ['false']
+  monkeypatch.setenv(name, 'true')
+  assert {place.environment[name] for place in places(3)} == {'true'}
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '-1')  # hides all
+  assert [place.cores for place in places(None)] == each

@@ -249,6 +249,7 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
     ('[' * 100_000, 2),
     ('{"epoch": 3, "test_error": "50", "finite": true}', 2),
     ('{"epoch": 3, "test_error": NaN, "finite": true}', 2),
+    ('{"epoch": 3, "test_error": 101, "finite": true}', 2),
     ('{"epoch": 3, "test_error": 50, "finite": 1}', 2),
     ('{"epoch": 3, "test_error": 1, "finite": true, "holdout_error": null}', 2),
     ('{"epoch": 5, "test_error": 50, "finite": true}', 2),
