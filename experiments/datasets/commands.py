@@ -91,8 +91,14 @@ def prepare(
         f'data_dir {str(data_dir)!r} cannot be made: {error}; name a folder '
         'that can be written'
       ) from error
-  if loader.find_source(spec, name, data_dir) is None:
-    root = prepared.roots(data_dir)[0].absolute()
+  root = prepared.roots(data_dir)[0].absolute()
+  try:
+    source = loader.find_source(spec, name, data_dir)
+  except prepared.OtherFormat:
+    if prepared.version_folder(root, spec) is not None:
+      raise
+    source = None  # it is in the folder of TFDS, and another one is named
+  if source is None:
     yield f'{spec.name}: preparing {spec.builder} in {root}'
     yield from _build(spec, root)
   yield f'{spec.name}: decoding'

@@ -25,6 +25,10 @@ _CLASSES = ('pythonClassName', 'python_class_name', 'type')
 _NAMES = ('file', 'file_name', 'image/file_name')
 
 
+class OtherFormat(DatasetError):
+  """A folder was prepared in a format that needs TensorFlow."""
+
+
 def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
   constants = require('tensorflow_datasets.core.constants', 'finding data')
@@ -43,15 +47,11 @@ def version_folder(root: Path, spec: Spec) -> Path | None:
   tensorflow-datasets writes to another folder and renames it when all is
   written, so an unfinished one has no name that is a version.
   """
-  if not spec.builder:
-    return None
   return max(_versions(root / spec.builder), key=_number, default=None)
 
 
 def unfinished(root: Path, spec: Spec) -> list[Path]:
   """Folders of preparations that were broken off."""
-  if not spec.builder:
-    return []
   return sorted((root / spec.builder).glob('incomplete.*'))
 
 
@@ -66,7 +66,7 @@ def is_tfds(path: Path) -> bool:
 
 def _versions(path: Path) -> list[Path]:
   found = (info.parent for info in path.glob(f'*/{_INFO}'))
-  return [folder for folder in found if re.fullmatch(r'[\d.]+', folder.name)]
+  return [path for path in found if re.fullmatch(r'\d+(\.\d+)*', path.name)]
 
 
 def _number(version: Path) -> list[int]:
@@ -101,20 +101,20 @@ def _files(path: Path, spec: Spec) -> list[Path]:
   try:
     info = json.loads((path / _INFO).read_text())
     form = info.get('fileFormat', 'tfrecord')
-    shards = {s['name']: s.get('shardLengths', ()) for s in info['splits']}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    shards = {s['name']: len(s.get('shardLengths', ())) for s in info['splits']}
+  except Exception as error:  # JSON of any form may be there
     raise DatasetError(
       f'{path / _INFO}: cannot be read ({error!r}); {again}'
     ) from error
   if form != 'array_record':
-    raise DatasetError(
+    raise OtherFormat(
       f'{path}: prepared as {form}, array_record is needed to read without '
       f'TensorFlow; {again}, or prepare into another --data-dir'
     )
   files = [path / _INFO]
-  for split, lengths in shards.items():
-    for i in range(len(lengths)):
-      name = f'{spec.builder}-{split}.{form}-{i:05d}-of-{len(lengths):05d}'
+  for split, count in shards.items():
+    for i in range(count):
+      name = f'{spec.builder}-{split}.{form}-{i:05d}-of-{count:05d}'
       if not (path / name).is_file():
         raise DatasetError(f'{path / name}: missing, half prepared; {again}')
       files.append(path / name)
@@ -134,7 +134,7 @@ def _check_features(path: Path, again: str) -> None:
     json.loads(path.read_text(), object_hook=collect)
   except FileNotFoundError:
     return
-  except (OSError, ValueError, RecursionError) as error:
+  except Exception as error:
     raise DatasetError(
       f'{path}: cannot be read ({error!r}); {again}'
     ) from error
@@ -170,6 +170,13 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
   # TFDS takes a leading "~" for the home folder, and types
   # the features of any builder as any feature.
   builder: Any = tfds.builder_from_directory(path.absolute())
+  checked = {file.absolute() for file in _files(path, spec)}
+  for split in builder.info.splits.values():
+    if not checked.issuperset(map(Path, split.filepaths)):
+      raise DatasetError(
+        f'{path / _INFO}: names other files for {split.name} than those of '
+        f'this folder; {_again(path, spec)}'
+      )
   skip = {'image': tfds.decode.SkipDecoding()}
   records = {
     split: builder.as_data_source(
