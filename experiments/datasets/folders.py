@@ -79,13 +79,10 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
     )
 
   def read() -> Raw:
-    jpeg = any(
-      samples.is_jpeg(file) for part in parts.values() for file in part
-    )
     train = _part(path, parts['train'], classes)
     if draw is not None:
-      return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
-    return Raw(train, _part(path, parts['test'], classes), classes, jpeg)
+      return samples.drawn(train, classes, draw, seed, str(path))
+    return Raw(train, _part(path, parts['test'], classes), classes)
 
   return Source(
     text=f'image folder {readable(str(path))}',

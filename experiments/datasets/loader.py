@@ -99,7 +99,7 @@ def load(
   """
   spec, source = locate(name, data_dir, seed, architecture, test_share)
   config = {
-    'form': 2,
+    'form': 3,
     'source': source.key,
     'shape': spec.shape,
     'resize': 'bilinear',
@@ -397,7 +397,7 @@ def _arrays(source: Source, spec: Spec) -> cache.Arrays:
     arrays[f'hash_{name}'] = hashes
     arrays[f'file_{name}'] = np.char.encode(list(part.names), 'utf-8')
     remarks += said
-  facts = {'classes': raw.classes, 'jpeg': raw.jpeg, 'remarks': remarks}
+  facts = {'classes': raw.classes, 'remarks': remarks}
   arrays['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   return arrays
 
@@ -431,9 +431,10 @@ def _notes(
         f"{train} / {test} train / test samples, the paper's are {spec.train} "
         f'/ {spec.test}'
       )
-  if spec.lossless and facts['jpeg']:
+  remarks = dict(facts['remarks'])
+  if remarks.pop(samples.JPEG, 0) and spec.lossless:
     notes.append('lossy: kept as JPEG, the original pictures are not')
-  notes += [f'{count} {text}' for text, count in facts['remarks'].items()]
+  notes += [f'{count} {text}' for text, count in remarks.items()]
   if source.note:
     notes.append(source.note)
   return notes

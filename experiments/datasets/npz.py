@@ -67,11 +67,10 @@ def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
   if len(set(classes)) != len(classes):
     twice = next(name for name in classes if classes.count(name) > 1)
     raise DatasetError(f'{path}: two classes are named {twice!r}; rename one')
-  jpeg = any(f'x_{part}' not in arrays for part in parts)
   train, *test = (_part(path, arrays, part, classes) for part in parts)
   if draw is not None:
-    return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
-  return Raw(train, test[0], tuple(classes), jpeg)
+    return samples.drawn(train, classes, draw, seed, str(path))
+  return Raw(train, test[0], tuple(classes))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

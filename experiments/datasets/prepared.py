@@ -201,8 +201,7 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
   test, _ = _pictures([records['test']], builder.info.features, classes)
   for part in (train, test):
     samples.labels_of(part.labels, classes, str(path))
-  jpeg = bytes(train.sample(0)[:2]) == b'\xff\xd8'
-  return Raw(train=train, test=test, classes=classes, jpeg=jpeg)
+  return Raw(train=train, test=test, classes=classes)
 
 
 def _pictures(

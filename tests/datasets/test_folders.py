@@ -35,11 +35,16 @@ def test_pictures_come_in_the_order_of_classes(root, arrays):
 
 
 @pytest.mark.parametrize(
-  ('form', 'where', 'lossy'), [('ppm', '*', False), ('JPE', 'test', True)]
+  ('form', 'suffix', 'where', 'lossy'),
+  [
+    ('PPM', 'ppm', '*', False),
+    ('JPEG', 'JPE', 'test', True),
+    ('JPEG', 'tif', 'test', True),  # the content decides
+  ],
 )
-def test_a_folder_is_lossy_where_it_has_jpeg(root, form, where, lossy):
+def test_a_folder_is_lossy_where_it_has_jpeg(root, form, suffix, where, lossy):
   for file in root.glob(f'{where}/*/*.png'):
-    Image.open(file).save(file.with_suffix(f'.{form}'))
+    Image.open(file).save(file.with_suffix(f'.{suffix}'), form)
     file.unlink()
   data = load(root.parent)
   assert ('lossy' in data.note) == lossy
