@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.datasets import archives, loader, prepared, specs
-from experiments.datasets.loader import Dataset, load, locate
+from experiments.datasets.loader import Dataset, Folder, load, locate
 from experiments.datasets.samples import stored_shape
 from experiments.datasets.specs import DatasetError, Spec
 
 _COLUMNS = 10
 _MARGIN = 12
-_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Status:
   text: str
 
 
-def status(name: str, data_dir: _Folder = None, **own: Any) -> Status:
+def status(name: str, data_dir: Folder = None, **own: Any) -> Status:
   """Whether a dataset is ready, can be downloaded, or needs a person.
 
   Files of the paper's datasets are looked for, not read: `check` reads them.
@@ -58,9 +56,9 @@ def status(name: str, data_dir: _Folder = None, **own: Any) -> Status:
 
 def prepare(
   name: str,
-  data_dir: _Folder = None,
+  data_dir: Folder = None,
   *,
-  cache_dir: _Folder = None,
+  cache_dir: Folder = None,
 ) -> Iterator[str]:
   """Downloads a dataset, writes it in the format of TFDS, and decodes it.
 
@@ -150,11 +148,11 @@ def _build(spec: Spec, root: Path) -> Iterator[str]:
 
 def check(
   name: str,
-  data_dir: _Folder = None,
+  data_dir: Folder = None,
   *,
-  cache_dir: _Folder = None,
+  cache_dir: Folder = None,
   seed: int = 0,
-  grid: str | os.PathLike[str] | None = None,
+  grid: str | Path | None = None,
   **own: Any,
 ) -> Iterator[str]:
   """Reads a dataset and says line by line what is in it.
@@ -200,7 +198,7 @@ def check(
 
 
 def show_split(
-  name: str, data_dir: _Folder = None, *, seed: int = 0, **options: Any
+  name: str, data_dir: Folder = None, *, seed: int = 0, **options: Any
 ) -> Iterator[str]:
   """The split of a dataset, line by line: 'PART<tab>CLASS<tab>SAMPLE'.
 

@@ -86,7 +86,7 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
 
   return Source(
     text=f'image folder {readable(str(path))}',
-    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    key=key,
     read=functools.cache(read),
     note=ignored_text(ignored),
   )

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from experiments.datasets.samples import Part, Raw, Source
 from experiments.datasets.specs import SHAPES, DatasetError, Draw, Spec
 from experiments.datasets.splits import balanced_rows
 
-_Folder = str | os.PathLike[str] | None
+Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +66,8 @@ class Dataset:
 def load(
   name: str,
   *,
-  data_dir: _Folder = None,
-  cache_dir: _Folder = None,
+  data_dir: Folder = None,
+  cache_dir: Folder = None,
   seed: int = 0,
   train_size: int | None = None,
   architecture: str | None = None,
@@ -97,12 +98,13 @@ def load(
     DatasetError: unknown name, data that is missing or broken, or an argument
       that cannot be.
   """
-  spec, source = locate(name, data_dir, seed, architecture, test_share)
+  own = {'architecture': architecture, 'test_share': test_share}
+  spec, source = locate(name, data_dir, seed, **own)
   config = {
     'form': 3,
     'source': source.key,
+    'draw': f'{spec.draw}, seed {seed}' if spec.draw else '',
     'shape': spec.shape,
-    'resize': 'bilinear',
     'pillow': importlib.metadata.version('pillow'),
   }
   arrays = cache.fetch(
@@ -175,32 +177,22 @@ def _loaded(loader: Loader, name: str, train_size: int | None) -> Dataset:
   )
 
 
-def find(
-  name: str,
-  data_dir: _Folder = None,
-  *,
-  architecture: str | None = None,
-  test_share: float | None = None,
-) -> Spec:
+def find(name: str, data_dir: Folder = None, **own: Any) -> Spec:
   """The spec of a dataset; only one of the user's own must be there.
 
-  Arguments and errors are those of `load`.
+  Arguments (`own` is architecture and test_share) and errors are those of
+  `load`.
   """
-  known = _known(name, architecture, test_share)
-  return known or _own(name, data_dir, 0, architecture, test_share)[0]
+  return _known(name, **own) or _own(name, data_dir, **own)[0]
 
 
 def locate(
-  name: str,
-  data_dir: _Folder,
-  seed: int = 0,
-  architecture: str | None = None,
-  test_share: float | None = None,
+  name: str, data_dir: Folder, seed: int = 0, **own: Any
 ) -> tuple[Spec, Source]:
   """The spec and the source of a dataset, looked up as `load` documents."""
-  spec = _known(name, architecture, test_share)
+  spec = _known(name, **own)
   if spec is None:
-    return _own(name, data_dir, seed, architecture, test_share)
+    return _own(name, data_dir, seed, **own)
   source = find_source(spec, name, data_dir, seed)
   if source is None:
     raise DatasetError(missing(spec, data_dir))
@@ -208,7 +200,7 @@ def locate(
 
 
 def find_source(
-  spec: Spec, name: str, data_dir: _Folder, seed: int = 0
+  spec: Spec, name: str, data_dir: Folder, seed: int = 0
 ) -> Source | None:
   """The source of a dataset of the table, None where there is nothing."""
   if spec.source == 'embedded':
@@ -223,7 +215,7 @@ def find_source(
   return None
 
 
-def missing(spec: Spec, data_dir: _Folder) -> str:
+def missing(spec: Spec, data_dir: Folder) -> str:
   """What was looked for in vain, and how to get it."""
   alias = spec.aliases[0]
   where = f'in {data_dir}' if data_dir is not None else '(no data_dir is given)'
@@ -238,7 +230,7 @@ def missing(spec: Spec, data_dir: _Folder) -> str:
   return text + advice[0].upper() + advice[1:]
 
 
-def how_to_get(spec: Spec, data_dir: _Folder) -> str:
+def how_to_get(spec: Spec, data_dir: Folder) -> str:
   """What a person does to get a dataset of the paper."""
   run = f'run `python -m experiments data prepare {spec.name}`'
   if spec.source == 'download':
@@ -250,7 +242,7 @@ def how_to_get(spec: Spec, data_dir: _Folder) -> str:
 
 
 def _known(
-  name: str, architecture: str | None, test_share: float | None
+  name: str, architecture: str | None = None, test_share: float | None = None
 ) -> Spec | None:
   """The spec of the table, None for the user's own; checks the options."""
   if architecture is not None and architecture not in SHAPES:
@@ -305,10 +297,10 @@ def _entry(data_dir: str | os.PathLike[str], *wanted: str) -> Path | None:
 
 def _own(
   name: str,
-  data_dir: _Folder,
-  seed: int,
-  architecture: str | None,
-  share: float | None,
+  data_dir: Folder,
+  seed: int = 0,
+  architecture: str | None = None,
+  test_share: float | None = None,
 ) -> tuple[Spec, Source]:
   """A dataset of the user's own, which says nothing of its counts."""
   path = None if data_dir is None else _entry(data_dir, name)
@@ -319,7 +311,7 @@ def _own(
       f'{", ".join(specs.SPECS)}{where}. A dataset of your own is NAME.npz or '
       'NAME/{train,test}/CLASS/*.jpg in the data folder'
     )
-  draw = None if share is None else Draw(train=None, test=share)
+  draw = None if test_share is None else Draw(train=None, test=test_share)
   source = (folders if path.is_dir() else npz).source(path, draw, seed)
   return Spec(
     name=samples.readable(path.name if path.is_dir() else path.stem),
@@ -330,7 +322,7 @@ def _own(
     protocol=(
       'training and test set as stored'
       if draw is None
-      else f'{share:g} of each class drawn to test on, the rest trains'
+      else f'{test_share:g} of each class drawn to test on, the rest trains'
     ),
     source='own',
     draw=draw,
@@ -381,7 +373,7 @@ def _embedded(spec: Spec, seed: int) -> Source:
 
   return Source(
     text='scikit-learn, sklearn.datasets.load_digits()',
-    key=f'load_digits, seed {seed}',
+    key='load_digits',
     read=read,
   )
 

@@ -40,7 +40,7 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
     raise DatasetError(f'{path}: cannot be read: {error}') from error
   return Source(
     text=f'file {samples.readable(str(path))}',
-    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    key=key,
     read=functools.cache(lambda: _read(path, draw, seed)),
   )
 

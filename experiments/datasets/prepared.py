@@ -87,11 +87,9 @@ def check_path(path: Path) -> None:
 def source(path: Path, spec: Spec, seed: int) -> Source:
   """The dataset in a folder prepared by tensorflow-datasets."""
   check_path(path)
-  files = _files(path, spec)
-  draw = f', {spec.draw}, seed {seed}' if spec.draw else ''
   return Source(
     text=f'prepared folder {samples.readable(str(path))}',
-    key=fingerprint(path, files) + draw,
+    key=fingerprint(path, _files(path, spec)),
     read=lambda: _read(path, spec, seed),
   )
 

@@ -90,7 +90,7 @@ class Source:
 
   Attributes:
     text: in words, with the path.
-    key: changes when the content changes; names the cached arrays.
+    key: changes when the content changes.
     read: reads what is needed to decode samples one by one.
     note: what of the source is not used; empty if all is.
   """
