@@ -173,10 +173,8 @@ def members(path: Path) -> Members:
         yield from members(file)
       else:
         name = readable(file.relative_to(path.parent).as_posix())
-        yield (
-          name,
-          functools.partial(_read, str(file), lambda f=file: f.open('rb')),
-        )
+        opened = functools.partial(file.open, 'rb')
+        yield name, functools.partial(_read, str(file), opened)
   elif path.is_file():
     with _reading(str(path)), open(path, 'rb') as file:
       yield from _unpacked(file, str(path), 1)

@@ -85,8 +85,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     files, labels = set(), set()
     for match, content in self._matching(path):
-      placed = self._place(match)
-      if placed is not None and placed[0] == part:
+      if (placed := self._place(match)) and placed[0] == part:
         _, file, label = placed
         files.add(file)
         labels.add(label)
@@ -105,7 +104,6 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       if match is None or (pictures and not is_picture(name)):
         self._unused.add(name)
         continue
-      self._used.add(name)
       content = read()
       found = name, hashlib.sha256(content).digest()
       first = known.setdefault(match['file'].lower(), found)
@@ -365,10 +363,8 @@ class TimitSubphones(OriginalBuilder):
         halves.pop(utterance)
         at = f'{path}: {utterance}'
         values, labels = speech.frames(half['wav'], half['phn'], at)
-        yield (
-          utterance,
-          {'features': values, 'labels': labels, 'file': utterance},
-        )
+        example = {'features': values, 'labels': labels, 'file': utterance}
+        yield utterance, example
     if halves:
       utterance, half = min(halves.items())
       raise self._layout_error(

@@ -30,14 +30,10 @@ def status(name: str, data_dir: Folder = None, **own: Any) -> Status:
   """Whether a dataset is ready, can be downloaded, or needs a person.
 
   Files of the paper's datasets are looked for, not read: `check` reads them.
-
-  Args:
-    name: as in `load`.
-    data_dir: as in `load`.
-    **own: architecture and test_share, as in `load`.
+  All arguments are those of `load`.
 
   Raises:
-    DatasetError: unknown dataset.
+    UnknownDataset: if nothing has this name.
   """
   spec = specs.find_known(name)
   try:
@@ -55,10 +51,7 @@ def status(name: str, data_dir: Folder = None, **own: Any) -> Status:
 
 
 def prepare(
-  name: str,
-  data_dir: Folder = None,
-  *,
-  cache_dir: Folder = None,
+  name: str, data_dir: Folder = None, *, cache_dir: Folder = None
 ) -> Iterator[str]:
   """Downloads a dataset, writes it in the format of TFDS, and decodes it.
 
@@ -109,10 +102,11 @@ def prepare(
 def _build(spec: Spec, root: Path) -> Iterator[str]:
   prepared.check_path(root)
   ours = spec.builder in archives.ORIGINALS
+  manual_dir = prepared.manual_dir(root)
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
   needed = ['tensorflow_datasets', 'importlib_resources', 'scipy']
-  if not archives.in_place(spec.builder, prepared.manual_dir(root)):
+  if not archives.in_place(spec.builder, manual_dir):
     if spec.source == 'manual':
       raise DatasetError(loader.missing(spec, root))
     needed.append('tensorflow')
@@ -136,7 +130,6 @@ def _build(spec: Spec, root: Path) -> Iterator[str]:
   except Exception as error:
     steps = ''
     if ours:
-      manual_dir = prepared.manual_dir(root)
       steps = f', or {archives.instructions(spec.builder, manual_dir)}'
     raise DatasetError(
       f'{spec.name}: {spec.builder} could not be prepared in {root}: {error}; '
@@ -157,13 +150,10 @@ def check(
 ) -> Iterator[str]:
   """Reads a dataset and says line by line what is in it.
 
+  All other arguments are those of `load`.
+
   Args:
-    name: as in `load`.
-    data_dir: as in `load`.
-    cache_dir: as in `load`.
-    seed: of the drawn split.
     grid: PNG file to write, training samples of ten classes with their labels.
-    **own: architecture and test_share, as in `load`.
 
   Raises:
     DatasetError: as `load`.
@@ -173,15 +163,17 @@ def check(
   if data.note:
     yield f'note: {data.note}'
   yield f'digest: {data.digest}'
-  sizes: Counter[str] = Counter()
   if len(data.spec.shape) == 3:
     raw = locate(name, data_dir, seed, **own)[1].read()
-    for part in (raw.train, raw.test):
-      for row in range(len(part)):
-        height, width, _ = stored_shape(part.sample(row))
-        sizes[f'{height}x{width}'] += 1
-  of_size = ', '.join(f'{size}: {n}' for size, n in sizes.most_common())
-  yield f'stored sizes: {of_size or "vectors"}'
+    sizes = Counter(
+      stored_shape(part.sample(row))[:2]
+      for part in (raw.train, raw.test)
+      for row in range(len(part))
+    ).most_common()
+    of_size = ', '.join(f'{h}x{w}: {count}' for (h, w), count in sizes)
+    yield f'stored sizes: {of_size}'
+  else:
+    yield 'stored sizes: vectors'
   pairs = duplicates(data)
   yield f'test samples that are training samples too: {len(pairs)}'
   for test, train in pairs:
@@ -250,9 +242,7 @@ def draw_grid(data: Dataset, path: Path) -> None:
   shown = np.unique(
     np.linspace(0, len(data.classes) - 1, _COLUMNS).round().astype(int)
   )
-  height, width = (
-    data.x_train.shape[1:3] if data.x_train.ndim == 4 else (15, 123)
-  )
+  height, width = _pixels(data.x_train[0]).shape[:2]
   # Labels need some room even where pictures are small.
   cell = max(width, 64), max(height, 32) + _MARGIN
   sheet = Image.new('RGB', (cell[0] * _COLUMNS, cell[1] * len(shown)), 'white')

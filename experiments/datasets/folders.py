@@ -185,17 +185,15 @@ def _classes(part: Path, ignored: Counter[str]) -> list[Path]:
 def _pictures(folder: Path, ignored: Counter[str]) -> list[Path]:
   pictures = []
   for entry in _sorted(folder):
-    if hidden(entry.name):
-      _count(entry, ignored)
-    elif entry.is_dir():
+    if not hidden(entry.name) and entry.is_dir():
       raise DatasetError(
         f'{entry}: a folder in the class folder {folder.name}; move its '
         'pictures up, or remove it'
       )
-    elif samples.is_picture(entry):
-      pictures.append(entry)
-    else:
+    if hidden(entry.name) or not samples.is_picture(entry):
       _count(entry, ignored)
+    else:
+      pictures.append(entry)
   if not pictures:
     raise DatasetError(
       f'{folder}: class without pictures; add .jpg or .png files, or remove '

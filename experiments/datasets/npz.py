@@ -80,8 +80,9 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     # numpy leaves a damaged file open if it opened it itself.
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
       for key in stored.files:
-        if isinstance(stored[key], np.ndarray):  # not a stray file
-          arrays[key] = stored[key]
+        value = stored[key]  # reads and unpacks it
+        if isinstance(value, np.ndarray):  # not a stray file
+          arrays[key] = value
   # Damage surfaces as anything from BadZipFile to zlib.error to MemoryError.
   except Exception as error:
     if key and 'pickle' in str(error):

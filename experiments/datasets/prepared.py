@@ -17,7 +17,8 @@ from experiments.datasets.samples import Part, Raw, Source
 from experiments.datasets.specs import DatasetError, Spec, require
 
 _INFO = 'dataset_info.json'
-# Not among them: unlabeled pictures of STL10, extra ones of SVHN.
+# All but the last one train. Unlabeled pictures of STL10 and extra ones of SVHN
+# are not used.
 _SPLITS = ('train', 'validation', 'test')
 _FEATURES = 'tensorflow_datasets.core.features.'
 # Keys of class names, old ones too.
@@ -175,28 +176,26 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
         f'{path / _INFO}: names other files for {split.name} than those of '
         f'this folder; {_again(path, spec)}'
       )
-  skip = {'image': tfds.decode.SkipDecoding()}
+  features = builder.info.features
+  skip = {'image': tfds.decode.SkipDecoding()} if 'image' in features else None
   records = {
-    split: builder.as_data_source(
-      split=split,
-      decoders=skip if 'image' in builder.info.features else None,
-    )
+    split: builder.as_data_source(split=split, decoders=skip)
     for split in _SPLITS
     if split in builder.info.splits
   }
   if spec.architecture == 'timit':
     return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
-    whole, classes = _pictures(list(records.values()), builder.info.features)
+    whole, classes = _pictures(list(records.values()), features)
     return samples.drawn(whole, classes, spec.draw, seed, str(path))
   if 'train' not in records or 'test' not in records:
     raise DatasetError(
       f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
       'and test'
     )
-  learning = [records[s] for s in ('train', 'validation') if s in records]
-  train, classes = _pictures(learning, builder.info.features)
-  test, _ = _pictures([records['test']], builder.info.features, classes)
+  *learning, tested = records.values()
+  train, classes = _pictures(learning, features)
+  test, _ = _pictures([tested], features, classes)
   for part in (train, test):
     samples.labels_of(part.labels, classes, str(path))
   return Raw(train=train, test=test, classes=classes)

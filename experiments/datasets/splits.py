@@ -6,6 +6,7 @@ permuted by a generator seeded with (seed, what is drawn).
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ def _draw_class(
   name: str, rows: list[int], names: Sequence[str], draw: Draw, seed: int
 ) -> tuple[list[int], list[int]]:
   rows = sorted(rows, key=lambda row: names[row])
-  for first, second in zip(rows, rows[1:], strict=False):
+  for first, second in itertools.pairwise(rows):
     if names[first] == names[second]:
       raise DatasetError(
         f'class {name!r} has two samples named {names[first]!r}; a split needs '
