@@ -62,27 +62,24 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
       name: _classes(folder, ignored)
       for name, folder in _parts(path, draw, ignored).items()
     }
-    key = fingerprint(path, [file for part in parts.values() for file in part])
+    files = [file for part in parts.values() for file in _files(part)]
+    key = fingerprint(path, files)
   except OSError as error:
     raise DatasetError(
       f'{path}: cannot be read: {error}; give this user access'
     ) from error
-  found = {
-    name: {readable(file.parent.name) for file in files}
-    for name, files in parts.items()
-  }
-  classes = tuple(sorted(found['train']))
-  if odd := sorted(found['train'] ^ found.get('test', found['train'])):
+  classes = tuple(parts['train'])
+  if odd := sorted(set(classes) ^ parts.get('test', parts['train']).keys()):
     raise DatasetError(
       f'{path}: class {odd[0]!r} has pictures in only one of train and test '
       f'({len(odd)} such classes); each class needs both'
     )
 
   def read() -> Raw:
-    train = _part(path, parts['train'], classes)
+    train = _part(path, parts['train'])
     if draw is not None:
       return samples.drawn(train, classes, draw, seed, str(path))
-    return Raw(train, _part(path, parts['test'], classes), classes)
+    return Raw(train, _part(path, parts['test']), classes)
 
   return Source(
     text=f'image folder {readable(str(path))}',
@@ -159,22 +156,20 @@ def _parts(
   return parts or {'train': path}
 
 
-def _classes(part: Path, ignored: Counter[str]) -> list[Path]:
-  """The pictures of a part, class by class."""
-  pictures: list[Path] = []
-  spelled: dict[str, str] = {}
+def _classes(part: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
+  """The pictures of each class of a part, sorted."""
+  pictures: dict[str, list[Path]] = {}
   for entry in _sorted(part):
     name = readable(entry.name)
     if hidden(entry.name) or not entry.is_dir():
       _count(entry, ignored)
-    elif name in spelled:
+    elif name in pictures:
       raise DatasetError(
         f'{part}: two folders are named {name!r}, spelled {entry.name!a} and '
-        f'{spelled[name]!a}; merge them'
+        f'{pictures[name][0].parent.name!a}; merge them'
       )
     else:
-      spelled[name] = entry.name
-      pictures += _pictures(entry, ignored)
+      pictures[name] = _pictures(entry, ignored)
   if not pictures:
     raise DatasetError(
       f'{part}: has no class folders; expected {part.name}/CLASS/*.jpg or .png'
@@ -202,11 +197,15 @@ def _pictures(folder: Path, ignored: Counter[str]) -> list[Path]:
   return pictures
 
 
-def _part(root: Path, files: list[Path], classes: tuple[str, ...]) -> Part:
-  index = {name: i for i, name in enumerate(classes)}
-  labels = [index[readable(file.parent.name)] for file in files]
+def _files(part: dict[str, list[Path]]) -> list[Path]:
+  return [file for pictures in part.values() for file in pictures]
+
+
+def _part(root: Path, part: dict[str, list[Path]]) -> Part:
+  files = _files(part)
+  classes = np.arange(len(part), dtype=np.int32)
   return Part(
     sample=lambda i: files[i].read_bytes(),
-    labels=np.array(labels, np.int32),
+    labels=np.repeat(classes, list(map(len, part.values()))),
     names=[readable(file.relative_to(root).as_posix()) for file in files],
   )

@@ -115,8 +115,10 @@ def load(
   )
   facts = json.loads(arrays['facts'].tobytes())
   classes = tuple(facts['classes'])
-  train = {key: arrays[f'{key}_train'] for key in ('x', 'y', 'hash', 'file')}
-  test = {key: arrays[f'{key}_test'] for key in ('x', 'y', 'hash', 'file')}
+  train, test = (
+    {key: arrays[f'{key}_{part}'] for key in ('x', 'y', 'hash', 'file')}
+    for part in ('train', 'test')
+  )
   notes = _notes(spec, source, facts, len(train['y']), len(test['y']))
   if train_size is not None and train_size != len(train['y']):
     rows = balanced_rows(train['y'], train_size, seed)
@@ -132,8 +134,8 @@ def load(
     digest=_digest(spec.shape, classes, train, test),
     source=source.text,
     note='; '.join(notes),
-    files_train=np.char.decode(train['file'], 'utf-8'),
-    files_test=np.char.decode(test['file'], 'utf-8'),
+    files_train=train['file'],
+    files_test=test['file'],
   )
 
 
@@ -379,7 +381,7 @@ def _embedded(spec: Spec, seed: int) -> Source:
 
 
 def _arrays(source: Source, spec: Spec) -> cache.Arrays:
-  """What is cached: numbers and byte strings only."""
+  """What is cached: numbers and text."""
   raw = source.read()
   arrays, remarks = {}, collections.Counter()
   for name, part in (('train', raw.train), ('test', raw.test)):
@@ -387,7 +389,7 @@ def _arrays(source: Source, spec: Spec) -> cache.Arrays:
     arrays[f'x_{name}'] = x
     arrays[f'y_{name}'] = part.labels
     arrays[f'hash_{name}'] = hashes
-    arrays[f'file_{name}'] = np.char.encode(list(part.names), 'utf-8')
+    arrays[f'file_{name}'] = np.array(part.names)
     remarks += said
   facts = {'classes': raw.classes, 'remarks': remarks}
   arrays['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
