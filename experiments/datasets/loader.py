@@ -234,7 +234,7 @@ def missing(spec: Spec, data_dir: Folder) -> str:
 
 def how_to_get(spec: Spec, data_dir: Folder) -> str:
   """What a person does to get a dataset of the paper."""
-  run = f'run `python -m experiments data prepare {spec.name}`'
+  run = prepared.advice(spec, data_dir)
   if spec.source == 'download':
     return run
   manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,14 @@ def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   constants = require('tensorflow_datasets.core.constants', 'finding data')
   own = Path(constants.DATA_DIR)
   return [own] if data_dir is None else [Path(data_dir), own]
+
+
+def advice(spec: Spec, data_dir: str | os.PathLike[str] | None) -> str:
+  """'run `...`', the command that prepares a dataset in a data folder."""
+  words = ['data', 'prepare', spec.name]
+  if data_dir is not None:
+    words += ['--data-dir', str(data_dir)]
+  return f'run `python -m experiments {shlex.join(words)}`'
 
 
 def manual_dir(root: Path) -> Path:
@@ -146,9 +155,7 @@ def _check_features(path: Path, again: str) -> None:
 
 
 def _again(path: Path, spec: Spec) -> str:
-  return (
-    f'delete {path} and run `python -m experiments data prepare {spec.name}`'
-  )
+  return f'delete {path} and {advice(spec, path.parents[1])}'
 
 
 def _read(path: Path, spec: Spec, seed: int) -> Raw:

@@ -85,7 +85,8 @@ def test_a_missing_shard_is_named(root):
   with pytest.raises(DatasetError, match='missing, half prepared') as caught:
     _load(root)
   assert shard.name in str(caught.value)
-  assert 'data prepare Scene67' in datasets.status('Scene67', root).text
+  command = f'data prepare Scene67 --data-dir {root}`'
+  assert command in datasets.status('Scene67', root).text
 
 
 _COUNT = '{"splits": [{"name": "train", "shardLengths": 3}]}'
