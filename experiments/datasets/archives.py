@@ -27,8 +27,8 @@ class Original:
   """What the builder of a dataset starts from.
 
   Attributes:
-    files: the address of each file; '' for any file or folder, and None for an
-      address, where a person must get it.
+    files: the address of each file; {'': None} for a file or folder of any
+      name that a person must get.
     layout: what is expected inside, for errors.
     steps: what a person does to get it.
     md5: known checksum of the first file.

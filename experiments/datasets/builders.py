@@ -70,14 +70,14 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {part: self._generate_examples(path, part) for part in self.PARTS}
 
   def _read_lists(self, path: Path, *lists: Path) -> None:
-    """Reads what tells parts and labels, if names of pictures do not."""
+    """Reads the lists of parts and labels, if names of pictures lack them."""
 
   def _place(self, match: re.Match[str]) -> tuple[str, str, str] | None:
     """Part, file name and label of a picture; None if it is not wanted."""
     return 'train', match['file'], match['label']
 
   def _missing(self, part: str, files: set[str], labels: set[str]) -> str:
-    """What a part lacks that has these files and labels, in words."""
+    """Says what is missing from a part with these files and labels."""
     return '' if files else 'no picture of that form'
 
   def _generate_examples(
@@ -186,7 +186,7 @@ class IcubWorld(OriginalBuilder):
 
 
 class _ListedBuilder(OriginalBuilder, skip_registration=True):
-  """Lists tell the part of each picture; all that are listed must be there."""
+  """Lists give the part of each picture; every listed picture must exist."""
 
   def _read_lists(self, path: Path, *lists: Path) -> None:
     self._listed: dict[str, str] = {}
@@ -226,7 +226,7 @@ class OxfordFlowers17(_ListedBuilder):
     'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy',
   )  # fmt: skip
   EACH = 80
-  # Of three official splits the first, and its pictures of each class.
+  # The first of three official splits: its key, and pictures of each class.
   LISTS = {
     'train': ('trn1', 40),
     'validation': ('val1', 20),

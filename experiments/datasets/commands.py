@@ -55,8 +55,8 @@ def prepare(
 ) -> Iterator[str]:
   """Downloads a dataset, writes it in the format of TFDS, and decodes it.
 
-  Says line by line what it does, which is nothing for what is there already.
-  tensorflow-datasets shows bars of its own while it downloads and writes.
+  Yields a line for each step; what is there already is not prepared again.
+  tensorflow-datasets shows progress bars of its own.
 
   Args:
     name: the paper's name or an alias.
@@ -148,7 +148,7 @@ def check(
   grid: str | Path | None = None,
   **own: Any,
 ) -> Iterator[str]:
-  """Reads a dataset and says line by line what is in it.
+  """Reads a dataset and describes it, line by line.
 
   All other arguments are those of `load`.
 

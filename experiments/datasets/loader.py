@@ -95,8 +95,8 @@ def load(
       without a test part.
 
   Raises:
-    DatasetError: unknown name, data that is missing or broken, or an argument
-      that cannot be.
+    DatasetError: unknown name, data that is missing or broken, or an
+      impossible argument.
   """
   own = {'architecture': architecture, 'test_share': test_share}
   spec, source = locate(name, data_dir, seed, **own)
@@ -154,7 +154,7 @@ class Loader:
   test_share: float | None = None
 
   def absolute(self) -> 'Loader':
-    """The same, wherever it is called."""
+    """The same loader, independent of the working folder."""
     data_dir = self.data_dir and self.data_dir.absolute()
     return dataclasses.replace(self, data_dir=data_dir)
 
@@ -218,7 +218,7 @@ def find_source(
 
 
 def missing(spec: Spec, data_dir: Folder) -> str:
-  """What was looked for in vain, and how to get it."""
+  """Says that a dataset was not found, and how to get it."""
   alias = spec.aliases[0]
   where = f'in {data_dir}' if data_dir is not None else '(no data_dir is given)'
   text = (
@@ -304,7 +304,7 @@ def _own(
   architecture: str | None = None,
   test_share: float | None = None,
 ) -> tuple[Spec, Source]:
-  """A dataset of the user's own, which says nothing of its counts."""
+  """A dataset of the user's own; its spec has no counts."""
   path = None if data_dir is None else _entry(data_dir, name)
   if path is None:
     where = '' if data_dir is None else f' and is not in {data_dir}'

@@ -61,7 +61,7 @@ def version_folder(root: Path, spec: Spec) -> Path | None:
 
 
 def unfinished(root: Path, spec: Spec) -> list[Path]:
-  """Folders of preparations that were broken off."""
+  """Folders of interrupted preparations."""
   return sorted((root / spec.builder).glob('incomplete.*'))
 
 
