@@ -49,13 +49,7 @@ def ignored_text(ignored: Counter[str]) -> str:
 
 
 def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
-  """The dataset in an image folder.
-
-  Args:
-    path: the folder.
-    draw: how to split a folder without a test part.
-    seed: of the draw.
-  """
+  """The dataset in an image folder; `draw` splits one without a test part."""
   ignored: Counter[str] = collections.Counter()
   try:
     parts = {

@@ -26,13 +26,7 @@ _Arrays = Mapping[str, np.ndarray]
 
 
 def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
-  """The dataset in an npz file.
-
-  Args:
-    path: the file.
-    draw: how to split a file without a test part.
-    seed: of the draw.
-  """
+  """The dataset in an npz file; `draw` splits one without a test part."""
   try:
     with open(path, 'rb') as file:
       key = hashlib.file_digest(file, 'sha256').hexdigest()
