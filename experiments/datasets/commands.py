@@ -82,14 +82,8 @@ def prepare(
         f'data_dir {str(data_dir)!r} cannot be made: {error}; name a folder '
         'that can be written'
       ) from error
-  root = prepared.roots(data_dir)[0].absolute()
-  try:
-    source = loader.find_source(spec, name, data_dir)
-  except prepared.OtherFormat:
-    if prepared.version_folder(root, spec) is not None:
-      raise
-    source = None  # it is in the folder of TFDS, and another one is named
-  if source is None:
+  if not _is_there(spec, name, data_dir):
+    root = prepared.roots(data_dir)[0].absolute()
     yield f'{spec.name}: preparing {spec.builder} in {root}'
     yield from _build(spec, root)
   yield f'{spec.name}: decoding'
@@ -97,6 +91,16 @@ def prepare(
   if data.note:
     yield f'{spec.name}: {data.note}'
   yield f'{spec.name}: ready, {data.source}'
+
+
+def _is_there(spec: Spec, name: str, data_dir: Folder) -> bool:
+  try:
+    return loader.find_source(spec, name, data_dir) is not None
+  except prepared.OtherFormat:
+    # It does not matter in TFDS's own folder where another one is named.
+    if prepared.version_folder(prepared.roots(data_dir)[0], spec) is not None:
+      raise
+    return False
 
 
 def _build(spec: Spec, root: Path) -> Iterator[str]:

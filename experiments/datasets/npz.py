@@ -18,10 +18,6 @@ from experiments.datasets import samples
 from experiments.datasets.samples import Part, Raw, Sample, Source
 from experiments.datasets.specs import DatasetError, Draw
 
-_FORM = (
-  'a dataset file holds classes, y_train, y_test and, for S = train and test, '
-  'x_S or jpeg_S with off_S'
-)
 _Arrays = Mapping[str, np.ndarray]
 
 
@@ -54,8 +50,10 @@ def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
       needed += [f'jpeg_{part}', f'off_{part}']
   if missing := [key for key in needed if key not in arrays]:
     raise DatasetError(
-      f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): '
-      f'{_FORM}. A dataset of your own needs no test arrays with --test-share'
+      f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): a '
+      'dataset file holds classes, y_train, y_test and, for S = train and '
+      'test, x_S or jpeg_S with off_S. A dataset of your own needs no test '
+      'arrays with --test-share'
     )
   classes = _names(arrays, 'classes', path)
   if len(set(classes)) != len(classes):

@@ -70,7 +70,7 @@ class Part:
     """The rows in the given order, under new labels."""
     return Part(
       sample=lambda i: self.sample(int(rows[i])),
-      labels=labels.astype(np.int32),
+      labels=labels,
       names=[self.names[row] for row in map(int, rows)],
     )
 
