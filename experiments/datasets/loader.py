@@ -330,7 +330,6 @@ def _own(
     draw=draw,
     license="the user's own",
     aliases=(name,),
-    in_paper=False,
   ), source
 
 
@@ -410,7 +409,7 @@ def _notes(
 ) -> list[str]:
   """How the data differ from the paper's, and what was ignored or changed."""
   notes, classes = [], len(facts['classes'])
-  if not spec.in_paper:
+  if spec.source in ('embedded', 'own'):
     notes.append("not one of the paper's datasets")
   if spec.source == 'own':
     shape = 'x'.join(map(str, spec.shape))
