@@ -276,25 +276,26 @@ def _entry(data_dir: str | os.PathLike[str], *wanted: str) -> Path | None:
     )
   try:
     found = [p for p in sorted(root.iterdir()) if not folders.hidden(p.name)]
-    found = [
-      p
-      for p in found
-      if (not prepared.is_tfds(p) if p.is_dir() else p.suffix.lower() == '.npz')
-    ]
+    for name in wanted:
+      for suffix in ('.npz', ''):
+        key = specs.plain(name) + suffix
+        fits = [p for p in found if specs.plain(p.name) == key and _has_data(p)]
+        exact = [path for path in fits if path.name == name + suffix]
+        if len(fits) > 1 and not exact:
+          raise DatasetError(
+            f'{fits[0]} and {fits[1]} are both {name!r}; rename one'
+          )
+        if fits:
+          return (exact or fits)[0]
   except OSError as error:
     raise DatasetError(f'{root}: cannot be read: {error}') from error
-  for name in wanted:
-    for suffix in ('.npz', ''):
-      key = specs.plain(name) + suffix
-      fits = [path for path in found if specs.plain(path.name) == key]
-      exact = [path for path in fits if path.name == name + suffix]
-      if len(fits) > 1 and not exact:
-        raise DatasetError(
-          f'{fits[0]} and {fits[1]} are both {name!r}; rename one'
-        )
-      if fits:
-        return (exact or fits)[0]
   return None
+
+
+def _has_data(path: Path) -> bool:
+  if path.is_dir():
+    return not prepared.is_tfds(path)
+  return path.suffix.lower() == '.npz'
 
 
 def _own(
