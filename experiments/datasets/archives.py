@@ -27,8 +27,8 @@ class Original:
   """What the builder of a dataset starts from.
 
   Attributes:
-    files: the address of each file; '' for any file or folder, and None for an
-      address, where a person must get it.
+    files: the address of each file; {'': None} for a file or folder of any
+      name that a person must get.
     layout: what is expected inside, for errors.
     steps: what a person does to get it.
     md5: known checksum of the first file.
@@ -173,10 +173,8 @@ def members(path: Path) -> Members:
         yield from members(file)
       else:
         name = readable(file.relative_to(path.parent).as_posix())
-        yield (
-          name,
-          functools.partial(_read, str(file), lambda f=file: f.open('rb')),
-        )
+        opened = functools.partial(file.open, 'rb')
+        yield name, functools.partial(_read, str(file), opened)
   elif path.is_file():
     with _reading(str(path)), open(path, 'rb') as file:
       yield from _unpacked(file, str(path), 1)

@@ -7,7 +7,7 @@ import collections
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,14 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     return {part: self._generate_examples(path, part) for part in self.PARTS}
 
   def _read_lists(self, path: Path, *lists: Path) -> None:
-    """Reads what tells parts and labels, if names of pictures do not."""
+    """Reads the lists of parts and labels, if names of pictures lack them."""
 
   def _place(self, match: re.Match[str]) -> tuple[str, str, str] | None:
     """Part, file name and label of a picture; None if it is not wanted."""
     return 'train', match['file'], match['label']
 
   def _missing(self, part: str, files: set[str], labels: set[str]) -> str:
-    """What a part lacks that has these files and labels, in words."""
+    """Says what is missing from a part with these files and labels."""
     return '' if files else 'no picture of that form'
 
   def _generate_examples(
@@ -85,8 +85,7 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   ) -> Iterator[tuple[str, dict[str, Any]]]:
     files, labels = set(), set()
     for match, content in self._matching(path):
-      placed = self._place(match)
-      if placed is not None and placed[0] == part:
+      if (placed := self._place(match)) and placed[0] == part:
         _, file, label = placed
         files.add(file)
         labels.add(label)
@@ -105,7 +104,6 @@ class OriginalBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       if match is None or (pictures and not is_picture(name)):
         self._unused.add(name)
         continue
-      self._used.add(name)
       content = read()
       found = name, hashlib.sha256(content).digest()
       first = known.setdefault(match['file'].lower(), found)
@@ -188,32 +186,25 @@ class IcubWorld(OriginalBuilder):
 
 
 class _ListedBuilder(OriginalBuilder, skip_registration=True):
-  """Lists tell the part of each picture; all that are listed must be there."""
+  """Lists give the part of each picture; every listed picture must exist."""
 
   def _read_lists(self, path: Path, *lists: Path) -> None:
-    self._listed: dict[str, str] = {}
-    for part, files in self._parts(*lists).items():
-      for file in files:
-        if file in self._listed:
-          raise self._layout_error(lists[-1], f'{file} is listed twice')
-        self._listed[file] = part
+    self._listed: dict[str, tuple[str, str, str]] = {}
+    for part, file, label in self._places(*lists):
+      if file in self._listed:
+        raise self._layout_error(lists[-1], f'{file} is listed twice')
+      self._listed[file] = part, file, label
 
-  def _parts(self, *lists: Path) -> dict[str, Iterable[str]]:
-    """The files of each part."""
+  def _places(self, *lists: Path) -> Iterator[tuple[str, str, str]]:
+    """Part, file name and label of each listed picture."""
     raise NotImplementedError
 
-  def _label(self, match: re.Match[str]) -> str:
-    return match['label']
-
   def _place(self, match: re.Match[str]) -> tuple[str, str, str] | None:
-    file = match['file']
-    if file not in self._listed:
-      return None
-    return self._listed[file], file, self._label(match)
+    return self._listed.get(match['file'])
 
   def _missing(self, part: str, files: set[str], labels: set[str]) -> str:
-    missing = {file for file, of in self._listed.items() if of == part} - files
-    if not missing:
+    listed = {file for of, file, _ in self._listed.values() if of == part}
+    if not (missing := listed - files):
       return ''
     return f'{len(missing)} listed pictures are missing, such as {min(missing)}'
 
@@ -228,21 +219,17 @@ class OxfordFlowers17(_ListedBuilder):
     'dandelion', 'cowslip', 'buttercup', 'windflower', 'pansy',
   )  # fmt: skip
   EACH = 80
-  # Of three official splits the first, and its pictures of each class.
+  # The first of three official splits: its key, and pictures of each class.
   LISTS = {
     'train': ('trn1', 40),
     'validation': ('val1', 20),
     'test': ('tst1', 20),
   }
-  FILE = re.compile(r'(?:.*/)?(?P<file>image_(\d{4})\.jpg)')
+  FILE = re.compile(r'(?:.*/)?(?P<file>image_\d{4}\.jpg)')
   PARTS = tuple(LISTS)
 
-  def _label(self, match: re.Match[str]) -> str:
-    return self.CLASSES[(int(match[2]) - 1) // self.EACH]
-
-  def _parts(self, *lists: Path) -> dict[str, Iterable[str]]:
+  def _places(self, *lists: Path) -> Iterator[tuple[str, str, str]]:
     scipy_io = require('scipy.io', 'reading the lists of Flowers17')
-    parts: dict[str, Iterable[str]] = {}
     for part, (key, count) in self.LISTS.items():
       try:
         numbers = np.ravel(scipy_io.loadmat(lists[0])[key]).astype(int)
@@ -250,30 +237,30 @@ class OxfordFlowers17(_ListedBuilder):
         raise self._layout_error(
           lists[0], f'not a list of splits with trn1, val1 and tst1 ({error!r})'
         ) from error
+      labels = (numbers - 1) // self.EACH
       expected = np.repeat(np.arange(len(self.CLASSES)), count)
-      if not np.array_equal(np.sort((numbers - 1) // self.EACH), expected):
+      if not np.array_equal(np.sort(labels), expected):
         raise self._layout_error(
           lists[0], f'{key} does not list {count} pictures of each class'
         )
-      parts[part] = [f'image_{number:04d}.jpg' for number in numbers.tolist()]
-    return parts
+      for number, label in zip(numbers, labels, strict=True):
+        yield part, f'image_{number:04d}.jpg', self.CLASSES[label]
 
 
 class MitIndoor67(_ListedBuilder):
   """The pictures of TrainImages.txt and of TestImages.txt."""
 
-  FILE = re.compile(r'(?:.*/)?(?P<file>(?P<label>[^/]+)/[^/]+)')
+  FILE = re.compile(r'(?:.*/)?(?P<file>[^/]+/[^/]+)')
   PARTS = ('train', 'test')
 
-  def _parts(self, *lists: Path) -> dict[str, Iterable[str]]:
-    parts: dict[str, Iterable[str]] = {}
+  def _places(self, *lists: Path) -> Iterator[tuple[str, str, str]]:
     for part, path in zip(self.PARTS, lists, strict=True):
       try:
         lines = path.read_text('utf-8-sig').splitlines()
       except (OSError, UnicodeError) as error:
         raise self._layout_error(path, f'not a list ({error})') from error
-      parts[part] = {line.strip() for line in lines} - {''}
-    return parts
+      for file in {line.strip() for line in lines} - {''}:
+        yield part, file, file.partition('/')[0]
 
 
 class SufrW(OriginalBuilder):
@@ -365,10 +352,8 @@ class TimitSubphones(OriginalBuilder):
         halves.pop(utterance)
         at = f'{path}: {utterance}'
         values, labels = speech.frames(half['wav'], half['phn'], at)
-        yield (
-          utterance,
-          {'features': values, 'labels': labels, 'file': utterance},
-        )
+        example = {'features': values, 'labels': labels, 'file': utterance}
+        yield utterance, example
     if halves:
       utterance, half = min(halves.items())
       raise self._layout_error(

@@ -1,5 +1,6 @@
 """Decoded arrays on disk: written whole or not at all, rebuilt if damaged."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -58,14 +59,14 @@ def fetch(
   text = json.dumps(config, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
   path = folder / f'{re.sub(r"[^A-Za-z0-9-]", "_", name)[:40]}-{digest}.npz'
-  try:
+  # Absent files, and damage that zip and numpy report in many ways.
+  with contextlib.suppress(Exception):
     # numpy leaves a damaged file open if it opened it itself.
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
       return {key: stored[key] for key in stored.files}
-  except Exception:  # absent, or damaged in a way that zip and numpy tell
-    arrays = build()
+  arrays = build()
   try:
-    write(path, arrays)
+    _write(path, arrays)
   except OSError as error:
     warnings.warn(
       f'cannot keep decoded data in {path} ({error}), it will be decoded again '
@@ -76,12 +77,8 @@ def fetch(
   return arrays
 
 
-def write(path: Path, arrays: Arrays) -> None:
-  """Writes an uncompressed npz file atomically.
-
-  Raises:
-    OSError: the folder cannot be made or written, or the disk is full.
-  """
+def _write(path: Path, arrays: Arrays) -> None:
+  """Writes an uncompressed npz file atomically."""
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex}.tmp')
   try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any, Literal
 import numpy as np
 
 from experiments.datasets import archives, loader, prepared, specs
-from experiments.datasets.loader import Dataset, load, locate
+from experiments.datasets.loader import Dataset, Folder, load, locate
 from experiments.datasets.samples import stored_shape
 from experiments.datasets.specs import DatasetError, Spec
 
 _COLUMNS = 10
 _MARGIN = 12
-_Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +26,14 @@ class Status:
   text: str
 
 
-def status(name: str, data_dir: _Folder = None, **own: Any) -> Status:
+def status(name: str, data_dir: Folder = None, **own: Any) -> Status:
   """Whether a dataset is ready, can be downloaded, or needs a person.
 
   Files of the paper's datasets are looked for, not read: `check` reads them.
-
-  Args:
-    name: as in `load`.
-    data_dir: as in `load`.
-    **own: architecture and test_share, as in `load`.
+  All arguments are those of `load`.
 
   Raises:
-    DatasetError: unknown dataset.
+    UnknownDataset: if nothing has this name.
   """
   spec = specs.find_known(name)
   try:
@@ -57,15 +51,12 @@ def status(name: str, data_dir: _Folder = None, **own: Any) -> Status:
 
 
 def prepare(
-  name: str,
-  data_dir: _Folder = None,
-  *,
-  cache_dir: _Folder = None,
+  name: str, data_dir: Folder = None, *, cache_dir: Folder = None
 ) -> Iterator[str]:
   """Downloads a dataset, writes it in the format of TFDS, and decodes it.
 
-  Says line by line what it does, which is nothing for what is there already.
-  tensorflow-datasets shows bars of its own while it downloads and writes.
+  Yields a line for each step; what is there already is not prepared again.
+  tensorflow-datasets shows progress bars of its own.
 
   Args:
     name: the paper's name or an alias.
@@ -91,7 +82,7 @@ def prepare(
         f'data_dir {str(data_dir)!r} cannot be made: {error}; name a folder '
         'that can be written'
       ) from error
-  if loader.find_source(spec, name, data_dir) is None:
+  if not _is_there(spec, name, data_dir):
     root = prepared.roots(data_dir)[0].absolute()
     yield f'{spec.name}: preparing {spec.builder} in {root}'
     yield from _build(spec, root)
@@ -102,13 +93,24 @@ def prepare(
   yield f'{spec.name}: ready, {data.source}'
 
 
+def _is_there(spec: Spec, name: str, data_dir: Folder) -> bool:
+  try:
+    return loader.find_source(spec, name, data_dir) is not None
+  except prepared.OtherFormat:
+    # It does not matter in TFDS's own folder where another one is named.
+    if prepared.version_folder(prepared.roots(data_dir)[0], spec) is not None:
+      raise
+    return False
+
+
 def _build(spec: Spec, root: Path) -> Iterator[str]:
   prepared.check_path(root)
   ours = spec.builder in archives.ORIGINALS
+  manual_dir = prepared.manual_dir(root)
   # Our builders store pictures as they are; others encode with TensorFlow,
   # and so does TFDS when it downloads.
   needed = ['tensorflow_datasets', 'importlib_resources', 'scipy']
-  if not archives.in_place(spec.builder, prepared.manual_dir(root)):
+  if not archives.in_place(spec.builder, manual_dir):
     if spec.source == 'manual':
       raise DatasetError(loader.missing(spec, root))
     needed.append('tensorflow')
@@ -132,7 +134,6 @@ def _build(spec: Spec, root: Path) -> Iterator[str]:
   except Exception as error:
     steps = ''
     if ours:
-      manual_dir = prepared.manual_dir(root)
       steps = f', or {archives.instructions(spec.builder, manual_dir)}'
     raise DatasetError(
       f'{spec.name}: {spec.builder} could not be prepared in {root}: {error}; '
@@ -144,22 +145,19 @@ def _build(spec: Spec, root: Path) -> Iterator[str]:
 
 def check(
   name: str,
-  data_dir: _Folder = None,
+  data_dir: Folder = None,
   *,
-  cache_dir: _Folder = None,
+  cache_dir: Folder = None,
   seed: int = 0,
-  grid: str | os.PathLike[str] | None = None,
+  grid: str | Path | None = None,
   **own: Any,
 ) -> Iterator[str]:
-  """Reads a dataset and says line by line what is in it.
+  """Reads a dataset and describes it, line by line.
+
+  All other arguments are those of `load`.
 
   Args:
-    name: as in `load`.
-    data_dir: as in `load`.
-    cache_dir: as in `load`.
-    seed: of the drawn split.
     grid: PNG file to write, training samples of ten classes with their labels.
-    **own: architecture and test_share, as in `load`.
 
   Raises:
     DatasetError: as `load`.
@@ -169,15 +167,17 @@ def check(
   if data.note:
     yield f'note: {data.note}'
   yield f'digest: {data.digest}'
-  sizes: Counter[str] = Counter()
   if len(data.spec.shape) == 3:
     raw = locate(name, data_dir, seed, **own)[1].read()
-    for part in (raw.train, raw.test):
-      for row in range(len(part)):
-        height, width, _ = stored_shape(part.sample(row))
-        sizes[f'{height}x{width}'] += 1
-  of_size = ', '.join(f'{size}: {n}' for size, n in sizes.most_common())
-  yield f'stored sizes: {of_size or "vectors"}'
+    sizes = Counter(
+      stored_shape(part.sample(row))[:2]
+      for part in (raw.train, raw.test)
+      for row in range(len(part))
+    ).most_common()
+    of_size = ', '.join(f'{h}x{w}: {count}' for (h, w), count in sizes)
+    yield f'stored sizes: {of_size}'
+  else:
+    yield 'stored sizes: vectors'
   pairs = duplicates(data)
   yield f'test samples that are training samples too: {len(pairs)}'
   for test, train in pairs:
@@ -194,7 +194,7 @@ def check(
 
 
 def show_split(
-  name: str, data_dir: _Folder = None, *, seed: int = 0, **options: Any
+  name: str, data_dir: Folder = None, *, seed: int = 0, **options: Any
 ) -> Iterator[str]:
   """The split of a dataset, line by line: 'PART<tab>CLASS<tab>SAMPLE'.
 
@@ -246,9 +246,7 @@ def draw_grid(data: Dataset, path: Path) -> None:
   shown = np.unique(
     np.linspace(0, len(data.classes) - 1, _COLUMNS).round().astype(int)
   )
-  height, width = (
-    data.x_train.shape[1:3] if data.x_train.ndim == 4 else (15, 123)
-  )
+  height, width = _pixels(data.x_train[0]).shape[:2]
   # Labels need some room even where pictures are small.
   cell = max(width, 64), max(height, 32) + _MARGIN
   sheet = Image.new('RGB', (cell[0] * _COLUMNS, cell[1] * len(shown)), 'white')

@@ -49,47 +49,35 @@ def ignored_text(ignored: Counter[str]) -> str:
 
 
 def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
-  """The dataset in an image folder.
-
-  Args:
-    path: the folder.
-    draw: how to split a folder without a test part.
-    seed: of the draw.
-  """
+  """The dataset in an image folder; `draw` splits one without a test part."""
   ignored: Counter[str] = collections.Counter()
   try:
     parts = {
       name: _classes(folder, ignored)
       for name, folder in _parts(path, draw, ignored).items()
     }
-    key = fingerprint(path, [file for part in parts.values() for file in part])
+    files = [file for part in parts.values() for file in _files(part)]
+    key = fingerprint(path, files)
   except OSError as error:
     raise DatasetError(
       f'{path}: cannot be read: {error}; give this user access'
     ) from error
-  found = {
-    name: {readable(file.parent.name) for file in files}
-    for name, files in parts.items()
-  }
-  classes = tuple(sorted(found['train']))
-  if odd := sorted(found['train'] ^ found.get('test', found['train'])):
+  classes = tuple(parts['train'])
+  if odd := sorted(set(classes) ^ parts.get('test', parts['train']).keys()):
     raise DatasetError(
       f'{path}: class {odd[0]!r} has pictures in only one of train and test '
       f'({len(odd)} such classes); each class needs both'
     )
 
   def read() -> Raw:
-    jpeg = any(
-      samples.is_jpeg(file) for part in parts.values() for file in part
-    )
-    train = _part(path, parts['train'], classes)
+    train = _part(path, parts['train'])
     if draw is not None:
-      return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
-    return Raw(train, _part(path, parts['test'], classes), classes, jpeg)
+      return samples.drawn(train, classes, draw, seed, str(path))
+    return Raw(train, _part(path, parts['test']), classes)
 
   return Source(
     text=f'image folder {readable(str(path))}',
-    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    key=key,
     read=functools.cache(read),
     note=ignored_text(ignored),
   )
@@ -162,22 +150,20 @@ def _parts(
   return parts or {'train': path}
 
 
-def _classes(part: Path, ignored: Counter[str]) -> list[Path]:
-  """The pictures of a part, class by class."""
-  pictures: list[Path] = []
-  spelled: dict[str, str] = {}
+def _classes(part: Path, ignored: Counter[str]) -> dict[str, list[Path]]:
+  """The pictures of each class of a part, sorted."""
+  pictures: dict[str, list[Path]] = {}
   for entry in _sorted(part):
     name = readable(entry.name)
     if hidden(entry.name) or not entry.is_dir():
       _count(entry, ignored)
-    elif name in spelled:
+    elif name in pictures:
       raise DatasetError(
         f'{part}: two folders are named {name!r}, spelled {entry.name!a} and '
-        f'{spelled[name]!a}; merge them'
+        f'{pictures[name][0].parent.name!a}; merge them'
       )
     else:
-      spelled[name] = entry.name
-      pictures += _pictures(entry, ignored)
+      pictures[name] = _pictures(entry, ignored)
   if not pictures:
     raise DatasetError(
       f'{part}: has no class folders; expected {part.name}/CLASS/*.jpg or .png'
@@ -188,17 +174,15 @@ def _classes(part: Path, ignored: Counter[str]) -> list[Path]:
 def _pictures(folder: Path, ignored: Counter[str]) -> list[Path]:
   pictures = []
   for entry in _sorted(folder):
-    if hidden(entry.name):
-      _count(entry, ignored)
-    elif entry.is_dir():
+    if not hidden(entry.name) and entry.is_dir():
       raise DatasetError(
         f'{entry}: a folder in the class folder {folder.name}; move its '
         'pictures up, or remove it'
       )
-    elif samples.is_picture(entry):
-      pictures.append(entry)
-    else:
+    if hidden(entry.name) or not samples.is_picture(entry):
       _count(entry, ignored)
+    else:
+      pictures.append(entry)
   if not pictures:
     raise DatasetError(
       f'{folder}: class without pictures; add .jpg or .png files, or remove '
@@ -207,11 +191,15 @@ def _pictures(folder: Path, ignored: Counter[str]) -> list[Path]:
   return pictures
 
 
-def _part(root: Path, files: list[Path], classes: tuple[str, ...]) -> Part:
-  index = {name: i for i, name in enumerate(classes)}
-  labels = [index[readable(file.parent.name)] for file in files]
+def _files(part: dict[str, list[Path]]) -> list[Path]:
+  return [file for pictures in part.values() for file in pictures]
+
+
+def _part(root: Path, part: dict[str, list[Path]]) -> Part:
+  files = _files(part)
+  classes = np.arange(len(part), dtype=np.int32)
   return Part(
     sample=lambda i: files[i].read_bytes(),
-    labels=np.array(labels, np.int32),
+    labels=np.repeat(classes, list(map(len, part.values()))),
     names=[readable(file.relative_to(root).as_posix()) for file in files],
   )

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from experiments.datasets.samples import Part, Raw, Source
 from experiments.datasets.specs import SHAPES, DatasetError, Draw, Spec
 from experiments.datasets.splits import balanced_rows
 
-_Folder = str | os.PathLike[str] | None
+Folder = str | os.PathLike[str] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,8 +66,8 @@ class Dataset:
 def load(
   name: str,
   *,
-  data_dir: _Folder = None,
-  cache_dir: _Folder = None,
+  data_dir: Folder = None,
+  cache_dir: Folder = None,
   seed: int = 0,
   train_size: int | None = None,
   architecture: str | None = None,
@@ -94,15 +95,16 @@ def load(
       without a test part.
 
   Raises:
-    DatasetError: unknown name, data that is missing or broken, or an argument
-      that cannot be.
+    DatasetError: unknown name, data that is missing or broken, or an
+      impossible argument.
   """
-  spec, source = locate(name, data_dir, seed, architecture, test_share)
+  own = {'architecture': architecture, 'test_share': test_share}
+  spec, source = locate(name, data_dir, seed, **own)
   config = {
-    'form': 2,
+    'form': 3,
     'source': source.key,
+    'draw': f'{spec.draw}, seed {seed}' if spec.draw else '',
     'shape': spec.shape,
-    'resize': 'bilinear',
     'pillow': importlib.metadata.version('pillow'),
   }
   arrays = cache.fetch(
@@ -113,8 +115,10 @@ def load(
   )
   facts = json.loads(arrays['facts'].tobytes())
   classes = tuple(facts['classes'])
-  train = {key: arrays[f'{key}_train'] for key in ('x', 'y', 'hash', 'file')}
-  test = {key: arrays[f'{key}_test'] for key in ('x', 'y', 'hash', 'file')}
+  train, test = (
+    {key: arrays[f'{key}_{part}'] for key in ('x', 'y', 'hash', 'file')}
+    for part in ('train', 'test')
+  )
   notes = _notes(spec, source, facts, len(train['y']), len(test['y']))
   if train_size is not None and train_size != len(train['y']):
     rows = balanced_rows(train['y'], train_size, seed)
@@ -130,8 +134,8 @@ def load(
     digest=_digest(spec.shape, classes, train, test),
     source=source.text,
     note='; '.join(notes),
-    files_train=np.char.decode(train['file'], 'utf-8'),
-    files_test=np.char.decode(test['file'], 'utf-8'),
+    files_train=train['file'],
+    files_test=test['file'],
   )
 
 
@@ -150,7 +154,7 @@ class Loader:
   test_share: float | None = None
 
   def absolute(self) -> 'Loader':
-    """The same, wherever it is called."""
+    """The same loader, independent of the working folder."""
     data_dir = self.data_dir and self.data_dir.absolute()
     return dataclasses.replace(self, data_dir=data_dir)
 
@@ -175,32 +179,22 @@ def _loaded(loader: Loader, name: str, train_size: int | None) -> Dataset:
   )
 
 
-def find(
-  name: str,
-  data_dir: _Folder = None,
-  *,
-  architecture: str | None = None,
-  test_share: float | None = None,
-) -> Spec:
+def find(name: str, data_dir: Folder = None, **own: Any) -> Spec:
   """The spec of a dataset; only one of the user's own must be there.
 
-  Arguments and errors are those of `load`.
+  Arguments (`own` is architecture and test_share) and errors are those of
+  `load`.
   """
-  known = _known(name, architecture, test_share)
-  return known or _own(name, data_dir, 0, architecture, test_share)[0]
+  return _known(name, **own) or _own(name, data_dir, **own)[0]
 
 
 def locate(
-  name: str,
-  data_dir: _Folder,
-  seed: int = 0,
-  architecture: str | None = None,
-  test_share: float | None = None,
+  name: str, data_dir: Folder, seed: int = 0, **own: Any
 ) -> tuple[Spec, Source]:
   """The spec and the source of a dataset, looked up as `load` documents."""
-  spec = _known(name, architecture, test_share)
+  spec = _known(name, **own)
   if spec is None:
-    return _own(name, data_dir, seed, architecture, test_share)
+    return _own(name, data_dir, seed, **own)
   source = find_source(spec, name, data_dir, seed)
   if source is None:
     raise DatasetError(missing(spec, data_dir))
@@ -208,7 +202,7 @@ def locate(
 
 
 def find_source(
-  spec: Spec, name: str, data_dir: _Folder, seed: int = 0
+  spec: Spec, name: str, data_dir: Folder, seed: int = 0
 ) -> Source | None:
   """The source of a dataset of the table, None where there is nothing."""
   if spec.source == 'embedded':
@@ -223,8 +217,8 @@ def find_source(
   return None
 
 
-def missing(spec: Spec, data_dir: _Folder) -> str:
-  """What was looked for in vain, and how to get it."""
+def missing(spec: Spec, data_dir: Folder) -> str:
+  """Says that a dataset was not found, and how to get it."""
   alias = spec.aliases[0]
   where = f'in {data_dir}' if data_dir is not None else '(no data_dir is given)'
   text = (
@@ -238,9 +232,9 @@ def missing(spec: Spec, data_dir: _Folder) -> str:
   return text + advice[0].upper() + advice[1:]
 
 
-def how_to_get(spec: Spec, data_dir: _Folder) -> str:
+def how_to_get(spec: Spec, data_dir: Folder) -> str:
   """What a person does to get a dataset of the paper."""
-  run = f'run `python -m experiments data prepare {spec.name}`'
+  run = prepared.advice(spec, data_dir)
   if spec.source == 'download':
     return run
   manual_dir = prepared.manual_dir(prepared.roots(data_dir)[0])
@@ -250,7 +244,7 @@ def how_to_get(spec: Spec, data_dir: _Folder) -> str:
 
 
 def _known(
-  name: str, architecture: str | None, test_share: float | None
+  name: str, architecture: str | None = None, test_share: float | None = None
 ) -> Spec | None:
   """The spec of the table, None for the user's own; checks the options."""
   if architecture is not None and architecture not in SHAPES:
@@ -282,35 +276,36 @@ def _entry(data_dir: str | os.PathLike[str], *wanted: str) -> Path | None:
     )
   try:
     found = [p for p in sorted(root.iterdir()) if not folders.hidden(p.name)]
-    found = [
-      p
-      for p in found
-      if (not prepared.is_tfds(p) if p.is_dir() else p.suffix.lower() == '.npz')
-    ]
+    for name in wanted:
+      for suffix in ('.npz', ''):
+        key = specs.plain(name) + suffix
+        fits = [p for p in found if specs.plain(p.name) == key and _has_data(p)]
+        exact = [path for path in fits if path.name == name + suffix]
+        if len(fits) > 1 and not exact:
+          raise DatasetError(
+            f'{fits[0]} and {fits[1]} are both {name!r}; rename one'
+          )
+        if fits:
+          return (exact or fits)[0]
   except OSError as error:
     raise DatasetError(f'{root}: cannot be read: {error}') from error
-  for name in wanted:
-    for suffix in ('.npz', ''):
-      key = specs.plain(name) + suffix
-      fits = [path for path in found if specs.plain(path.name) == key]
-      exact = [path for path in fits if path.name == name + suffix]
-      if len(fits) > 1 and not exact:
-        raise DatasetError(
-          f'{fits[0]} and {fits[1]} are both {name!r}; rename one'
-        )
-      if fits:
-        return (exact or fits)[0]
   return None
+
+
+def _has_data(path: Path) -> bool:
+  if path.is_dir():
+    return not prepared.is_tfds(path)
+  return path.suffix.lower() == '.npz'
 
 
 def _own(
   name: str,
-  data_dir: _Folder,
-  seed: int,
-  architecture: str | None,
-  share: float | None,
+  data_dir: Folder,
+  seed: int = 0,
+  architecture: str | None = None,
+  test_share: float | None = None,
 ) -> tuple[Spec, Source]:
-  """A dataset of the user's own, which says nothing of its counts."""
+  """A dataset of the user's own; its spec has no counts."""
   path = None if data_dir is None else _entry(data_dir, name)
   if path is None:
     where = '' if data_dir is None else f' and is not in {data_dir}'
@@ -319,7 +314,7 @@ def _own(
       f'{", ".join(specs.SPECS)}{where}. A dataset of your own is NAME.npz or '
       'NAME/{train,test}/CLASS/*.jpg in the data folder'
     )
-  draw = None if share is None else Draw(train=None, test=share)
+  draw = None if test_share is None else Draw(train=None, test=test_share)
   source = (folders if path.is_dir() else npz).source(path, draw, seed)
   return Spec(
     name=samples.readable(path.name if path.is_dir() else path.stem),
@@ -330,13 +325,12 @@ def _own(
     protocol=(
       'training and test set as stored'
       if draw is None
-      else f'{share:g} of each class drawn to test on, the rest trains'
+      else f'{test_share:g} of each class drawn to test on, the rest trains'
     ),
     source='own',
     draw=draw,
     license="the user's own",
     aliases=(name,),
-    in_paper=False,
   ), source
 
 
@@ -381,13 +375,13 @@ def _embedded(spec: Spec, seed: int) -> Source:
 
   return Source(
     text='scikit-learn, sklearn.datasets.load_digits()',
-    key=f'load_digits, seed {seed}',
+    key='load_digits',
     read=read,
   )
 
 
 def _arrays(source: Source, spec: Spec) -> cache.Arrays:
-  """What is cached: numbers and byte strings only."""
+  """What is cached: numbers and text."""
   raw = source.read()
   arrays, remarks = {}, collections.Counter()
   for name, part in (('train', raw.train), ('test', raw.test)):
@@ -395,9 +389,9 @@ def _arrays(source: Source, spec: Spec) -> cache.Arrays:
     arrays[f'x_{name}'] = x
     arrays[f'y_{name}'] = part.labels
     arrays[f'hash_{name}'] = hashes
-    arrays[f'file_{name}'] = np.char.encode(list(part.names), 'utf-8')
+    arrays[f'file_{name}'] = np.array(part.names)
     remarks += said
-  facts = {'classes': raw.classes, 'jpeg': raw.jpeg, 'remarks': remarks}
+  facts = {'classes': raw.classes, 'remarks': remarks}
   arrays['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   return arrays
 
@@ -416,7 +410,7 @@ def _notes(
 ) -> list[str]:
   """How the data differ from the paper's, and what was ignored or changed."""
   notes, classes = [], len(facts['classes'])
-  if not spec.in_paper:
+  if spec.source in ('embedded', 'own'):
     notes.append("not one of the paper's datasets")
   if spec.source == 'own':
     shape = 'x'.join(map(str, spec.shape))
@@ -431,9 +425,10 @@ def _notes(
         f"{train} / {test} train / test samples, the paper's are {spec.train} "
         f'/ {spec.test}'
       )
-  if spec.lossless and facts['jpeg']:
+  remarks = dict(facts['remarks'])
+  if remarks.pop(samples.JPEG, 0) and spec.lossless:
     notes.append('lossy: kept as JPEG, the original pictures are not')
-  notes += [f'{count} {text}' for text, count in facts['remarks'].items()]
+  notes += [f'{count} {text}' for text, count in remarks.items()]
   if source.note:
     notes.append(source.note)
   return notes

@@ -18,21 +18,11 @@ from experiments.datasets import samples
 from experiments.datasets.samples import Part, Raw, Sample, Source
 from experiments.datasets.specs import DatasetError, Draw
 
-_FORM = (
-  'a dataset file holds classes, y_train, y_test and, for S = train and test, '
-  'x_S or jpeg_S with off_S'
-)
 _Arrays = Mapping[str, np.ndarray]
 
 
 def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
-  """The dataset in an npz file.
-
-  Args:
-    path: the file.
-    draw: how to split a file without a test part.
-    seed: of the draw.
-  """
+  """The dataset in an npz file; `draw` splits one without a test part."""
   try:
     with open(path, 'rb') as file:
       key = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -40,7 +30,7 @@ def source(path: Path, draw: Draw | None = None, seed: int = 0) -> Source:
     raise DatasetError(f'{path}: cannot be read: {error}') from error
   return Source(
     text=f'file {samples.readable(str(path))}',
-    key=key if draw is None else f'{key}, {draw}, seed {seed}',
+    key=key,
     read=functools.cache(lambda: _read(path, draw, seed)),
   )
 
@@ -60,18 +50,19 @@ def _read(path: Path, draw: Draw | None, seed: int) -> Raw:
       needed += [f'jpeg_{part}', f'off_{part}']
   if missing := [key for key in needed if key not in arrays]:
     raise DatasetError(
-      f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): '
-      f'{_FORM}. A dataset of your own needs no test arrays with --test-share'
+      f'{path}: has no {", ".join(missing)} (it has {", ".join(arrays)}): a '
+      'dataset file holds classes, y_train, y_test and, for S = train and '
+      'test, x_S or jpeg_S with off_S. A dataset of your own needs no test '
+      'arrays with --test-share'
     )
   classes = _names(arrays, 'classes', path)
   if len(set(classes)) != len(classes):
     twice = next(name for name in classes if classes.count(name) > 1)
     raise DatasetError(f'{path}: two classes are named {twice!r}; rename one')
-  jpeg = any(f'x_{part}' not in arrays for part in parts)
   train, *test = (_part(path, arrays, part, classes) for part in parts)
   if draw is not None:
-    return samples.drawn(train, classes, draw, seed, str(path), jpeg=jpeg)
-  return Raw(train, test[0], tuple(classes), jpeg)
+    return samples.drawn(train, classes, draw, seed, str(path))
+  return Raw(train, test[0], tuple(classes))
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:
@@ -81,8 +72,9 @@ def _load(path: Path) -> dict[str, np.ndarray]:
     # numpy leaves a damaged file open if it opened it itself.
     with open(path, 'rb') as file, np.load(file, allow_pickle=False) as stored:
       for key in stored.files:
-        if isinstance(stored[key], np.ndarray):  # not a stray file
-          arrays[key] = stored[key]
+        value = stored[key]  # reads and unpacks it
+        if isinstance(value, np.ndarray):  # not a stray file
+          arrays[key] = value
   # Damage surfaces as anything from BadZipFile to zlib.error to MemoryError.
   except Exception as error:
     if key and 'pickle' in str(error):

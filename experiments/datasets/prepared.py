@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from experiments.datasets.samples import Part, Raw, Source
 from experiments.datasets.specs import DatasetError, Spec, require
 
 _INFO = 'dataset_info.json'
-# Not among them: unlabeled pictures of STL10, extra ones of SVHN.
+# All but the last one train. Unlabeled pictures of STL10 and extra ones of SVHN
+# are not used.
 _SPLITS = ('train', 'validation', 'test')
 _FEATURES = 'tensorflow_datasets.core.features.'
 # Keys of class names, old ones too.
@@ -25,11 +27,23 @@ _CLASSES = ('pythonClassName', 'python_class_name', 'type')
 _NAMES = ('file', 'file_name', 'image/file_name')
 
 
+class OtherFormat(DatasetError):
+  """A folder was prepared in a format that needs TensorFlow."""
+
+
 def roots(data_dir: str | os.PathLike[str] | None) -> list[Path]:
   """Where prepared folders are looked for: `data_dir`, then TFDS's own."""
   constants = require('tensorflow_datasets.core.constants', 'finding data')
   own = Path(constants.DATA_DIR)
   return [own] if data_dir is None else [Path(data_dir), own]
+
+
+def advice(spec: Spec, data_dir: str | os.PathLike[str] | None) -> str:
+  """'run `...`', the command that prepares a dataset in a data folder."""
+  words = ['data', 'prepare', spec.name]
+  if data_dir is not None:
+    words += ['--data-dir', str(data_dir)]
+  return f'run `python -m experiments {shlex.join(words)}`'
 
 
 def manual_dir(root: Path) -> Path:
@@ -43,15 +57,11 @@ def version_folder(root: Path, spec: Spec) -> Path | None:
   tensorflow-datasets writes to another folder and renames it when all is
   written, so an unfinished one has no name that is a version.
   """
-  if not spec.builder:
-    return None
   return max(_versions(root / spec.builder), key=_number, default=None)
 
 
 def unfinished(root: Path, spec: Spec) -> list[Path]:
-  """Folders of preparations that were broken off."""
-  if not spec.builder:
-    return []
+  """Folders of interrupted preparations."""
   return sorted((root / spec.builder).glob('incomplete.*'))
 
 
@@ -66,7 +76,7 @@ def is_tfds(path: Path) -> bool:
 
 def _versions(path: Path) -> list[Path]:
   found = (info.parent for info in path.glob(f'*/{_INFO}'))
-  return [folder for folder in found if re.fullmatch(r'[\d.]+', folder.name)]
+  return [path for path in found if re.fullmatch(r'\d+(\.\d+)*', path.name)]
 
 
 def _number(version: Path) -> list[int]:
@@ -87,11 +97,9 @@ def check_path(path: Path) -> None:
 def source(path: Path, spec: Spec, seed: int) -> Source:
   """The dataset in a folder prepared by tensorflow-datasets."""
   check_path(path)
-  files = _files(path, spec)
-  draw = f', {spec.draw}, seed {seed}' if spec.draw else ''
   return Source(
     text=f'prepared folder {samples.readable(str(path))}',
-    key=fingerprint(path, files) + draw,
+    key=fingerprint(path, _files(path, spec)),
     read=lambda: _read(path, spec, seed),
   )
 
@@ -101,20 +109,20 @@ def _files(path: Path, spec: Spec) -> list[Path]:
   try:
     info = json.loads((path / _INFO).read_text())
     form = info.get('fileFormat', 'tfrecord')
-    shards = {s['name']: s.get('shardLengths', ()) for s in info['splits']}
-  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    shards = {s['name']: len(s.get('shardLengths', ())) for s in info['splits']}
+  except Exception as error:  # JSON of any form may be there
     raise DatasetError(
       f'{path / _INFO}: cannot be read ({error!r}); {again}'
     ) from error
   if form != 'array_record':
-    raise DatasetError(
+    raise OtherFormat(
       f'{path}: prepared as {form}, array_record is needed to read without '
       f'TensorFlow; {again}, or prepare into another --data-dir'
     )
   files = [path / _INFO]
-  for split, lengths in shards.items():
-    for i in range(len(lengths)):
-      name = f'{spec.builder}-{split}.{form}-{i:05d}-of-{len(lengths):05d}'
+  for split, count in shards.items():
+    for i in range(count):
+      name = f'{spec.builder}-{split}.{form}-{i:05d}-of-{count:05d}'
       if not (path / name).is_file():
         raise DatasetError(f'{path / name}: missing, half prepared; {again}')
       files.append(path / name)
@@ -134,7 +142,7 @@ def _check_features(path: Path, again: str) -> None:
     json.loads(path.read_text(), object_hook=collect)
   except FileNotFoundError:
     return
-  except (OSError, ValueError, RecursionError) as error:
+  except Exception as error:
     raise DatasetError(
       f'{path}: cannot be read ({error!r}); {again}'
     ) from error
@@ -147,9 +155,7 @@ def _check_features(path: Path, again: str) -> None:
 
 
 def _again(path: Path, spec: Spec) -> str:
-  return (
-    f'delete {path} and run `python -m experiments data prepare {spec.name}`'
-  )
+  return f'delete {path} and {advice(spec, path.parents[1])}'
 
 
 def _read(path: Path, spec: Spec, seed: int) -> Raw:
@@ -170,32 +176,36 @@ def _split(path: Path, spec: Spec, seed: int) -> Raw:
   # TFDS takes a leading "~" for the home folder, and types
   # the features of any builder as any feature.
   builder: Any = tfds.builder_from_directory(path.absolute())
-  skip = {'image': tfds.decode.SkipDecoding()}
+  checked = {file.absolute() for file in _files(path, spec)}
+  for split in builder.info.splits.values():
+    if not checked.issuperset(map(Path, split.filepaths)):
+      raise DatasetError(
+        f'{path / _INFO}: names other files for {split.name} than those of '
+        f'this folder; {_again(path, spec)}'
+      )
+  features = builder.info.features
+  skip = {'image': tfds.decode.SkipDecoding()} if 'image' in features else None
   records = {
-    split: builder.as_data_source(
-      split=split,
-      decoders=skip if 'image' in builder.info.features else None,
-    )
+    split: builder.as_data_source(split=split, decoders=skip)
     for split in _SPLITS
     if split in builder.info.splits
   }
   if spec.architecture == 'timit':
     return _utterances(records['train'], spec, seed, str(path))
   if spec.draw is not None:
-    whole, classes = _pictures(list(records.values()), builder.info.features)
+    whole, classes = _pictures(list(records.values()), features)
     return samples.drawn(whole, classes, spec.draw, seed, str(path))
   if 'train' not in records or 'test' not in records:
     raise DatasetError(
       f'{path}: has splits {", ".join(builder.info.splits)}; expected train '
       'and test'
     )
-  learning = [records[s] for s in ('train', 'validation') if s in records]
-  train, classes = _pictures(learning, builder.info.features)
-  test, _ = _pictures([records['test']], builder.info.features, classes)
+  *learning, tested = records.values()
+  train, classes = _pictures(learning, features)
+  test, _ = _pictures([tested], features, classes)
   for part in (train, test):
     samples.labels_of(part.labels, classes, str(path))
-  jpeg = bytes(train.sample(0)[:2]) == b'\xff\xd8'
-  return Raw(train=train, test=test, classes=classes, jpeg=jpeg)
+  return Raw(train=train, test=test, classes=classes)
 
 
 def _pictures(

@@ -42,7 +42,8 @@ _CHUNK = 64
 _NOT_PICTURES = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
 _ORIENTATION = 0x0112
 
-# What the note says of decoded pictures, with their number in front.
+# What is counted of decoded pictures, for the note.
+JPEG = 'pictures kept as JPEG'
 _TURNED = 'pictures turned by their EXIF orientation'
 _FIRST = 'pictures of several frames or pages, of which the first is used'
 _UPPER = 'pictures of 16 bits, scaled to 8'
@@ -69,19 +70,18 @@ class Part:
     """The rows in the given order, under new labels."""
     return Part(
       sample=lambda i: self.sample(int(rows[i])),
-      labels=labels.astype(np.int32),
+      labels=labels,
       names=[self.names[row] for row in map(int, rows)],
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Raw:
-  """Both parts of a dataset, the class names, and whether JPEG was involved."""
+  """Both parts of a dataset, and the class names."""
 
   train: Part
   test: Part
   classes: tuple[str, ...]
-  jpeg: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,7 +90,7 @@ class Source:
 
   Attributes:
     text: in words, with the path.
-    key: changes when the content changes; names the cached arrays.
+    key: changes when the content changes.
     read: reads what is needed to decode samples one by one.
     note: what of the source is not used; empty if all is.
   """
@@ -107,8 +107,6 @@ def drawn(
   draw: Draw | None,
   seed: int,
   at: str,
-  *,
-  jpeg: bool = False,
 ) -> Raw:
   """The parts that `draw` makes of a whole; errors name the source, `at`."""
   assert draw is not None
@@ -120,7 +118,6 @@ def drawn(
     train=whole.take(split.train, split.train_labels),
     test=whole.take(split.test, split.test_labels),
     classes=split.classes,
-    jpeg=jpeg,
   )
 
 
@@ -175,25 +172,21 @@ def labels_of(
 
 
 @functools.cache
-def _formats() -> tuple[tuple[str, ...], dict[str, str]]:
-  """The formats that are decoded, common ones first, and their suffixes."""
+def _formats() -> tuple[str, ...]:
+  """The formats that are decoded, common ones first."""
   from PIL import Image
 
   Image.preinit()
   Image.init()
-  forms = tuple(form for form in Image.ID if form not in _NOT_PICTURES)
-  suffixes = Image.registered_extensions().items()
-  return forms, {suffix: form for suffix, form in suffixes if form in forms}
+  return tuple(form for form in Image.ID if form not in _NOT_PICTURES)
 
 
 def is_picture(name: str | PurePath) -> bool:
   """Whether a file name has the suffix of a picture, in any case."""
-  return PurePath(name).suffix.lower() in _formats()[1]
+  from PIL import Image
 
-
-def is_jpeg(name: PurePath) -> bool:
-  """Whether a file name has a suffix of JPEG, in any case."""
-  return _formats()[1].get(name.suffix.lower()) in ('JPEG', 'MPO')
+  suffix = PurePath(name).suffix.lower()
+  return Image.registered_extensions().get(suffix) in _formats()
 
 
 def stored_shape(sample: Sample) -> tuple[int, ...]:
@@ -221,7 +214,7 @@ def decode(
   Returns:
     The samples, uint8 [N, *shape] (vectors: float32); the SHA-256 of the
     stored bytes of each sample and of whether it was turned, uint8 [N, 32];
-    remarks for the note, with the number of pictures.
+    remarks for the note and `JPEG`, with the number of pictures.
   """
   dtype = np.uint8 if len(shape) == 3 else np.float32
   samples = np.empty((len(part), *shape), dtype)
@@ -269,14 +262,17 @@ def _picture(sample: Sample, shape: tuple[int, ...]) -> _Decoded:
     return _resized(Image.fromarray(squeezed), shape), []
   with _open(sample) as opened:
     # Pillow turns TIFF as it loads it, and forgets the orientation.
-    turned = _orientation(opened) is not None
+    remarks = [_TURNED] if _orientation(opened) is not None else []
+    if opened.format in ('JPEG', 'MPO'):
+      remarks.append(JPEG)
     opened.load()
-    picture, remarks = opened, [_TURNED] if turned else []
+    picture = opened
     if picture.mode.startswith('I;16') or (
       picture.mode == 'I' and picture.format in ('PNG', 'PPM')
     ):
       upper = (np.asarray(picture) >> 8).astype(np.uint8)
-      picture, remarks = Image.fromarray(upper), [*remarks, _UPPER]
+      picture = Image.fromarray(upper)
+      remarks.append(_UPPER)
     if picture.mode in ('I', 'F'):
       raise ValueError(
         f'its pixels are numbers of 32 bits (mode {picture.mode}), which state '
@@ -293,7 +289,7 @@ def _picture(sample: Sample, shape: tuple[int, ...]) -> _Decoded:
 def _open(sample: bytes | memoryview) -> 'Image.Image':
   from PIL import Image
 
-  return Image.open(io.BytesIO(sample), formats=_formats()[0])
+  return Image.open(io.BytesIO(sample), formats=_formats())
 
 
 def _orientation(picture: 'Image.Image') -> 'Image.Transpose | None':

@@ -80,7 +80,8 @@ class Spec:
     train: training samples in all.
     test: test samples in all.
     protocol: the split in words.
-    source: 'embedded', 'download', 'manual' (a person must get it) or 'own'.
+    source: of the paper's sets 'download' or 'manual' (a person must get it);
+      of others 'embedded' or 'own'.
     builder: tensorflow-datasets builder that prepares it; '' without one.
     draw: how the split is drawn; None where the source has a split.
     lossless: the original pictures are stored without loss.
@@ -88,7 +89,6 @@ class Spec:
     homepage: where the set is described.
     citation: the publication.
     aliases: names of its files and folders in a data folder, first match wins.
-    in_paper: False for the embedded set and the user's own.
   """
 
   name: str
@@ -105,7 +105,6 @@ class Spec:
   homepage: str = ''
   citation: str = ''
   aliases: tuple[str, ...]
-  in_paper: bool = True
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -286,7 +285,7 @@ _ROWS = (
     lossless=True, license='CC BY 4.0',
     homepage='https://doi.org/10.24432/C50P49',
     citation='Alpaydin, Kaynak, Optical recognition of digits (1998)',
-    aliases=('digits',), in_paper=False,
+    aliases=('digits',),
   ),
 )
 # fmt: on

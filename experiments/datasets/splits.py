@@ -4,8 +4,10 @@ No draw depends on the order in which files were found: names are sorted, then
 permuted by a generator seeded with (seed, what is drawn).
 """
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -80,7 +82,7 @@ def _draw_class(
   name: str, rows: list[int], names: Sequence[str], draw: Draw, seed: int
 ) -> tuple[list[int], list[int]]:
   rows = sorted(rows, key=lambda row: names[row])
-  for first, second in zip(rows, rows[1:], strict=False):
+  for first, second in itertools.pairwise(rows):
     if names[first] == names[second]:
       raise DatasetError(
         f'class {name!r} has two samples named {names[first]!r}; a split needs '
@@ -120,15 +122,11 @@ def balanced_rows(
       f'train_size is {size}; it must be from {len(counts)} (one of each '
       f'class) to {counts.sum()} (the training set)'
     )
-  share = np.zeros_like(counts)
-  while (left := size - share.sum()) > 0:
-    open_ = np.flatnonzero(share < counts)
-    if left < len(open_):
-      share[open_[:left]] += 1
-    else:
-      share[open_] = np.minimum(
-        counts[open_], share[open_] + left // len(open_)
-      )
+  most = bisect.bisect_right(
+    range(counts.max() + 1), size, key=lambda n: np.minimum(counts, n).sum()
+  )
+  share = np.minimum(counts, most - 1)
+  share[np.flatnonzero(share < counts)[: size - share.sum()]] += 1
   rows = [
     generator(seed, f'subset {label}').permutation(
       np.flatnonzero(labels == label)

@@ -103,8 +103,11 @@ def test_what_is_there_and_what_is_broken(tmp_path):
 
 
 def test_originals_in_place_need_no_further_person(tmp_path, manual):
-  assert 'accept the terms' in datasets.status('PubFig83-ID', tmp_path).text
+  command = f'data prepare PubFig83-ID --data-dir {tmp_path}`'
+  text = datasets.status('PubFig83-ID', tmp_path).text
+  assert 'accept the terms' in text
+  assert command in text
   originals.pubfig83().write(manual)
   status = datasets.status('PubFig83-ID', tmp_path)
   assert status.state == 'downloadable'
-  assert 'data prepare PubFig83-ID' in status.text
+  assert command in status.text

@@ -35,11 +35,16 @@ def test_pictures_come_in_the_order_of_classes(root, arrays):
 
 
 @pytest.mark.parametrize(
-  ('form', 'where', 'lossy'), [('ppm', '*', False), ('JPE', 'test', True)]
+  ('form', 'suffix', 'where', 'lossy'),
+  [
+    ('PPM', 'ppm', '*', False),
+    ('JPEG', 'JPE', 'test', True),
+    ('JPEG', 'tif', 'test', True),  # the content decides
+  ],
 )
-def test_a_folder_is_lossy_where_it_has_jpeg(root, form, where, lossy):
+def test_a_folder_is_lossy_where_it_has_jpeg(root, form, suffix, where, lossy):
   for file in root.glob(f'{where}/*/*.png'):
-    Image.open(file).save(file.with_suffix(f'.{form}'))
+    Image.open(file).save(file.with_suffix(f'.{suffix}'), form)
     file.unlink()
   data = load(root.parent)
   assert ('lossy' in data.note) == lossy
@@ -168,15 +173,20 @@ def test_names_in_two_normal_forms_are_one_class(root):
     load(root.parent)
 
 
-def test_a_folder_that_cannot_be_listed(root, monkeypatch):
+@pytest.mark.parametrize('name', ['private', 'class 1'])
+def test_a_folder_that_cannot_be_listed(root, monkeypatch, name):
+  (root.parent / 'private').mkdir()
   iterdir = Path.iterdir
 
   def denied(self):
-    if self.name == 'class 1':
+    if self.name == name:
       raise PermissionError(13, 'Permission denied', str(self))
     return iterdir(self)
 
   monkeypatch.setattr(Path, 'iterdir', denied)
+  if name == 'private':  # of no concern to this dataset
+    assert len(load(root.parent).x_train) == 12
+    return
   with pytest.raises(DatasetError, match='class 1.; give this user access'):
     load(root.parent)
 

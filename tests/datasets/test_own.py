@@ -37,7 +37,6 @@ def test_its_spec_says_what_is_there(tmp_path, form):
   assert data.spec == datasets.find('My Birds', tmp_path)
   assert data.spec.name == 'my birds'
   assert data.spec.architecture == 'cifar'
-  assert not data.spec.in_paper
   assert data.classes == ('class 0', 'class 1', 'class 2')
   assert data.note == "not one of the paper's datasets; network cifar (32x32x3)"
 

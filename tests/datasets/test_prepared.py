@@ -85,10 +85,16 @@ def test_a_missing_shard_is_named(root):
   with pytest.raises(DatasetError, match='missing, half prepared') as caught:
     _load(root)
   assert shard.name in str(caught.value)
-  assert 'data prepare Scene67' in datasets.status('Scene67', root).text
+  command = f'data prepare Scene67 --data-dir {root}`'
+  assert command in datasets.status('Scene67', root).text
 
 
-@pytest.mark.parametrize('content', ['', '{"splits": 3}', 'no json', '[]'])
+_COUNT = '{"splits": [{"name": "train", "shardLengths": 3}]}'
+
+
+@pytest.mark.parametrize(
+  'content', ['', '{"splits": 3}', 'no json', '[]', '[' * 100_000, _COUNT]
+)
 def test_a_damaged_description_is_named(root, content):
   (root / _FOLDER / 'dataset_info.json').write_text(content)
   with pytest.raises(DatasetError, match=r'dataset_info\.json: cannot be read'):
@@ -113,8 +119,39 @@ def test_what_cannot_be_read_is_refused(root, tmp_path):
     _load(root)
 
 
+@pytest.mark.parametrize('key', ['filepathTemplate', 'filepath_template'])
+def test_files_elsewhere_are_not_read(root, key):
+  path = root / _FOLDER / 'dataset_info.json'
+  info = json.loads(path.read_text())
+  (root / 'x').mkdir()
+  for split in info['splits']:
+    del split['filepathTemplate']
+    split[key] = '../../x/{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
+    (shard,) = (root / _FOLDER).glob(f'*-{split["name"]}.*')
+    shutil.copy(shard, root / 'x' / shard.name.removeprefix('mit_indoor67-'))
+  path.write_text(json.dumps(info))
+  with pytest.raises(DatasetError, match='names other files for'):
+    _load(root)
+
+
+def test_another_format_in_the_own_folder_of_tfds(root, tmp_path, monkeypatch):
+  """The advice to prepare into another folder can be followed."""
+  from tensorflow_datasets.core import constants
+
+  path = root / _FOLDER / 'dataset_info.json'
+  path.write_text(path.read_text().replace('array_record', 'tfrecord'))
+  monkeypatch.setattr(constants, 'DATA_DIR', str(root))
+  for folder in (None, root):
+    with pytest.raises(DatasetError, match='into another --data-dir'):
+      list(datasets.prepare('Scene67', folder))
+  new = tmp_path / 'new'
+  originals.scene67().write(new / 'downloads' / 'manual')
+  lines = list(datasets.prepare('Scene67', new, cache_dir=new))
+  assert lines[-1].startswith('Scene67: ready')
+
+
 def test_the_newest_version_is_taken(root):
-  for version in ('1.10.0', '1.9.0'):
+  for version in ('1.10.0', '1.9.0', '2..0'):
     shutil.copytree(root / _FOLDER, root / 'mit_indoor67' / version)
   assert '1.10.0' in _load(root).source
 
