@@ -613,18 +613,19 @@ class _Analysis:
         return 'bind', DATA
       return 'bind', self.blend(eqn, eqn.outvars[0], eqn.invars, kinds)
     if name in ('mul', 'div') and len(of_weight) == 1:
-      return self.scaled(eqn, kinds)
-    return self.undefined(eqn, of_weight[0])
-
-  def undefined(self, eqn: Any, weight: Kind) -> tuple[str, Kind]:
+      scaled = self.scaled(eqn, kinds)
+      if scaled:
+        return scaled
     self.refuse(
       eqn,
-      weight,
+      of_weight[0],
       'meets data in an operation for which no feedback is defined',
     )
     return 'bind', DATA
 
-  def scaled(self, eqn: Any, kinds: tuple[Kind, ...]) -> tuple[str, Kind]:
+  def scaled(
+    self, eqn: Any, kinds: tuple[Kind, ...]
+  ) -> tuple[str, Kind] | None:
     """Decides the product or quotient, entry by entry, of weight and data."""
     at = 0 if kinds[0].level is Level.DATA else 1
     data, weight = kinds[at], kinds[1 - at]
@@ -646,7 +647,7 @@ class _Analysis:
       self.use_in_product(eqn, weight, 1 - at)
       # The sum over its axis makes it data.
       return 'product', _blended(weight, self.where(eqn))
-    return self.undefined(eqn, weight)
+    return None
 
   def blend(
     self, eqn: Any, result: Any, operands: Sequence[Any], kinds: Sequence[Kind]
@@ -669,10 +670,10 @@ class _Analysis:
     data = any(k.level is Level.DATA for k in kinds)
 
     if name == 'while':  # It has no reverse mode: there is nothing to replace.
-      forwards = _Analysis(Log([], []), self.calls)
-      operands = kinds[eqn.params['cond_nconsts'] :]
-      constants = eqn.params['body_nconsts']
-      step = forwards.loop(eqn, operands, eqn.params['body_jaxpr'], constants)
+      params, trial = eqn.params, _Analysis(Log([], []), self.calls)
+      operands = kinds[params['cond_nconsts'] :]
+      counts = params['body_nconsts'], len(eqn.outvars)
+      step = trial.loop(eqn, operands, params['body_jaxpr'], *counts)
       why = self.where(eqn)
       outputs = (k.having(has_R=False, why=k.why or why) for k in step.outputs)
       return Step(eqn, 'bind', kinds, tuple(outputs))
@@ -723,12 +724,11 @@ class _Analysis:
     self,
     eqn: Any,
     kinds: tuple[Kind, ...],
-    body: ClosedJaxpr,
+    body: Any,
     constants: int,
-    carry: int | None = None,
+    carry: int,
   ) -> Step:
     """Decides a loop over constants, what is carried, and slices."""
-    carry = len(kinds) - constants if carry is None else carry
     end = constants + carry
     operands = self.carried(eqn, kinds[constants:])
     carried, each = operands[:carry], operands[carry:]
