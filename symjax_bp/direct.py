@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from symjax_bp import metrics
 from symjax_bp.feedback import symmetric
-from symjax_bp.kinds import Trait
+from symjax_bp.kinds import Level, Trait
 from symjax_bp.transform import (
   Call,
   FeedbackFunction,
@@ -271,7 +271,8 @@ class DirectFunction:
     """The function, with ``visit`` at each product's input."""
 
     def multiply(op, xs, weight, step):
-      if Trait.HIDDEN not in step.inputs[1 - step.at]:
+      x = step.inputs[1 - step.at]
+      if x.level is Level.DATA and Trait.HIDDEN not in x:
         return op(xs, weight.x)  # The function's own input.
       path, axis = ' + '.join(step.weight.paths), op.batch_axis(xs[0].ndim)
       if axis is None:

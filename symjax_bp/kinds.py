@@ -26,7 +26,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Trait(enum.Enum):
   HIDDEN = 'data that depend on a parameter'
   SCALAR = 'data broadcast from one number'
   EXPANDED = 'data broadcast along an axis: half of an outer product'
-  BLENDED = 'data in which a whole weight was added or multiplied'
+  BLENDED = 'data to which a weight was added, or which scaled it'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Kind:
     rule: identifies their rule; None for none.
     needs_R: whether the rule computes V from an array R.
     has_R: whether R is still beside the weight.
-    layout: identifies how a weight was last rearranged; 0 is a parameter's own.
+    layout: identifies how a weight was last rearranged or masked; a parameter's
+      own is empty.
     traits: see ``Trait``.
     why: where a weight became unclear, lost R, or was blended with data.
   """
@@ -81,7 +82,7 @@ class Kind:
   rule: Any = None
   needs_R: bool = False
   has_R: bool = False
-  layout: int = 0
+  layout: tuple[Any, ...] = ()
   traits: frozenset[Trait] = frozenset()
   why: str = ''
 
@@ -93,10 +94,6 @@ class Kind:
     return dataclasses.replace(
       self, traits=self.traits.union(traits), **changes
     )
-
-  def without(self, *traits: Trait) -> 'Kind':
-    """The same kind with fewer traits."""
-    return dataclasses.replace(self, traits=self.traits.difference(traits))
 
   @property
   def of_weight(self) -> bool:
@@ -174,10 +171,9 @@ def _names(text: str) -> frozenset[str]:
 # Primitives by what they do to a weight, by their names.
 BILINEAR = _names('dot_general conv_general_dilated ragged_dot_general')
 MOVES = _names(
-  'reshape transpose convert_element_type broadcast_in_dim squeeze expand_dims'
-  ' rev slice copy copy_p split tile reduce_precision device_put name'
-  ' sharding_constraint mesh_cast reshard stop_gradient pvary pcast all_gather'
-  ' all_gather_invariant unstack'
+  'reshape transpose convert_element_type broadcast_in_dim squeeze rev slice'
+  ' copy split unstack tile reduce_precision device_put name stop_gradient'
+  ' sharding_constraint reshard pvary all_gather all_gather_invariant'
 )
 JOINS = _names('concatenate stack dynamic_update_slice scatter')
 PICKS = _names('gather dynamic_slice')
@@ -203,23 +199,28 @@ _PLACED = {
   'dynamic_update_slice': slice(2),
   'scatter': slice(0, None, 2),
 }
-# What a weight is blended with data by, and what keeps that.
-_BLENDS = _names('add sub mul neg add_any select_n gather dynamic_slice')
-_KEEP_BLENDED = MOVES | _BLENDS | {'concatenate'}
-# Equations with functions inside, and where: the parameter that holds them.
-_INNER = {
-  'jit': 'jaxpr',
-  'pjit': 'jaxpr',
-  'closed_call': 'call_jaxpr',
-  'core_call': 'call_jaxpr',
-  'remat2': 'jaxpr',
-  'checkpoint': 'jaxpr',
-  'custom_jvp_call': 'call_jaxpr',
-  'custom_vjp_call': 'call_jaxpr',
-  'scan': 'jaxpr',
-  'shard_map': 'jaxpr',
-}
-CONTROL = frozenset(_INNER) | {'cond', 'while'}
+# Every entry stays where it is.
+_IN_PLACE = _names('convert_element_type stop_gradient copy name')
+# What a weight is blended with data by, and what keeps that: it is linear.
+_CLIPS = _names('max min clamp')
+_BLENDS = _CLIPS | _names(
+  'add sub mul div add_any select_n dynamic_update_slice scatter scatter-add'
+)
+_KEEP_BLENDED = (
+  MOVES | JOINS | PICKS | BILINEAR | (_BLENDS - _CLIPS) | {'neg', 'pad'}
+)
+_RANDOM = _names(
+  'random_bits random_clone random_fold_in random_seed random_split'
+  ' random_unwrap random_wrap threefry2x32'
+)
+# What fills mutable arrays, and what reads them.
+_WRITES = _names('swap addupdate')
+_READS = _names('get swap freeze')
+# Equations with functions inside.
+CONTROL = _names(
+  'jit closed_call remat2 custom_jvp_call custom_vjp_call shard_map scan cond'
+  ' while'
+)
 # Functions with a derivative of their own.
 _DERIVED = _names('custom_jvp_call custom_vjp_call')
 
@@ -266,9 +267,10 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 def inner_jaxprs(eqn: Any) -> tuple[ClosedJaxpr, ...]:
   """The functions inside an equation of control flow."""
-  if eqn.primitive.name == 'cond':
-    return tuple(eqn.params['branches'])
-  inner = eqn.params[_INNER[eqn.primitive.name]]
+  params = eqn.params
+  if 'branches' in params:
+    return tuple(params['branches'])
+  inner = params['jaxpr'] if 'jaxpr' in params else params['call_jaxpr']
   return (inner if hasattr(inner, 'consts') else ClosedJaxpr(inner, ()),)
 
 
@@ -288,12 +290,25 @@ def _join(a: Kind, b: Kind) -> Kind:
   """Returns the kind of an array that has one of two kinds."""
   if a.level is not b.level:
     a, b = (a, b) if a.level > b.level else (b, a)
+    hidden = (Trait.HIDDEN,) if b.of_weight or Trait.HIDDEN in b else ()
     # A constant is its own R; a statistic has none.
-    return dataclasses.replace(a, has_R=a.has_R and not b.of_weight)
+    return a.having(*hidden, has_R=a.has_R and not b.of_weight)
   if a.of_weight:
     return _merge((a, b), has_R=a.has_R and b.has_R)
   first = a if Trait.BLENDED in a else b
   return dataclasses.replace(first, traits=a.traits | b.traits)
+
+
+def _blended(weight: Kind, why: str) -> Kind:
+  return DATA.having(Trait.BLENDED, paths=weight.paths, why=why)
+
+
+def _with_blends(data: Kind, kinds: Sequence[Kind]) -> Kind:
+  """Returns the kind of data that are linear in others."""
+  blended = next((k for k in (data, *kinds) if Trait.BLENDED in k), None)
+  if blended is None:
+    return data
+  return data.having(Trait.BLENDED, paths=blended.paths, why=blended.why)
 
 
 def _merge(kinds: Sequence[Kind], conflict: str = '', **changes: Any) -> Kind:
@@ -330,6 +345,18 @@ class _Analysis:
   def where(self, eqn: Any) -> str:
     return where(eqn, self.calls)
 
+  def moved(self, eqn: Any, kinds: Iterable[Kind]) -> tuple[Kind, ...]:
+    """The kinds of the results of an equation, with a layout each."""
+    # A function that is called twice has its equations once.
+    at = *map(id, self.calls), id(eqn)
+    return tuple(k.having(layout=(*at, i)) for i, k in enumerate(kinds))
+
+  def carried(self, eqn: Any, kinds: Iterable[Kind]) -> tuple[Kind, ...]:
+    """Kinds as a loop or a branch hands them on, without broadcasting."""
+    kept = frozenset(Trait) - {Trait.SCALAR, Trait.EXPANDED, Trait.WIDE}
+    kinds = (dataclasses.replace(k, traits=k.traits & kept) for k in kinds)
+    return self.moved(eqn, kinds)
+
   def plan(self, closed: ClosedJaxpr, kinds: Sequence[Kind]) -> Plan:
     jaxpr = closed.jaxpr
     known: dict[Any, Kind] = dict(zip(jaxpr.invars, kinds, strict=True))
@@ -360,65 +387,81 @@ class _Analysis:
     )
 
   def step(self, eqn: Any, kinds: tuple[Kind, ...]) -> Step:
-    weight = next((k for k in kinds if k.of_weight), CONSTANT)
+    name = eqn.primitive.name
+    weight = next((k for k in kinds if k.of_weight), None)
     data = any(k.level is Level.DATA for k in kinds)
-    meets_data = weight.of_weight and data
-    inner = eqn.primitive.name in BILINEAR | CONTROL
+    inner = name in BILINEAR | CONTROL
     # In the backward pass of a gradient that the function itself takes.
-    if meets_data and inner and 'transpose(' in str(eqn.source_info.name_stack):
+    backward = inner and 'transpose(' in str(eqn.source_info.name_stack)
+    if weight and data and backward:
       self.refuse(
         eqn,
         weight,
         'is used by plain backpropagation inside the function: differentiate '
         'what with_feedback returns',
       )
-    if eqn.primitive.name in CONTROL and weight.of_weight:
-      return self.control(eqn, kinds)
-    if eqn.primitive.name == 'optimization_barrier':
+    if name in CONTROL and (weight or any(Trait.BLENDED in k for k in kinds)):
+      step = self.control(eqn, kinds)
+      return step if weight else step._replace(action='bind', inner=())
+    if name == 'optimization_barrier':
       return Step(eqn, 'through', kinds, kinds)
     action, kind = self.decide(eqn, kinds)
-    return Step(eqn, action, kinds, (kind,) * len(eqn.outvars))
+    outputs = (kind,) * len(eqn.outvars)
+    if action in ('move', 'mask') and name not in _IN_PLACE:
+      outputs = self.moved(eqn, outputs)
+    return Step(eqn, action, kinds, outputs)
 
   def decide(self, eqn: Any, kinds: tuple[Kind, ...]) -> tuple[str, Kind]:
     """Action and kind of the results of an equation without inner functions."""
     name = eqn.primitive.name
-    if name.startswith('random_') or name == 'threefry2x32':
+    weight = next((k for k in kinds if k.of_weight), None)
+    if name in _RANDOM:
       return 'bind', CONSTANT
-    if not any(k.of_weight for k in kinds):
+    if weight is None:
       return 'bind', self.no_weight(eqn, kinds)
+    if name in _WRITES:
+      self.refuse(eqn, weight, 'is written into a mutable array')
+    if name in _WRITES or not eqn.outvars:  # The latter as in a print.
+      return 'bind', DATA.having(Trait.HIDDEN)
     decide = self.weights_alone
     if name in BILINEAR:
       decide = self.product
     elif any(k.level is Level.DATA for k in kinds):
       decide = self.weight_and_data
     action, kind = decide(eqn, kinds)
-    hidden = kind.level is Level.DATA
-    return action, kind.having(Trait.HIDDEN) if hidden else kind
+    if kind.level is Level.DATA:
+      kind = kind.having(Trait.HIDDEN)
+      if name in _KEEP_BLENDED - BILINEAR:
+        kind = _with_blends(kind, kinds)
+    return action, kind
 
   def no_weight(self, eqn: Any, kinds: tuple[Kind, ...]) -> Kind:
     name = eqn.primitive.name
-    hidden = (Trait.HIDDEN,) if any(Trait.HIDDEN in k for k in kinds) else ()
+    traits = {Trait.HIDDEN} & {trait for k in kinds for trait in k.traits}
+    if name in _READS:  # Whatever was written before.
+      return DATA.having(Trait.HIDDEN)
     if not any(k.level is Level.DATA for k in kinds):
-      return CONSTANT.having(*hidden)
-    kind = DATA.having(*hidden)
+      return CONSTANT.having(*traits)
+    if name in _IN_PLACE | {'transpose'}:
+      traits |= kinds[0].traits & {Trait.SCALAR, Trait.EXPANDED}
     if name == 'broadcast_in_dim':
       small, large = _size(eqn.invars[0]), _size(eqn.outvars[0])
       if small != large:
-        kind = kind.having(Trait.SCALAR if small == 1 else Trait.EXPANDED)
-    blended = [k for k in kinds if Trait.BLENDED in k]
-    if blended and name in BILINEAR:
-      if all(k.level is Level.DATA for k in kinds[:2]):
+        traits.add(Trait.SCALAR if small == 1 else Trait.EXPANDED)
+    kind = DATA.having(*traits)
+    blended = next((k for k in kinds if Trait.BLENDED in k), None)
+    if name in BILINEAR:
+      if blended and all(k.level is Level.DATA for k in kinds[:2]):
         self.refuse(
           eqn,
-          blended[0],
-          'was added to or multiplied by data of its own size, and the result '
-          'meets data in a product',
+          blended,
+          'was added to or multiplied by data, and the result meets data in a '
+          'product',
         )
-    elif blended and name in _KEEP_BLENDED:
-      return kind.having(
-        Trait.BLENDED, paths=blended[0].paths, why=blended[0].why
-      )
-    return kind
+        return kind
+      if CONSTANT.having(Trait.HIDDEN) in kinds:
+        return kind  # A layer that is excluded.
+    return _with_blends(kind, kinds) if name in _KEEP_BLENDED else kind
 
   def product(self, eqn: Any, kinds: tuple[Kind, ...]) -> tuple[str, Kind]:
     result, at = DATA, _weight_at(kinds)
@@ -428,7 +471,7 @@ class _Analysis:
     if is_weight and other.may_be_data and not looked_up:
       self.use_in_product(eqn, weight, at)
       if Trait.UNCLEAR in other:
-        result = result.having(Trait.BLENDED, paths=other.paths, why=other.why)
+        result = _blended(other, other.why)
       return 'product', result
     data = any(k.level is Level.DATA for k in kinds)
     if data or (weight.may_be_data and other.may_be_data):
@@ -471,30 +514,31 @@ class _Analysis:
       why=self.where(eqn),
     )
 
+  def joined(self, eqn: Any, kinds: Sequence[Kind]) -> Kind:
+    """Returns the kind of a weight that is put together of several."""
+    every_R = all(k.has_R for k in kinds if k.of_weight)
+    conflict = f'{self.where(eqn)} joined different rules'
+    return _merge(kinds, conflict, has_R=every_R)
+
   def weights_alone(
     self, eqn: Any, kinds: tuple[Kind, ...]
   ) -> tuple[str, Kind]:
     name = eqn.primitive.name
-    of_weight = [k for k in kinds if k.of_weight]
-    moved = {'layout': id(eqn)}
     if name in MOVES and len(kinds) == 1:
-      kind = dataclasses.replace(kinds[0], **moved)
-      if name in ('convert_element_type', 'stop_gradient', 'copy', 'name'):
-        kind = kinds[0]
       wide = name in ('broadcast_in_dim', 'tile')
       wide = wide and _size(eqn.outvars[0]) != _size(eqn.invars[0])
-      return 'move', kind.having(Trait.WIDE) if wide else kind
-    every_R = all(k.has_R for k in of_weight)
+      return 'move', kinds[0].having(Trait.WIDE) if wide else kinds[0]
     if name in JOINS or (
       name == 'select_n'
       and not kinds[0].of_weight
       and all(k.level <= Level.WEIGHT for k in kinds[1:])
     ):
-      kind = _merge(kinds, f'{self.where(eqn)} joined different rules')
-      kind = dataclasses.replace(kind, has_R=every_R and kind.has_R, **moved)
-      return 'move', kind
+      return 'move', self.joined(eqn, kinds)
     if name in PICKS | {'pad'} and kinds[0].of_weight:
-      return 'move', dataclasses.replace(kinds[0], **moved)
+      by_data = any(k.may_be_data for k in kinds[1:])
+      return 'move', kinds[0].having(*(Trait.PICKED,) * by_data)
+    if name in REDUCTIONS and kinds[0].may_be_data:
+      return 'bind', kinds[0].having(has_R=False, why=self.where(eqn))
     if name in REDUCTIONS | COMPARISONS:
       return 'bind', _merge(
         kinds, level=Level.STATISTIC, has_R=False, traits=frozenset()
@@ -514,9 +558,13 @@ class _Analysis:
     if len({(k.paths, k.layout) for k in clear if k.needs_R}) > 1:
       # Of two weights, or two arrangements of one, which R would it be?
       why = f'{self.where(eqn)} combined weights with an R each'
-      kind = dataclasses.replace(kind, has_R=False, why=why)
-    factors = [k for k in kinds if k.level is Level.CONSTANT]
-    mask = eqn.primitive.name == 'mul' and len(factors) == 1 and kind.has_R
+      kind = kind.having(has_R=False, why=why)
+    factors = [
+      var.aval.shape
+      for var, k in zip(eqn.invars, kinds, strict=True)
+      if k.level is Level.CONSTANT
+    ]
+    mask = eqn.primitive.name == 'mul' and any(factors) and kind.has_R
     return 'mask' if mask else 'bind', kind
 
   def without_scales(
@@ -545,44 +593,29 @@ class _Analysis:
     of_weight = [k for k in kinds if k.of_weight]
     if name in PICKS and kinds[0].of_weight:
       self.use(eqn, kinds, 'looked up')
-      return 'move', kinds[0].having(Trait.PICKED, layout=id(eqn))
+      return 'move', kinds[0].having(Trait.PICKED)
     # Data decide which entries of weights and constants to take, or where.
     cases = kinds[_PLACED.get(name, slice(0))]
     allowed = (Level.CONSTANT, Level.WEIGHT)
     if any(k.of_weight for k in cases) and all(
       k.level in allowed for k in cases
     ):
-      kind = _merge(cases, layout=id(eqn))
-      every_R = all(k.has_R for k in cases if k.of_weight)
-      return 'move', kind.having(Trait.PICKED, has_R=every_R and kind.has_R)
-
-    size = _size(eqn.outvars[0])
-    result = DATA
-    if name in _BLENDS:
-      result = self.blend(eqn, eqn.invars, kinds, size)
+      return 'move', self.joined(eqn, cases).having(Trait.PICKED)
+    numbers = all(
+      kind.of_weight or Trait.SCALAR in kind or _size(var) == 1
+      for var, kind in zip(eqn.invars, kinds, strict=True)
+    )
+    if name in _CLIPS and numbers and _size(eqn.outvars[0]) != 1:
+      return 'bind', of_weight[0]
     if name in ADDITIONS:
       self.use(eqn, kinds, 'added')
-      return 'bind', result
+      if name not in _BLENDS:
+        return 'bind', DATA
+      return 'bind', self.blend(eqn, eqn.outvars[0], eqn.invars, kinds)
     if name in ('mul', 'div') and len(of_weight) == 1:
-      at = 0 if kinds[0].level is Level.DATA else 1
-      data, weight = kinds[at], kinds[1 - at]
-      data_size = _size(eqn.invars[at])
-      is_weight = weight.level is Level.WEIGHT
-      divisor = name == 'div' and at == 0
-      one_number = (Trait.SCALAR in data or data_size == 1) and size != 1
-      if is_weight and one_number and not divisor:
-        return 'bind', weight  # W / sigma is still a weight.
-      outer = Trait.EXPANDED in data or data_size != size
-      if name == 'mul' or divisor:
-        dtype = eqn.outvars[0].aval.dtype
-        spectrum = jnp.issubdtype(dtype, jnp.complexfloating)
-        # A product of transforms is a convolution.
-        if not outer and not (spectrum and Trait.UNCLEAR in weight):
-          self.use(eqn, kinds, 'scale')
-          return 'bind', result
-        if is_weight and name == 'mul' and Trait.UNCLEAR not in weight:
-          self.use_in_product(eqn, weight, 1 - at)
-          return 'product', result
+      scaled = self.scaled(eqn, kinds)
+      if scaled:
+        return scaled
     self.refuse(
       eqn,
       of_weight[0],
@@ -590,8 +623,34 @@ class _Analysis:
     )
     return 'bind', DATA
 
+  def scaled(
+    self, eqn: Any, kinds: tuple[Kind, ...]
+  ) -> tuple[str, Kind] | None:
+    """Decides the product or quotient, entry by entry, of weight and data."""
+    at = 0 if kinds[0].level is Level.DATA else 1
+    data, weight = kinds[at], kinds[1 - at]
+    name, result = eqn.primitive.name, eqn.outvars[0]
+    size, data_size = _size(result), _size(eqn.invars[at])
+    is_weight = weight.level is Level.WEIGHT
+    divisor = name == 'div' and at == 0
+    one_number = (Trait.SCALAR in data or data_size == 1) and size != 1
+    if is_weight and one_number and not divisor:
+      return 'bind', weight  # W / sigma is still a weight.
+    outer = Trait.EXPANDED in data or data_size != size
+    unclear = Trait.UNCLEAR in weight
+    # A product of transforms is a convolution.
+    spectrum = jnp.issubdtype(result.aval.dtype, jnp.complexfloating)
+    if (name == 'mul' or divisor) and not outer and not (spectrum and unclear):
+      self.use(eqn, kinds, 'scale')
+      return 'bind', self.blend(eqn, result, eqn.invars, kinds)
+    if name == 'mul' and outer and is_weight and not unclear:
+      self.use_in_product(eqn, weight, 1 - at)
+      # The sum over its axis makes it data.
+      return 'product', _blended(weight, self.where(eqn))
+    return None
+
   def blend(
-    self, eqn: Any, operands: Sequence[Any], kinds: Sequence[Kind], size: int
+    self, eqn: Any, result: Any, operands: Sequence[Any], kinds: Sequence[Kind]
   ) -> Kind:
     """Returns the kind of data that a whole weight may be added to."""
     for var, kind in zip(operands, kinds, strict=True):
@@ -599,10 +658,10 @@ class _Analysis:
       if (
         kind.level is Level.WEIGHT
         and kind.traits.isdisjoint((Trait.WIDE, Trait.PICKED))
-        and _size(var) == size
+        and _size(var) == _size(result)
         and len(var.aval.shape) > 1
       ):
-        return DATA.having(Trait.BLENDED, paths=kind.paths, why=self.where(eqn))
+        return _blended(kind, self.where(eqn))
     return DATA
 
   def control(self, eqn: Any, kinds: tuple[Kind, ...]) -> Step:
@@ -610,35 +669,38 @@ class _Analysis:
     name = eqn.primitive.name
     data = any(k.level is Level.DATA for k in kinds)
 
-    def entered(plans: tuple[Plan, ...], outputs) -> Step:
-      return Step(eqn, 'enter', kinds, tuple(outputs), plans)
-
     if name == 'while':  # It has no reverse mode: there is nothing to replace.
-      kind = DATA.having(Trait.HIDDEN) if data else self.unclear(eqn, kinds)
-      return Step(eqn, 'bind', kinds, (kind,) * len(eqn.outvars))
+      params, trial = eqn.params, _Analysis(Log([], []), self.calls)
+      operands = kinds[params['cond_nconsts'] :]
+      counts = params['body_nconsts'], len(eqn.outvars)
+      step = trial.loop(eqn, operands, params['body_jaxpr'], *counts)
+      why = self.where(eqn)
+      outputs = (k.having(has_R=False, why=k.why or why) for k in step.outputs)
+      return Step(eqn, 'bind', kinds, tuple(outputs))
     bodies = inner_jaxprs(eqn)
     inner = _Analysis(self.log, (eqn, *self.calls))
     if name == 'cond':
       plans = tuple(inner.plan(body, kinds[1:]) for body in bodies)
       results = zip(*(body.outputs for body in plans), strict=True)
       joined = map(functools.partial(self.either, eqn), eqn.outvars, results)
-      return entered(plans, map(_carried, joined))
+      return Step(eqn, 'enter', kinds, self.carried(eqn, joined), plans)
     if name == 'scan':
-      return self.scan(eqn, kinds, bodies[0])
+      return self.loop(eqn, kinds, bodies[0], *scan_counts(eqn.params))
+    weight = next((k for k in kinds if k.of_weight), None)
+    if name in _DERIVED and weight and data:
+      self.refuse(
+        eqn,
+        weight,
+        'and data go into one function with a derivative of its own, which '
+        'would be used in place of feedback',
+      )
+      outputs = (DATA.having(Trait.HIDDEN),) * len(eqn.outvars)
+      return Step(eqn, 'bind', kinds, outputs)
+    plan = inner.plan(bodies[0], kinds)
     if name in _DERIVED:
-      if data:
-        weight = next(k for k in kinds if k.of_weight)
-        self.refuse(
-          eqn,
-          weight,
-          'and data go into one function with a derivative of its own, which '
-          'would be used in place of feedback',
-        )
-      plan = _Analysis(Log([], []), (eqn, *self.calls)).plan(bodies[0], kinds)
       outputs = (self.derived(eqn, kinds, kind) for kind in plan.outputs)
       return Step(eqn, 'bind', kinds, tuple(outputs))
-    plan = inner.plan(bodies[0], kinds)
-    return entered((plan,), plan.outputs)
+    return Step(eqn, 'enter', kinds, plan.outputs, (plan,))
 
   def either(self, eqn: Any, var: Any, kinds: Sequence[Kind]) -> Kind:
     """Returns the kind of a result that differs between branches."""
@@ -648,25 +710,33 @@ class _Analysis:
     self.use(eqn, kinds, 'added')
     if Trait.BLENDED in kind:
       return kind
-    return self.blend(eqn, [var] * len(kinds), kinds, _size(var))
+    kind = self.blend(eqn, var, [var] * len(kinds), kinds)
+    return kind.having(Trait.HIDDEN)
 
   def derived(self, eqn: Any, kinds: Sequence[Kind], kind: Kind) -> Kind:
     """Returns a weight's kind after a function with a derivative of its own."""
     in_place = any(k.layout == kind.layout for k in kinds if k.has_R)
     if kind.level is not Level.WEIGHT or in_place:
       return kind
-    return dataclasses.replace(kind, has_R=False, why=self.where(eqn))
+    return kind.having(has_R=False, why=self.where(eqn))
 
-  def scan(self, eqn: Any, kinds: tuple[Kind, ...], body: ClosedJaxpr) -> Step:
-    constants, carry = scan_counts(eqn.params)
+  def loop(
+    self,
+    eqn: Any,
+    kinds: tuple[Kind, ...],
+    body: Any,
+    constants: int,
+    carry: int,
+  ) -> Step:
+    """Decides a loop over constants, what is carried, and slices."""
     end = constants + carry
-    carried = tuple(map(_carried, kinds[constants:end]))
-    each = tuple(map(_carried, kinds[end:]))
+    operands = self.carried(eqn, kinds[constants:])
+    carried, each = operands[:carry], operands[carry:]
     while True:  # The kinds of what is carried only grow: this ends.
       trial = _Analysis(Log([], []), (eqn, *self.calls))
       plan = trial.plan(body, (*kinds[:constants], *carried, *each))
       pairs = zip(carried, plan.outputs[:carry], strict=True)
-      grown = tuple(_carried(_join(*pair)) for pair in pairs)
+      grown = self.carried(eqn, (_join(*pair) for pair in pairs))
       if grown == carried:
         break
       carried = grown
@@ -675,13 +745,8 @@ class _Analysis:
     initial = zip(kinds[constants:end], carried, strict=True)
     became_data = [a for a, b in initial if b.level is Level.DATA]
     self.use(eqn, became_data, 'added')
-    results = (*carried, *map(_carried, plan.outputs[carry:]))
+    results = self.carried(eqn, (*carried, *plan.outputs[carry:]))
     return Step(eqn, 'enter', kinds, results, (plan,))
-
-
-def _carried(kind: Kind) -> Kind:
-  """Returns a kind as a loop carries it, which forgets broadcasting."""
-  return kind.without(Trait.SCALAR, Trait.EXPANDED, Trait.WIDE)
 
 
 def plan(closed: ClosedJaxpr, kinds: Sequence[Kind]) -> tuple[Plan, Log]:

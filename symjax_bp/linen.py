@@ -521,7 +521,7 @@ def layer_alignment(
 
 
 class BatchNorm(nn.Module):
-  r"""Batch normalization with averages of standard deviations .
+  r"""Batch normalization with averages of standard deviations.
 
   Takes x of shape (batch, spatial axes..., features), floats or integers, and
   returns y of the same shape. Training uses the mean :math:`\mu` and the

@@ -1,9 +1,9 @@
 r"""Measures of asymmetry: signs, angles and norms of feedback and errors.
 
 ``W`` is a forward kernel, ``V`` its feedback kernel; arguments come in this
-order. The functions of two arguments take arrays or whole trees of arrays and
-return scalars or trees of scalars, in float32 at least. All work under
-``jax.jit``.
+order. The functions of both take arrays, or whole trees of arrays, of the same
+shapes and return scalars, or trees of scalars, in float32 at least. All work
+under ``jax.jit``.
 """
 
 import functools
@@ -92,10 +92,6 @@ def sign_concordance(W, V):
   >>> print(sign_concordance(W, V))
   0.6666667
 
-  Args:
-    W: array or tree of arrays.
-    V: the same of the same shapes.
-
   Returns:
     Scalars in [0, 1]; 0 counts as a sign of its own.
   """
@@ -113,10 +109,6 @@ def alignment_angle(W, V):
 
   >>> print(alignment_angle(jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0])))
   45.0
-
-  Args:
-    W: array or tree of arrays.
-    V: the same of the same shapes.
 
   Returns:
     Scalars in [0, 180]; NaN where an array is 0 or not finite.
@@ -137,10 +129,6 @@ def norm_ratio(W, V):
 
   >>> print(norm_ratio(jnp.array([1.0, 0.0]), jnp.array([3.0, 4.0])))
   5.0
-
-  Args:
-    W: array or tree of arrays.
-    V: the same of the same shapes.
 
   Returns:
     Scalars; infinite where W is 0, NaN where both are.

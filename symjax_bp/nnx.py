@@ -29,7 +29,7 @@ import copyreg
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,12 @@ _INSIDE, _PREFIX = '_pytree__feedback_inside', '_pytree__feedback_prefix'
 
 # Containers of Flax compute nothing: parameters in them are their owner's.
 _CONTAINERS = frozenset((*nnx.List.__mro__, *nnx.Dict.__mro__))
-_OPERATORS = ('__call__', '__getitem__', '__matmul__', '__rmatmul__')
+_ARITHMETIC = ('add', 'sub', 'mul', 'truediv', 'matmul')
+_OPERATORS = (
+  '__call__',
+  '__getitem__',
+  *(f'__{side}{name}__' for side in ('', 'r') for name in _ARITHMETIC),
+)
 _NO_METHODS = (
   type,
   property,
@@ -201,15 +206,9 @@ def attached(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   return rules, states
 
 
-class _Known(NamedTuple):
-  """Rules that are known by path."""
-
-  rules: dict[str, FeedbackRule | None]
-
-  def resolve(self, paths: Any) -> dict[str, FeedbackRule | None]:
-    """See ``Rules.resolve``."""
-    del paths
-    return self.rules
+def _known(rules: Mapping[str, FeedbackRule | None]) -> Any:
+  """Rules by path, in the place of ``transform.Rules``."""
+  return types.SimpleNamespace(resolve=lambda paths: rules)
 
 
 class _Opened:
@@ -364,7 +363,7 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
     return arrays
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
-  f = transform.FeedbackFunction(traced, _Known(rules), prefix=prefix)
+  f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
   arrays = (
     transform.Call(f, opened.params, (opened.others,), {})
     .plan(states)
@@ -624,7 +623,7 @@ def feedback_weights(
     rows = layer_rules(model, *args, **kwargs)
     fans = {row.path: row.fan for row in rows if row.rule}
   rules, states = attached(model)
-  f = transform.FeedbackFunction(lambda params: None, _Known(rules))
+  f = transform.FeedbackFunction(lambda params: None, _known(rules))
   return f.weights_by_path(_parameters(model), states, fans)
 
 

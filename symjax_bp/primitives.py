@@ -15,11 +15,9 @@ gradients are those of ``jax.grad`` bit for bit, and every option, batching and
 sharding of the operations works. Nothing here knows where V comes from; see
 ``symjax_bp.feedback``.
 
-Reverse mode over reverse mode works, and every reverse pass uses V. Forward
-mode (``jax.jvp``, ``jax.linearize``, ``jax.hessian``) does not: JAX says
-"can't apply forward-mode autodiff (jvp) to a custom_vjp function". A function
-whose reverse pass is not the transpose of its derivative has no forward mode
-to agree with; use ``jax.jacrev(jax.jacrev(f))`` for second derivatives.
+Reverse mode over reverse mode works, and every reverse pass uses V: use
+``jax.jacrev(jax.jacrev(f))`` for second derivatives. Forward mode (``jax.jvp``,
+``jax.linearize``, ``jax.hessian``) would not agree with it; JAX refuses it.
 """
 
 import dataclasses

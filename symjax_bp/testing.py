@@ -253,10 +253,8 @@ def _subject(model: Any, variables: Any, args, kwargs) -> tuple[Any, ...]:
       # A copy, because the call may change batch statistics and keys.
       return nnx.merge(graph, params, rest, copy=True)(*args, **kwargs)
 
-    twin, params = (
-      nnx_layers.without_feedback(model),
-      nnx.state(model, nnx.Param),
-    )
+    twin = nnx_layers.without_feedback(model)
+    params = nnx.state(model, nnx.Param)
     # A tied weight has a state at each of its paths, but one parameter.
     paths, (_, states) = _by_path(params), nnx_layers.attached(model)
     feedback = {path: states[path] for path in states if path in paths}

@@ -381,8 +381,6 @@ def _move(eqn: Any, inputs: Sequence[Value]) -> list[Any]:
 
 def _mask(R: Any, factor: Any) -> Any:
   """R is 0 where a weight is masked by a constant."""
-  if not jnp.ndim(factor):
-    return R
   kept = (jnp.asarray(factor) != 0).astype(R.dtype)
   return R * jnp.broadcast_to(kept, R.shape)
 
@@ -399,7 +397,7 @@ def _enter(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   if name == 'cond':
     return lax.switch(inputs[0].x, functions, inputs[1:])
   (function,) = functions
-  if name in ('remat2', 'checkpoint'):
+  if name == 'remat2':
     options = {key: params[key] for key in ('prevent_cse', 'policy')}
     return jax.checkpoint(function, **options)(inputs)
   if name == 'shard_map':  # A weight and its R are placed alike.
@@ -948,9 +946,8 @@ def _mirror(op, xs, W, V, g, dW, extra):
   return -dV / jnp.asarray(rows, dV.dtype), None
 
 
-def _is_key(array: Any) -> bool:
-  dtype = getattr(array, 'dtype', None)
-  return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+def _is_key(leaf: Any) -> bool:
+  return jnp.issubdtype(getattr(leaf, 'dtype', bool), jax.dtypes.prng_key)
 
 
 def _identity(rule: FeedbackRule) -> Any:

@@ -1,0 +1,165 @@
+"""No weight loses its feedback without a word."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import symjax_bp as sbp
+from symjax_bp.direct import with_direct_feedback
+from tests.zoo import KEY, normal, plain, straight_through
+
+PARAMS = {'W': normal(1, 3, 3), 'U': normal(2, 3, 3), 'E': normal(3, 9, 3)}
+X, TOKENS = normal(4, 4, 3), np.array([[0, 1], [2, 3], [4, 4], [5, 6]])
+TRIANGLE = jnp.tri(3)
+usf, rndf = sbp.usf(), sbp.rndf()
+
+
+def fast(x):
+  return jnp.sin(x[:3])
+
+
+def written(W, x):
+  array = jax.new_ref(jnp.zeros_like(W))
+  array[...] = W
+  return x @ array[...]
+
+
+def pick(W, i):
+  return W[i]
+
+
+def total(W):
+  return lax.scan(lambda total, row: (total + row, None), jnp.zeros(3), W)[0]
+
+
+# Functions of W and x with a product that no V of W would reach, or an R of
+# which it is not known what became of it.
+REFUSED = {
+  'a quotient of a sum': (lambda W, x: x @ ((W + fast(x)) / 2), usf),
+  'a norm of the weight': (lambda W, x: x @ ((W + fast(x)) / W.sum()), usf),
+  'a loop without a reverse mode': (
+    lambda W, x: x @ lax.while_loop(jnp.any, lambda W: W + fast(x), W), usf
+  ),
+  'a call between': (lambda W, x: x @ jnp.triu(W + fast(x)), usf),
+  'a product in a call': (
+    lambda W, x: jax.jit(jnp.matmul)(x, W + fast(x)), usf
+  ),
+  'a product with constants': (
+    lambda W, x: x @ (TRIANGLE @ (W + fast(x))), usf
+  ),
+  'added to rows': (lambda W, x: x @ W.at[0].add(x[0]), usf),
+  'set into rows': (lambda W, x: x @ W.at[0].set(x[0]), usf),
+  'a larger one of data': (lambda W, x: x @ jnp.maximum(W, fast(x)), usf),
+  'a divisor': (lambda W, x: x @ (fast(x) / W), usf),
+  'modulated for each example': (
+    lambda W, x: jax.vmap(lambda x: x @ (W * jnp.sin(x)[None]))(x), usf
+  ),
+  'random with a derivative': (
+    lambda W, x: x @ jax.random.gamma(KEY, jnp.exp(W)), usf
+  ),
+  'a mutable array': (written, usf),
+  'a sum of halves': (
+    lambda W, x: x[:, :1] @ sum(jnp.split(W[:, :2], 2, 1)).T, rndf
+  ),
+  'a sum over calls of one function': (
+    lambda W, x: x @ (jax.jit(pick)(W, 0) + jax.jit(pick)(W, 1)), rndf
+  ),
+  'a sum over a loop': (lambda W, x: x @ total(W), rndf),
+  'a sum with its masked self': (lambda W, x: x @ (W * TRIANGLE + W), rndf),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_a_weight_is_refused_where_it_is_lost(name):
+  function, rule = REFUSED[name]
+  f = sbp.with_feedback(function, rule)
+  with pytest.raises(sbp.FeedbackError, match='test_silent.py'):
+    f.init(KEY, PARAMS['W'], X)
+
+
+def _tokens(product, params, x, limit):
+  h = params['E'][x.argmax(1)[:, None] + TOKENS].mean(1)
+  return product(jnp.tanh(product(h, params['W'])), params['U'])
+
+
+def _clipped(product, params, x, limit):
+  return product(x, jnp.clip(params['W'], -limit, limit))
+
+
+def _buffered(product, params, x, limit):
+  array = jax.new_ref(jnp.zeros_like(x))
+  array[...] = jnp.tanh(product(x, params['W']))
+  return product(jnp.tanh(product(array[...], params['U'])), params['W'])
+
+
+def _cast(product, params, x, limit):
+  def by_hand(x, W):
+    each = jnp.broadcast_to(x[:, None], (4, 3, 3)).transpose(0, 2, 1)
+    return (each * W[None]).sum(1)
+
+  return product(x, params['W'], by_hand)
+
+
+def _printed(product, params, x, limit):
+  jax.debug.callback(lambda *_: None, params['W'], x)
+  return product(x, params['W'])
+
+
+@pytest.mark.parametrize(
+  'make', [_tokens, _clipped, _buffered, _cast, _printed]
+)
+def test_a_weight_is_followed(make):
+  f = sbp.with_feedback(lambda *args: make(plain, *args), usf)
+  each = (
+    lambda *args: f(args[0], None, *args[1:]),
+    lambda *args: make(straight_through, *args),
+  )
+
+  @jax.jit
+  def gradients(*args):
+    losses = [lambda *args, f=f: jnp.sum(f(*args) ** 2) for f in each]
+    return [jax.grad(loss, (0, 1))(*args) for loss in losses]
+
+  actual, expected = gradients(PARAMS, X, 0.5)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-4),
+    actual,
+    expected,
+  )
+
+
+class Scaling(nnx.Module):
+  def __init__(self):
+    self.W = nnx.Param(PARAMS['W'])
+
+  def __rmul__(self, x):
+    return jnp.tanh(x @ self.W[...])
+
+
+def test_operators_of_a_module_use_feedback():
+  module = sbp.with_feedback(Scaling(), usf)
+  y, pullback = jax.vjp(lambda x: x * module, X)
+  (dx,) = pullback(jnp.ones_like(y))
+  np.testing.assert_allclose(dx, (1 - y**2) @ jnp.sign(PARAMS['W']).T, 1e-5)
+
+
+@pytest.mark.parametrize(
+  'function, paths',
+  [
+    (lambda p, x: jnp.tanh(p['E'][x.argmax(1)] @ p['W']) @ p['U'], 'WU'),
+    (
+      lambda p, x: (
+        lax.cond(x[0, 0] > 0, lambda: x, lambda: p['E'][:4]) @ p['W']
+      ),
+      'W',
+    ),
+  ],
+)
+def test_direct_feedback_reaches_every_input_that_depends_on_a_parameter(
+  function, paths
+):
+  feedback = with_direct_feedback(function).init(KEY, PARAMS, X)
+  assert set(feedback) == set(paths)
