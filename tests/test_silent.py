@@ -9,10 +9,13 @@ from jax import lax
 
 import symjax_bp as sbp
 from symjax_bp.direct import with_direct_feedback
-from tests.zoo import KEY, normal, plain, straight_through
+from tests.cases import normal
+from tests.zoo import KEY, plain, straight_through
 
-PARAMS = {'W': normal(1, 3, 3), 'U': normal(2, 3, 3), 'E': normal(3, 9, 3)}
-X, TOKENS = normal(4, 4, 3), np.array([[0, 1], [2, 3], [4, 4], [5, 6]])
+PARAMS = {
+  'W': normal(1, (3, 3)), 'U': normal(2, (3, 3)), 'E': normal(3, (9, 3))
+}  # fmt: skip
+X, TOKENS = normal(4, (4, 3)), np.array([[0, 1], [2, 3], [4, 4], [5, 6]])
 TRIANGLE = jnp.tri(3)
 usf, rndf = sbp.usf(), sbp.rndf()
 
