@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from experiments.paper.statistics import spearman
+
 Errors = Mapping[str, np.ndarray]
 Effect = Callable[[Errors, float], np.ndarray]
 Holds = Callable[[float, Mapping[str, float], float], bool]
@@ -17,17 +19,6 @@ Holds = Callable[[float, Mapping[str, float], float], bool]
 POINTS = 3.0  # the paper's own threshold for better and worse
 USEFUL = 10.0  # points below chance from which we call learning useful
 RISING = 0.5  # rank correlation from which we call a trend rising
-
-
-def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
-  """Spearman's correlation along an axis; 0 where a side is constant."""
-  from scipy import stats  # takes a second, and most tables need none of it
-
-  x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
-  x, y = (ranks - ranks.mean(axis=axis, keepdims=True) for ranks in (x, y))
-  spread = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
-  rise = np.asarray((x * y).sum(axis=axis))
-  return np.divide(rise, spread, out=np.zeros_like(rise), where=spread > 0)
 
 
 def _below(limit: float) -> Holds:

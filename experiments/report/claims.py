@@ -13,14 +13,14 @@ import numpy as np
 
 from experiments.datasets.specs import SPECS
 from experiments.paper import published as paper
+from experiments.paper import statistics
 from experiments.paper.conclusions import (
   CONCLUSIONS,
   AcrossDatasets,
   Conclusion,
 )
-from experiments.report import statistics
+from experiments.paper.statistics import Interval
 from experiments.report.frame import Results
-from experiments.report.statistics import Interval
 
 HOLDS, FAILS, OPEN = 'holds', 'does not hold', 'not enough runs'
 

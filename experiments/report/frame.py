@@ -17,6 +17,7 @@ import pandas as pd
 
 from experiments.datasets.specs import SPECS
 from experiments.paper import published as paper
+from experiments.paper import statistics
 from experiments.paper.conditions import (
   COLUMNS,
   Condition,
@@ -24,7 +25,6 @@ from experiments.paper.conditions import (
   steps_of,
 )
 from experiments.paper.protocol import RATES, Protocol
-from experiments.report import statistics
 from experiments.runs.store import Record
 
 _NAMED = 20  # warnings; more are counted

@@ -12,8 +12,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
+from experiments.paper import statistics
 from experiments.paper.conditions import find_exactly, plain_name, setting_of
-from experiments.report import plots, statistics
+from experiments.report import plots
 from experiments.report.frame import Cell, Frame, Results, Row, column_order
 from experiments.report.plots import Picture
 

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 
 from experiments.paper import published as paper
+from experiments.paper import statistics
 from experiments.paper.conclusions import POINTS
 from experiments.paper.conditions import COLUMNS, TABLES, Table, find_table
-from experiments.report import statistics
 from experiments.report.frame import (
   Cell,
   Frame,

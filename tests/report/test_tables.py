@@ -9,8 +9,9 @@ from scipy import stats
 
 from experiments import report
 from experiments.paper import published as paper
+from experiments.paper import statistics
 from experiments.paper.conditions import TABLES
-from experiments.report import frame, statistics, tables
+from experiments.report import frame, tables
 from tests.report.records import cell, like_the_paper, record
 
 

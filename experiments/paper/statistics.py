@@ -1,11 +1,9 @@
-"""The few statistics the report needs."""
+"""Rank correlations, and bootstrap intervals over seeds or datasets."""
 
 import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
-from experiments.paper.conclusions import spearman
 
 Interval = tuple[float, float]
 
@@ -58,6 +56,17 @@ def _bootstrap(samples: Sequence[Sequence[float]], statistic) -> Interval:
     rng=np.random.default_rng(0),
   ).confidence_interval
   return float(found.low), float(found.high)
+
+
+def spearman(x: np.ndarray, y: np.ndarray, axis: int = -1) -> np.ndarray:
+  """Spearman's correlation along an axis; 0 where a side is constant."""
+  from scipy import stats  # takes a second, and most tables need none of it
+
+  x, y = (stats.rankdata(values, axis=axis) for values in (x, y))
+  x, y = (ranks - ranks.mean(axis=axis, keepdims=True) for ranks in (x, y))
+  spread = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
+  rise = np.asarray((x * y).sum(axis=axis))
+  return np.divide(rise, spread, out=np.zeros_like(rise), where=spread > 0)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
