@@ -320,7 +320,7 @@ def test_the_script_for_an_accelerator_goes_on_another_day(tmp_path):
   (stopped / 'config.json').write_text('{"version": 2}')
   out, files, study = call('monday', 'tests', 'steps', 'grid')
   assert len(files) <= 8
-  assert 'test_symmetric_is_plain_jax_bit_for_bit[Dense]' in out
+  assert 'test_gradients_are_those_of_plain_jax_and_of_the_reference[' in out
   assert 'timit + BN, batch 2, float32' in out
   _, *runs = study.read_text().splitlines()
   assert len(runs) == 5  # a condition at five rates

@@ -223,6 +223,7 @@ def test_the_demo_ends_with_the_answer_and_commands_that_work(
   demo = Selection(
     condition=('SGD',), rate=(1.0,), plugin=tiny.PLUGIN, network='small'
   )
+  monkeypatch.setenv('COLUMNS', '160')  # No sentence is broken.
   monkeypatch.setattr(cli, '_DEMO', demo)
   protocol = Protocol(epochs=1, train_size=200)
   monkeypatch.setattr(cli, '_DEMO_PROTOCOL', protocol)
