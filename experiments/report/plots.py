@@ -199,13 +199,15 @@ def _head(axes: Axes, row: Row) -> None:
 def overview(results: Results) -> Picture | None:
   """Error per condition, ours and the paper's, a panel per dataset.
 
-  A dataset of several protocols is shown under the one that trains most.
+  A dataset of several protocols is shown under the one with most of these
+  conditions; of equals, under the one that trains most.
   """
   rows: dict[str, tuple[Row, dict[str, Cell]]] = {}
   for row in results.main_rows:
-    cells = results.cells_of(row)
-    if len(set(_OVERVIEW) & set(cells)) >= 3:
-      rows.setdefault(row.label, (row, cells))
+    cells = {c: of for c, of in results.cells_of(row).items() if c in _OVERVIEW}
+    _, before = rows.get(row.label, (row, {}))
+    if len(cells) >= 3 and len(cells) > len(before):
+      rows[row.label] = row, cells
   shown = [
     name for name in _OVERVIEW if any(name in of for _, of in rows.values())
   ]
