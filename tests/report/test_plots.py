@@ -34,11 +34,11 @@ def test_legends_are_whole_and_cover_nothing(datasets, figures):
       assert axes.get_tightbbox().y0 >= box.y1, name
 
 
-def test_the_overview_shows_a_dataset_once_as_it_was_trained_most(figures):
+def test_the_overview_shows_a_dataset_once_with_most_conditions(figures):
   plots.overview(frame.read([
     *like_the_paper(('MNIST', 'CIFAR'), train_size=500),
     *like_the_paper(('MNIST',), epochs=3),
-    *like_the_paper(('MNIST',), epochs=5, only=('SGD', 'uSF')),
+    *like_the_paper(('MNIST',), epochs=5, only=('SGD', 'uSF', 'NuSF')),
     *like_the_paper(('MNIST',), epochs=9, weight_decay=0.0),
   ]))  # fmt: skip
   assert [axes.get_title('left') for axes in figures['overview'].axes] == [
