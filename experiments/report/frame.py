@@ -185,6 +185,23 @@ class Results:
       if tuple(key) == row.key and cell.best and first_name(name) == name
     }
 
+  def fullest(
+    self, rows: Iterable[Row], names: Iterable[str], least: int = 0
+  ) -> list[tuple[Row, dict[str, Cell]]]:
+    """Of each dataset the row with most of some conditions, and its cells.
+
+    Of equals it is the first. Rows without cells, or with fewer than ``least``
+    of the conditions, are left out.
+    """
+    names, found = set(names), {}
+    for row in rows:
+      cells = self.cells_of(row)
+      count = len(names & cells.keys())
+      most, *_ = found.get(row.label, (-1,))
+      if cells and count >= least and count > most:
+        found[row.label] = count, row, cells
+    return [(row, cells) for _, row, cells in found.values()]
+
 
 def column_order(name: str) -> tuple[int, str]:
   """A key to sort conditions by: in the paper's order, then by name."""

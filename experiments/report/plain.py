@@ -60,24 +60,13 @@ def answers(results: Results) -> list[str]:
   equals, the row with most training. A row with other settings is used only if
   the dataset has no row with the default settings.
   """
-  chosen: dict[str, tuple[Row, dict[str, Cell]]] = {}
   main = results.main_rows
   known = {row.label for row in main}
   others = [row for row in results.rows.values() if row.label not in known]
-  for row in (*main, *others):
-    cells = results.cells_of(row)
-    _, before = chosen.get(row.label, (row, {}))
-    if _answering(cells) > _answering(before) or (cells and not before):
-      chosen[row.label] = row, cells
   return [
     f'{row.label} ({row.protocol}): {_answer(row, cells)}.'
-    for row, cells in chosen.values()
+    for row, cells in results.fullest((*main, *others), _ANSWERING)
   ]
-
-
-def _answering(cells: Iterable[str]) -> int:
-  """The number of conditions of the sentence among these."""
-  return len(_ANSWERING & set(cells))
 
 
 def _answer(row: Row, cells: dict[str, Cell]) -> str:

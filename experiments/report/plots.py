@@ -202,15 +202,8 @@ def overview(results: Results) -> Picture | None:
   A dataset of several protocols is shown under the one with most of these
   conditions; of equals, under the one that trains most.
   """
-  rows: dict[str, tuple[Row, dict[str, Cell]]] = {}
-  for row in results.main_rows:
-    cells = {c: of for c, of in results.cells_of(row).items() if c in _OVERVIEW}
-    _, before = rows.get(row.label, (row, {}))
-    if len(cells) >= 3 and len(cells) > len(before):
-      rows[row.label] = row, cells
-  shown = [
-    name for name in _OVERVIEW if any(name in of for _, of in rows.values())
-  ]
+  rows = results.fullest(results.main_rows, _OVERVIEW, least=3)
+  shown = [name for name in _OVERVIEW if any(name in of for _, of in rows)]
   if not rows:
     return None
   title = 'How much weight symmetry does backpropagation need?'
@@ -219,7 +212,7 @@ def overview(results: Results) -> Picture | None:
     figure, all_axes = panels(
       f'{title}\nBest test error by condition', len(rows), size
     )
-    for axes, (row, cells) in zip(all_axes, rows.values(), strict=True):
+    for axes, (row, cells) in zip(all_axes, rows, strict=True):
       theirs = {c: paper.by_condition().get((row.name, c)) for c in shown}
       ours = [cells[c].error for c in shown if c in cells]
       at = error_axis(axes, [*ours, *theirs.values(), row.chance], 'x')
