@@ -225,14 +225,6 @@ CONTROL = _names(
 _DERIVED = _names('custom_jvp_call custom_vjp_call')
 
 
-def known() -> frozenset[str]:
-  """Names of all primitives for which a weight as operand is decided."""
-  return (
-    BILINEAR | MOVES | JOINS | PICKS | ENTRYWISE | REDUCTIONS | ADDITIONS
-    | CONTROL | {'optimization_barrier'}
-  )  # fmt: skip
-
-
 def named(paths: Sequence[str]) -> str:
   """The parameters that a weight is made of, for a message."""
   *others, last = map(repr, paths)
