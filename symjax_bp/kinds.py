@@ -56,7 +56,7 @@ class Trait(enum.Enum):
   UNCLEAR = 'no longer known to be a weight'
   WIDE = 'a weight that was broadcast'
   HIDDEN = 'data that depend on a parameter'
-  SCALAR = 'data broadcast from one number'
+  SCALAR = 'data, or what may be data, broadcast from one number'
   EXPANDED = 'data broadcast along an axis: half of an outer product'
   BLENDED = 'data to which a weight was added, or which scaled it'
 
@@ -421,6 +421,8 @@ class _Analysis:
     elif any(k.level is Level.DATA for k in kinds):
       decide = self.weight_and_data
     action, kind = decide(eqn, kinds)
+    if name not in MOVES:
+      kind = dataclasses.replace(kind, traits=kind.traits - {Trait.SCALAR})
     if kind.level is Level.DATA:
       kind = kind.having(Trait.HIDDEN)
       if name in _KEEP_BLENDED - BILINEAR:
@@ -517,9 +519,13 @@ class _Analysis:
   ) -> tuple[str, Kind]:
     name = eqn.primitive.name
     if name in MOVES and len(kinds) == 1:
-      wide = name in ('broadcast_in_dim', 'tile')
-      wide = wide and _size(eqn.outvars[0]) != _size(eqn.invars[0])
-      return 'move', kinds[0].having(Trait.WIDE) if wide else kinds[0]
+      small = _size(eqn.invars[0])
+      if name not in ('broadcast_in_dim', 'tile') or small == _size(
+        eqn.outvars[0]
+      ):
+        return 'move', kinds[0]
+      one = kinds[0].may_be_data and small == 1
+      return 'move', kinds[0].having(Trait.WIDE, *(Trait.SCALAR,) * one)
     if name in JOINS or (
       name == 'select_n'
       and not kinds[0].of_weight
@@ -572,7 +578,10 @@ class _Analysis:
     if len(weights) < 2 or whole not in allowed.get(eqn.primitive.name, ()):
       return weights
     at = whole.index(True)
-    if kinds[1 - at].may_be_data:
+    scale = kinds[1 - at]
+    # One number is a scale, whether it is data or not: a spectral norm.
+    one = Trait.SCALAR in scale or _size(eqn.invars[1 - at]) == 1
+    if scale.may_be_data and not one:
       return weights
     self.log.uses.append(Use(kinds[1 - at].paths, 'scale', eqn, 1 - at))
     return [kinds[at]]

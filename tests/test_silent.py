@@ -64,6 +64,9 @@ REFUSED = {
     lambda W, x: x @ jax.random.gamma(KEY, jnp.exp(W)), usf
   ),
   'a mutable array': (written, usf),
+  'no longer one number': (
+    lambda W, x: x @ (jnp.full((3, 3), (W @ W)[0, 0]) * TRIANGLE * W), usf
+  ),
   'a sum of halves': (
     lambda W, x: x[:, :1] @ sum(jnp.split(W[:, :2], 2, 1)).T, rndf
   ),
@@ -111,8 +114,14 @@ def _printed(product, params, x, limit):
   return product(x, params['W'])
 
 
+def _spectral(product, params, x, limit):
+  W = params['W']
+  h = jnp.tanh(product(x, W / jnp.linalg.norm(W @ jnp.ones(3))))
+  return product(h, params['U'] * params['E'][x[0].argmax(), 0])
+
+
 @pytest.mark.parametrize(
-  'make', [_tokens, _clipped, _buffered, _cast, _printed]
+  'make', [_tokens, _clipped, _buffered, _cast, _printed, _spectral]
 )
 def test_a_weight_is_followed(make):
   f = sbp.with_feedback(lambda *args: make(plain, *args), usf)
