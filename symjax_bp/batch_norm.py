@@ -92,9 +92,9 @@ def check_options(alpha: float, epsilon: float) -> None:
 def num_features(x: Any, axis: int) -> int:
   """Returns the size of x on `axis` after checking both."""
   shape = jnp.shape(x)
-  if not -len(shape) <= axis < len(shape):
+  if axis not in range(-len(shape), len(shape)):
     raise ValueError(
-      f'axis is {axis}, but x has shape {shape}: axis must be in '
+      f'axis is {axis}, but x has shape {shape}: axis must be an integer in '
       f'[{-len(shape)}, {len(shape)})'
     )
   if jnp.iscomplexobj(x):
@@ -122,6 +122,8 @@ def normalize(
   dtype = layer.dtype
   if dtype is None:
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'dtype is {jnp.dtype(dtype)}, but must be a float')
   # The mean of many numbers in half precision has no correct digit.
   exact = dtype if jnp.finfo(dtype).bits > 16 else jnp.float32
   x = x.astype(exact)

@@ -556,8 +556,9 @@ class BatchNorm(nn.Module):
       of the whole mini-batch. A jit over sharded arrays needs no name.
 
   Raises:
-    ValueError: ``alpha``, ``epsilon`` or ``axis`` is out of range, or x is
-      complex, empty or has another number of features than the statistics.
+    ValueError: ``alpha``, ``epsilon`` or ``axis`` is out of range, ``dtype`` is
+      no float, or x is complex, empty or has another number of features than
+      the statistics.
 
   Examples:
     >>> from symjax_bp.linen import BatchNorm

@@ -172,6 +172,7 @@ X = np.zeros((2, 5), np.float32)
     (X.astype(np.complex64), -1, 'x is complex'),
     (X, 2, r'axis is 2, but x has shape \(2, 5\): .* \[-2, 2\)'),
     (X, -3, r'axis is -3, but x has shape .* \[-2, 2\)'),
+    (X, (0, 1), r'axis is \(0, 1\), but .* must be an integer'),
   ],
 )
 def test_input_errors(x, axis, message):
@@ -186,11 +187,14 @@ def test_input_errors(x, axis, message):
       run(x)
 
 
-def test_mode_and_rngs_errors():
+def test_mode_rngs_and_dtype_errors():
   with pytest.raises(ValueError, match='use_running_average is None'):
     asymmetric.BatchNorm(5, use_running_average=None)(X)
   with pytest.raises(ValueError, match='use_scale.*rngs=nnx.Rngs'):
     asymmetric.BatchNorm(5, use_scale=True)
+  for dtype in (jnp.int32, 'complex64'):
+    with pytest.raises(ValueError, match=r'dtype is (int32|complex64), but'):
+      asymmetric.BatchNorm(5, dtype=dtype)(X)
 
 
 # --- Precision ----------------------------------------------------------------
