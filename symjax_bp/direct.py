@@ -34,7 +34,7 @@ from symjax_bp.transform import (
   Call,
   FeedbackFunction,
   Rules,
-  by_path,
+  differentiable,
   fold_path,
   separate,
   undifferentiated,
@@ -229,16 +229,16 @@ class DirectFunction:
 
     def by_direct(params, added):
       inputs = added, args, kwargs
-      return loss(direct(params, feedback, *inputs, targets=targets))
+      return loss(direct(rebuilt(params), feedback, *inputs, targets=targets))
 
     def by_backpropagation(params, added):
-      return loss(perturbed(params, added, args, kwargs))
+      return loss(perturbed(rebuilt(params), added, args, kwargs))
 
-    (dW, g), (true_dW, true_g) = (
-      jax.grad(of, (0, 1))(params, zeros)
+    arrays, rebuilt = differentiable(params)
+    (updates, g), (true_updates, true_g) = (
+      jax.grad(of, (0, 1))(arrays, zeros)
       for of in (by_direct, by_backpropagation)
     )
-    updates, true_updates = by_path(dW), by_path(true_dW)
     rows = {}
     for path in dict.fromkeys(path for path, _ in found):
       keys = [key for key in found if key[0] == path]

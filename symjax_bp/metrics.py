@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from symjax_bp.transform import by_path, observed
+from symjax_bp.transform import differentiable, observed
 
 __all__ = [
   'Alignment',
@@ -33,7 +33,8 @@ class Alignment(NamedTuple):
 
   W and V are taken as the products use them, after masks and normalization, and
   over all uses together. The error signal is the cotangent of a product's
-  output. Angles are in degrees, and NaN where one of two vectors is 0.
+  output. Angles are in degrees. A number is NaN if a vector in it is 0, or if
+  the error signal is shorter than 1e-15 or longer than 1e19.
 
   Attributes:
     concordance: share of weights with sign(V) = sign(W), in [0, 1].
@@ -155,12 +156,24 @@ def effective_rank(x) -> jax.Array:
   Returns:
     A scalar in [1, features]; NaN where x is 0.
   """
-  x = _wide(x).reshape(-1, jnp.shape(x)[-1])
+  x = _near_one(_wide(x).reshape(-1, jnp.shape(x)[-1]))
   return _rank_of(x.T @ x)
 
 
+def _near_one(x: jax.Array) -> jax.Array:
+  """Scales x by a power of 2, so that its squares are in range."""
+  largest = jnp.max(jnp.abs(x), initial=0)
+  return jnp.ldexp(x, -jnp.frexp(largest)[1])
+
+
+# In smaller sums of squares, some squares are 0 in float32.
+_LEAST_SUM = 1e-30
+
+
 def _rank_of(gram: jax.Array) -> jax.Array:
-  return jnp.trace(gram) ** 2 / jnp.sum(gram**2)
+  scaled = _near_one(gram)
+  rank = jnp.trace(scaled) ** 2 / jnp.sum(scaled**2)
+  return jnp.where(jnp.trace(gram) > _LEAST_SUM, rank, jnp.nan)
 
 
 def _angle_of_sums(aa, bb, dd) -> jax.Array:
@@ -171,7 +184,7 @@ def _angle_of_sums(aa, bb, dd) -> jax.Array:
   mu = jnp.where(b >= c, c - (a - b), b - (a - c))
   ratio = ((a - b) + c) * mu / ((a + (b + c)) * ((a - c) + b))
   angle = jnp.degrees(2 * jnp.arctan(jnp.sqrt(jnp.maximum(ratio, 0))))
-  return jnp.where(b > 0, angle, jnp.nan)
+  return jnp.where(jnp.minimum(aa, bb) > _LEAST_SUM, angle, jnp.nan)
 
 
 _CALLS = itertools.count()
@@ -220,15 +233,17 @@ def layer_alignment(
     loss: the scalar loss as a function of the parameters, computed by functions
       or models of ``with_feedback``. It is differentiated twice: with V, and
       with W in the place of V.
-    params: a tree of arrays.
+    params: the parameters, as for ``with_feedback``.
 
   Returns:
-    {path of the weight: ``Alignment``}, with the V that was used.
+    {path of the weight: ``Alignment``}, with the V that was used. Weights that
+    were joined before a product have one row, ``'W1 + W2'``.
 
   Raises:
     ValueError: if nothing in the loss has feedback.
   """
   features: dict[str, int] = {}
+  arrays, rebuilt = differentiable(params)
 
   def discover(path, op, W, V, eqn):
     shape = eqn.outvars[0].aval.shape
@@ -260,18 +275,19 @@ def layer_alignment(
       V = jnp.where(plain, lax.stop_gradient(W), V)
       return V, functools.partial(_measure, axis), slots_in_use[path]
 
-    def observed_loss(params, slots):
+    def observed_loss(arrays, slots):
       nonlocal slots_in_use
       slots_in_use = slots
       with observed(observer):
-        return loss(params)
+        return loss(rebuilt(arrays))
 
     slots_in_use: Any = None
-    return jax.grad(observed_loss, argnums=(0, 1))(params, slots)
+    return jax.grad(observed_loss, argnums=(0, 1))(arrays, slots)
 
   # Two backward passes: with V, and with W in its place.
-  dW, measured = jax.vmap(gradients, axis_name=axis)(jnp.array([False, True]))
-  updates = by_path(dW)
+  updates, measured = jax.vmap(gradients, axis_name=axis)(
+    jnp.array([False, True])
+  )
 
   def row(path: str) -> Alignment:
     sums, gram = (measured[path][name][0] for name in ('sums', 'gram'))

@@ -11,7 +11,6 @@ arguments to call it with. The variables are
 - for an NNX module: ``None``, since the module holds its own.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -301,16 +300,19 @@ def _compare(
   params, _, rows = state
   if isinstance(model, nnx.Module):  # Now it can be called.
     rows = nnx_layers.layer_rules(model, *args, **kwargs)
-  both = [functools.partial(call, each) for each in (model, twin)]
+  arrays, rebuilt = transform.differentiable(params)
+  both = [
+    lambda arrays, model=each: call(model, rebuilt(arrays))
+    for each in (model, twin)
+  ]
   # Programs of their own: here nothing depends on V, so not a bit may differ.
-  problems = _differences(*(jax.jit(each)(params) for each in both))
+  problems = _differences(*(jax.jit(each)(arrays) for each in both))
   _fail_if(problems, 'the output must be that of the plain model:')
   own, true = (
-    jax.jit(jax.grad(lambda params, f=each: loss(f(params))))(params)
+    jax.jit(jax.grad(lambda arrays, f=each: loss(f(arrays))))(arrays)
     for each in both
   )
   problems = _differences(own, true)
-  own, true = _by_path(own), _by_path(true)
   if not any(_count(g != 0) for g in true.values()):
     problems.append('all gradients are 0, which proves nothing')
   angles, lines = [], []
@@ -335,8 +337,12 @@ def _differences(actual: Any, expected: Any) -> list[str]:
 def _by_path(tree: Any) -> dict[str, jax.Array]:
   """Arrays of any tree, with paths such as 'Dense_0/kernel'; '' for a leaf."""
   tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
-  leaves = transform.by_path(tree).items()
-  return {path: jnp.asarray(leaf) for path, leaf in leaves}
+  # Equinox keeps functions among the parameters.
+  return {
+    path: jnp.asarray(leaf)
+    for path, leaf in transform.by_path(tree).items()
+    if not callable(leaf)
+  }
 
 
 def _count(condition: jax.Array) -> int:

@@ -140,6 +140,19 @@ def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
 
 
+def differentiable(
+  params: Any,
+) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+  """The leaves that have gradients, by path, and what puts them back."""
+  leaves, structure = by_path(params), jax.tree.structure(params)
+  taken = {p: x for p, x in leaves.items() if is_weight('', x, jnp.inexact)}
+
+  def rebuilt(taken):
+    return structure.unflatten((leaves | taken).values())
+
+  return taken, rebuilt
+
+
 def fold_path(key: jax.Array, path: str) -> jax.Array:
   """A key for one parameter."""
   digest = hashlib.sha256(path.encode()).digest()

@@ -133,6 +133,10 @@ def test_effective_rank_is_the_participation_ratio(dtype):
   assert rank.dtype == jnp.float32
   np.testing.assert_allclose(rank, numpy_rank(x), rtol=100 * 2**-24)
   assert np.isnan(metrics.effective_rank(jnp.zeros((3, 2))))
+  if dtype == jnp.float32:
+    for scale in (1e-35, 1e-10, 1e10, 1e35):  # Fourth powers are out of range.
+      found = metrics.effective_rank(x * scale)
+      np.testing.assert_allclose(found, rank, rtol=100 * 2**-24)
 
 
 # --- Alignment of all layers ------------------------------------------------
@@ -220,6 +224,25 @@ def test_alignment_is_that_of_the_equations(model):
     )
     # An angle that comes from squares is exact to the root of their rounding.
     np.testing.assert_allclose(found[path], expected, rtol=1e-9, atol=1e-5)
+
+
+def test_errors_of_any_size_are_measured_or_nan():
+  """uSF makes errors huge in deep networks, other feedback tiny."""
+  f = symjax_bp.with_feedback(chain, symjax_bp.usf())
+  W, x = [normal(0, (4, 4)), normal(2, (4, 4))], normal(1, (6, 4))
+
+  @jax.jit
+  def measured(scale):
+    loss = lambda W: scale * f(W, None, x).sum()
+    return metrics.layer_alignment(loss, W)['0']
+
+  expected = measured(1.0)
+  for scale in (1e-12, 1e12):
+    np.testing.assert_allclose(measured(scale), expected, rtol=1e-4)
+  for scale in (1e-18, 1e20):
+    row = measured(scale)
+    np.testing.assert_allclose(row[:4], expected[:4], rtol=1e-4)
+    assert np.isnan(row.error_angle) and np.isnan(row.effective_rank)
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
