@@ -155,8 +155,10 @@ def _standardize(x, axes, epsilon, axis_name, groups):
   # Values relative to one example make rounding relative to the spread of a
   # feature instead of its size, and exactly 0 if the feature is constant.
   origin = x[tuple(0 if i in axes else slice(None) for i in range(x.ndim))]
-  mean = origin + jnp.mean(x - jnp.expand_dims(origin, axes), axes)
-  mean = _across_devices(mean, axis_name, groups)
+  if axis_name is not None:
+    origin = jax.lax.pmax(origin, axis_name, axis_index_groups=groups)
+  mean = jnp.mean(x - jnp.expand_dims(origin, axes), axes)
+  mean = origin + _across_devices(mean, axis_name, groups)
   centered = x - jnp.expand_dims(mean, axes)
   variance = jnp.mean(jnp.square(centered), axes)
   std = jnp.sqrt(_across_devices(variance, axis_name, groups) + epsilon)

@@ -294,6 +294,14 @@ def test_devices_are_the_whole_batch(form, transform):
       np.testing.assert_allclose(device, value, rtol=ROUNDING)
 
 
+@pytest.mark.parametrize('devices', [3, 5, 7])
+def test_constant_features_become_exactly_zero_on_any_devices(devices):
+  # The mean of equal numbers is another number if their count is odd.
+  x = np.broadcast_to(CONSTANTS, (devices, 2, 4))
+  apply = functools.partial(BatchNorm(False, axis_name='batch').apply, {})
+  np.testing.assert_array_equal(jax.vmap(apply, axis_name='batch')(x), 0 * x)
+
+
 def test_axis_index_groups():
   x = random_array((DEVICES, 2, 5))
   layer = BatchNorm(False, axis_name='batch')
