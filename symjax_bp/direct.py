@@ -71,7 +71,7 @@ class DirectFunction:
     Args:
       key: a PRNG key.
       params: the parameters.
-      *args, **kwargs: arguments of the function; only shapes matter.
+      args, kwargs: arguments of the function; only shapes matter.
 
     Returns:
       {path of a weight: B} with B of shape (size of the weight's input h for
@@ -127,7 +127,7 @@ class DirectFunction:
     Args:
       params: the parameters.
       feedback: what ``init`` returned.
-      *args, **kwargs: further arguments of the function.
+      args, kwargs: further arguments of the function.
       targets: for ``error='target'``: what takes the place of the error, of
         the shape of the output; one-hot labels, divided by the batch size if
         the loss is a mean.
@@ -198,7 +198,7 @@ class DirectFunction:
       loss: the scalar loss as a function of the output.
       params: the parameters.
       feedback: what ``init`` returned.
-      *args, **kwargs: further arguments of the function.
+      args, kwargs: further arguments of the function.
       targets: as for a call.
 
     Returns:
@@ -365,8 +365,8 @@ def with_direct_feedback(
       call instead of the error).
     shared: whether all layers use rows of one B (Launay et al. 2020).
     density: share of the entries of B that are not 0 (Crafton et al. 2019).
-    sigma: standard deviation of B (of its other entries, for a density of 1);
-      by default 1 / sqrt(size of the output).
+    sigma: standard deviation of B, its zeros included; by default
+      1 / sqrt(size of the output).
     learns: whether B has the gradient :math:`dB = h^T e` (DKP, Webster et al.
       2021), to be given to an optimizer.
 

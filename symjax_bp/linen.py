@@ -435,7 +435,7 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
 
   Args:
     model: any Linen model.
-    *args, **kwargs: arguments to call it with; of arrays only shapes and dtypes
+    args, kwargs: arguments to call it with; of arrays only shapes and dtypes
       matter.
 
   Returns:
@@ -476,7 +476,7 @@ def feedback_weights(
   Args:
     model: an asymmetric model.
     variables: its variables.
-    *args, **kwargs: arguments of ``apply``.
+    args, kwargs: arguments of ``apply``.
   """
   mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
   _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
@@ -506,7 +506,7 @@ def layer_alignment(
     variables: its variables.
     loss: the scalar loss as a function of the model's output.
     mutable: collections that the call changes, such as ``batch_stats``.
-    *args, **kwargs: arguments of ``apply``.
+    args, kwargs: arguments of ``apply``.
   """
   rest = {name: value for name, value in variables.items() if name != 'params'}
   kwargs['method'] = _retraced(kwargs.get('method'))

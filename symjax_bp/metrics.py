@@ -33,13 +33,12 @@ class Alignment(NamedTuple):
 
   W and V are taken as the products use them, after masks and normalization, and
   over all uses together. The error signal is the cotangent of a product's
-  output. Angles are in degrees. A number is NaN if a vector in it is 0, or if
-  the error signal is shorter than 1e-15 or longer than 1e19.
+  output. Angles are in degrees, and NaN where one of two vectors is 0.
 
   Attributes:
     concordance: share of weights with sign(V) = sign(W), in [0, 1].
     angle: between W and V.
-    norm_ratio: \\|V\\| / \\|W\\|.
+    norm_ratio: |V| / |W|.
     update_angle: between the weight's gradient and that of backpropagation for
       the same batch.
     error_angle: between the error signal and that of backpropagation.
@@ -177,7 +176,7 @@ def _rank_of(gram: jax.Array) -> jax.Array:
 
 
 def _angle_of_sums(aa, bb, dd) -> jax.Array:
-  """Degrees between a and b from \\|a\\|^2, \\|b\\|^2 and \\|a - b\\|^2."""
+  """Degrees between a and b from |a|^2, |b|^2 and |a - b|^2."""
   a, b, c = jnp.sqrt(jnp.maximum(aa, bb)), jnp.sqrt(jnp.minimum(aa, bb)), dd
   c = jnp.sqrt(c)
   # Kahan's formula for a triangle with sides a >= b and c, exact for needles.
@@ -237,7 +236,8 @@ def layer_alignment(
 
   Returns:
     {path of the weight: ``Alignment``}, with the V that was used. Weights that
-    were joined before a product have one row, ``'W1 + W2'``.
+    were joined before a product have one row, ``'W1 + W2'``. Numbers of an
+    error signal shorter than 1e-15 or longer than 1e19 are NaN.
 
   Raises:
     ValueError: if nothing in the loss has feedback.

@@ -615,7 +615,7 @@ def feedback_weights(
 
   Args:
     model: an asymmetric model.
-    *args, **kwargs: optional arguments to call the model with: they make V
+    args, kwargs: optional arguments to call the model with: they make V
       exact for rules that depend on the product (NuSF).
   """
   fans = None
@@ -642,7 +642,7 @@ def layer_rules(model: nnx.Module, *args, **kwargs) -> list[transform.Row]:
 
   Args:
     model: any NNX model.
-    *args, **kwargs: optional arguments to call it with: rows then come in the
+    args, kwargs: optional arguments to call it with: rows then come in the
       order of use, and say what the use is. Without them, rows have the rules
       that match, and an embedding or a scale may be among them.
 
@@ -689,7 +689,7 @@ def layer_alignment(
   Args:
     model: an asymmetric model.
     loss: the scalar loss as a function of the model's output.
-    *args, **kwargs: arguments to call the model with.
+    args, kwargs: arguments to call the model with.
   """
   opened = _Opened(model, args, kwargs)
 

@@ -121,7 +121,7 @@ def assert_feedback_matches_params(
     kernel:rndf(): float32(2, 3), but rndf() keeps float32(3, 2)
 
   Args:
-    model, variables, *args, **kwargs: see ``symjax_bp.testing``. An NNX model
+    model, variables, args, kwargs: see ``symjax_bp.testing``. An NNX model
       needs no arguments here.
     wrt: the variables of an NNX model that are trained: ``optimizer.wrt``.
 
@@ -189,7 +189,7 @@ def assert_asymmetric_gradients(
   is not enough.
 
   Args:
-    model, variables, *args, **kwargs: see ``symjax_bp.testing``. For Linen,
+    model, variables, args, kwargs: see ``symjax_bp.testing``. For Linen,
       ``rngs`` and ``mutable=['batch_stats']`` go to ``apply``.
     loss: the scalar loss as a function of the model's output.
     min_angle: the smallest angle that counts, in degrees in [0, 180). The

@@ -790,7 +790,7 @@ class FeedbackFunction:
     Args:
       key: a PRNG key.
       params: the parameters.
-      *args, **kwargs: if given, arguments to call the function with: weights
+      args, kwargs: if given, arguments to call the function with: weights
         that it uses in no product, such as embeddings, then get no state.
 
     Returns:
@@ -879,7 +879,7 @@ class FeedbackFunction:
       key: a PRNG key for the noise.
       params: the parameters.
       feedback: what ``init`` returned.
-      *args, **kwargs: arguments to call the function with, for their shapes.
+      args, kwargs: arguments to call the function with, for their shapes.
       decay: weight decay of R; R converges to W / decay.
 
     Returns:
