@@ -2,8 +2,8 @@ r"""Measures of asymmetry: signs, angles and norms of feedback and errors.
 
 ``W`` is a forward kernel, ``V`` its feedback kernel; arguments come in this
 order. The functions of both take arrays, or whole trees of arrays, of the same
-shapes and return scalars, or trees of scalars, in float32 at least. All work
-under ``jax.jit``.
+shapes and return scalars, or trees of scalars, in float32 at least; None where
+V is None (``weights`` of a function). All work under ``jax.jit``.
 """
 
 import functools
@@ -73,6 +73,8 @@ def _direction_and_norm(array) -> tuple[jax.Array, jax.Array]:
 
 def _over_trees(function, a, b):
   def checked(a, b):
+    if b is None:
+      return None
     if jnp.shape(a) != jnp.shape(b):
       raise ValueError(
         'both arrays must have the same shape, not '

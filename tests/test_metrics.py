@@ -61,6 +61,15 @@ def test_measures_are_those_of_numpy(measure, expected, shape, dtypes):
   np.testing.assert_allclose(actual, expected(W, V), rtol=100 * 2**-24)
 
 
+def test_weights_of_a_function_may_lack_feedback():
+  params = {'kernel': normal(0, (3, 2)), 'bias': normal(1, (2,))}
+  f = symjax_bp.with_feedback(
+    lambda p, x: x @ p['kernel'] + p['bias'], symjax_bp.usf()
+  )
+  found = metrics.sign_concordance(params, f.weights(params, None))
+  assert found == {'kernel': 1, 'bias': None}
+
+
 def test_zero_is_a_sign_of_its_own():
   W = jnp.array([1.0, -1.0, 0.0, 0.0, 2.0])
   V = jnp.array([2.0, 1.0, 0.0, 1.0, 0.0])
