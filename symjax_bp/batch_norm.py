@@ -123,7 +123,7 @@ def normalize(
   if dtype is None:
     dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
   if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f'dtype is {jnp.dtype(dtype)}, but must be a float')
+    raise ValueError(f'dtype is {jnp.dtype(dtype)}, but must be floating')
   # The mean of many numbers in half precision has no correct digit.
   exact = dtype if jnp.finfo(dtype).bits > 16 else jnp.float32
   x = x.astype(exact)

@@ -557,8 +557,8 @@ class BatchNorm(nn.Module):
 
   Raises:
     ValueError: ``alpha``, ``epsilon`` or ``axis`` is out of range, ``dtype`` is
-      no float, or x is complex, empty or has another number of features than
-      the statistics.
+      not floating, or x is complex, empty or has another number of features
+      than the statistics.
 
   Examples:
     >>> from symjax_bp.linen import BatchNorm
@@ -646,7 +646,7 @@ def calibrate(
     model: A Linen model with hashable fields (tuples, not lists or arrays).
     variables: Its variables, ``batch_stats`` included.
     batches: Mini-batches of inputs: an array each, or a tuple or list of the
-      model's positional arguments. Leaves that are no arrays are static.
+      model's positional arguments. Leaves that are not arrays are static.
     num_batches: The number of mini-batches to take and average.
     rngs: Keys for ``model.apply``, folded with the number of the mini-batch.
     **apply_kwargs: For ``model.apply``, e.g. ``train=True``.
