@@ -117,7 +117,7 @@ class Use(NamedTuple):
   """One meeting of a parameter and data."""
 
   paths: tuple[str, ...]
-  how: str  # 'product', 'scale', 'added' or 'looked up'
+  how: str  # see ``transform.Row.use``
   eqn: Any
   at: int  # which operand of the equation
 
@@ -465,6 +465,7 @@ class _Analysis:
     if is_weight and other.may_be_data and not looked_up:
       self.use_in_product(eqn, weight, at)
       if Trait.UNCLEAR in other:
+        self.use(eqn, (other,), 'input')
         result = _blended(other, other.why)
       return 'product', result
     data = any(k.level is Level.DATA for k in kinds)
@@ -764,8 +765,5 @@ def plan(closed: ClosedJaxpr, kinds: Sequence[Kind]) -> tuple[Plan, Log]:
   result = _Analysis(log).plan(closed, kinds)
   for kind in result.outputs:
     if kind.level is Level.WEIGHT and Trait.UNCLEAR in kind:
-      log.problems.append(
-        f'{named(kind.paths)} met only constants '
-        f'({kind.why}): pass the data as an argument'
-      )
+      log.uses.append(Use(kind.paths, 'returned', None, 0))
   return result, log

@@ -75,6 +75,14 @@ def test_dtypes_are_those_of_jax(function, options, x_dtype, W_dtype):
   assert_same_bits((y, dx, dW), (at_W[0], at_V[1][0], at_W[1][1]))
 
 
+def test_float64_of_numpy_is_float32_without_a_warning():
+  operation = OPERATIONS['dense']
+  x, W, V, _ = map(np.float64, operands(operation))
+  product = lambda x: primitives.asymmetric(operation.product, (x,), W, V)
+  y, pullback = jax.vjp(product, x)
+  np.testing.assert_allclose(pullback(y)[0], y @ V.T, rtol=1e-5)
+
+
 def test_V_of_another_dtype_is_cast_and_its_zero_gradient_is_not():
   x, W, V, _ = operands(OPERATIONS['conv 1d'])
   low = V.astype(jnp.bfloat16)

@@ -260,6 +260,24 @@ def test_arguments_and_results_of_every_type():
   assert_close(jitted(W, x, KEY), x['data'] @ W)
 
 
+def test_arguments_may_have_any_name():
+  def function(W, x, *, key, params, feedback, self):
+    return x @ W + key + params + feedback + self
+
+  f = sbp.with_feedback(function, sbp.rndf())
+  W, x = normal(1, 3, 2), normal(2, 4, 3)
+  names = dict.fromkeys(('key', 'params', 'feedback', 'self'), 0.5)
+  R = f.init(KEY, W, x, **names)
+  assert_same(f.weights(W, R, x, **names), f.weights(W, R))
+  assert_close(f(W, R, x, **names), x @ W + 2)
+  assert 'product' in f.table(W, x, **names)
+
+
+def test_shapes_are_enough_for_a_table():
+  f, (params, _, x), _ = setup()
+  assert f.table(*jax.eval_shape(lambda: (params, x))) == f.table(params, x)
+
+
 def dots_and_convolutions(function, args):
   def loss(*args):
     leaves = jax.tree.leaves(function(*args))
@@ -420,6 +438,8 @@ def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
     (None, "feedback of 'W', 'U' is missing"),
     ({**feedback, 'U': None}, "feedback of 'U' is missing"),
     ({**feedback, 'W': other['W']}, r"'W' was made by rndf\(sigma=0.1\)"),
+    ([1], 'must be the tree that init returned .* Expected dict'),
+    (params, "feedback of 'U' must be what init returned, not"),
     (larger, r"'W' has shape \(3, 5\), but the weight has \(3, 4\)"),
   ):
     for call in (f, jax.jit(f)):
@@ -614,6 +634,25 @@ def test_init_with_arguments_leaves_out_weights_with_other_uses():
   assert some == {**dict.fromkeys(params), 'W': some['W']}
   assert_same(some['W'], every['W'])
   assert_same(f(params, some, x), function(params, x))
+
+
+def test_what_meets_constants_alone_is_in_the_table():
+  """A generator: its first input is noise. And a penalty beside the output."""
+
+  def function(params, key):
+    h = jnp.tanh(jax.random.normal(key, (4, 3)) @ params['W'])
+    return h @ params['U'], ((params['P'].T @ params['P']) ** 2).sum()
+
+  f = sbp.with_feedback(function, sbp.usf())
+  params = {name: normal(i, 3, 3) for i, name in enumerate('WUP')}
+  uses = {row.path: row.use for row in f.rows(params, KEY)}
+  assert uses == {'W': 'input', 'U': 'product', 'P': 'returned'}
+  total = lambda f: jax.grad(lambda params: sum(map(jnp.sum, f(params))))
+  signs = {**params, 'U': jnp.sign(params['U'])}
+  actual = total(lambda params: f(params, None, KEY))(params)
+  expected = total(lambda params: function({**params, 'U': signs['U']}, KEY))
+  assert_close(actual['W'], expected(params)['W'])
+  assert_close(actual['P'], expected(params)['P'])
 
 
 def test_paths_that_read_alike_have_draws_of_their_own():
