@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from symjax_bp.transform import by_path, observed
+from symjax_bp.transform import by_path, is_real, observed, separate
 
 __all__ = [
   'Alignment',
@@ -220,7 +220,7 @@ def layer_alignment(
     loss: the scalar loss as a function of the parameters, computed by functions
       or models of ``with_feedback``. It is differentiated twice: with V, and
       with W in the place of V.
-    params: a tree of arrays.
+    params: the parameters.
 
   Returns:
     {path of the weight: ``Alignment``}, with the V that was used.
@@ -260,18 +260,21 @@ def layer_alignment(
       V = jnp.where(plain, lax.stop_gradient(W), V)
       return V, functools.partial(_measure, axis), slots_in_use[path]
 
-    def observed_loss(params, slots):
+    def observed_loss(reals, slots):
       nonlocal slots_in_use
       slots_in_use = slots
       with observed(observer):
-        return loss(params)
+        return loss(rebuilt(reals))
 
     slots_in_use: Any = None
-    return jax.grad(observed_loss, argnums=(0, 1))(params, slots)
+    return jax.grad(observed_loss, argnums=(0, 1))(reals, slots)
+
+  # Equinox keeps functions among the parameters.
+  reals, rebuilt = separate(params, is_real)
 
   # Two backward passes: with V, and with W in its place.
   dW, measured = jax.vmap(gradients, axis_name=axis)(jnp.array([False, True]))
-  updates = by_path(dW)
+  updates = by_path(rebuilt(dW))
 
   def row(path: str) -> Alignment:
     sums, gram = (measured[path][name][0] for name in ('sums', 'gram'))

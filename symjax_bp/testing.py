@@ -11,7 +11,6 @@ arguments to call it with. The variables are
 - for an NNX module: ``None``, since the module holds its own.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -301,12 +300,13 @@ def _compare(
   params, _, rows = state
   if isinstance(model, nnx.Module):  # Now it can be called.
     rows = nnx_layers.layer_rules(model, *args, **kwargs)
-  both = [functools.partial(call, each) for each in (model, twin)]
+  reals, rebuilt = transform.separate(params, transform.is_real)
+  both = [lambda reals, of=of: call(of, rebuilt(reals)) for of in (model, twin)]
   # Programs of their own: here nothing depends on V, so not a bit may differ.
-  problems = _differences(*(jax.jit(each)(params) for each in both))
+  problems = _differences(*(jax.jit(each)(reals) for each in both))
   _fail_if(problems, 'the output must be that of the plain model:')
   own, true = (
-    jax.jit(jax.grad(lambda params, f=each: loss(f(params))))(params)
+    rebuilt(jax.jit(jax.grad(lambda reals, f=each: loss(f(reals))))(reals))
     for each in both
   )
   problems = _differences(own, true)
@@ -336,7 +336,8 @@ def _by_path(tree: Any) -> dict[str, jax.Array]:
   """Arrays of any tree, with paths such as 'Dense_0/kernel'; '' for a leaf."""
   tree = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
   leaves = transform.by_path(tree).items()
-  return {path: jnp.asarray(leaf) for path, leaf in leaves}
+  # Equinox keeps functions among the parameters.
+  return {p: jnp.asarray(leaf) for p, leaf in leaves if not callable(leaf)}
 
 
 def _count(condition: jax.Array) -> int:
