@@ -138,8 +138,13 @@ def by_path(tree: Any) -> dict[str, Any]:
 def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   """Whether a parameter can have a rule: floating, no bias, no scale."""
   # Equinox keeps functions and numbers among the parameters.
-  no_weight = path.rpartition('/')[2] in _NO_WEIGHTS or not is_array(leaf)
-  return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
+  if _is_named(path) or not is_array(leaf):
+    return False
+  return jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
+
+
+def _is_named(path: str) -> bool:
+  return path.rpartition('/')[2] in _NO_WEIGHTS
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:
@@ -644,8 +649,10 @@ class Call:
   def _kind(self, path: str, states: Mapping[str, Any] | None) -> Kind:
     leaf, rule = self.params[path], self.rules.get(path)
     # A complex weight has no feedback: it is followed, to be refused.
-    if self._excludes(path) or not is_weight(path, leaf, jnp.inexact):
+    if self._excludes(path) or not is_real(leaf):
       return CONSTANT.having(Trait.HIDDEN)
+    if _is_named(path):
+      return CONSTANT.having(Trait.HIDDEN, Trait.NAMED, paths=(path,))
     kind = Kind(Level.WEIGHT, (path,))
     if rule is None or not is_weight(path, leaf):
       return kind
