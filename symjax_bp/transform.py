@@ -344,7 +344,8 @@ def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   elif action == 'move':
     Rs = _move(eqn, inputs)
   else:
-    R = _kept(step, inputs)
+    # lax broadcasts axes of size 1 by itself, as under vmap.
+    R = jnp.broadcast_to(_kept(step, inputs), jnp.shape(results[0]))
     if action == 'mask':
       R = _mask(R, next(x for x, R in inputs if R is None))
     Rs = [R] * len(results)

@@ -589,6 +589,27 @@ def test_a_key_argument_drops_connections_of_V_too():
   assert_same(dx.T, kept * f.weights(W, R))
 
 
+@pytest.mark.parametrize('meet', [jnp.add, jnp.multiply])
+def test_noise_per_example_meets_one_R(meet):
+  """vmap leaves the weight an axis of size 1, which the noise has not."""
+
+  def function(W, keys, x):
+    def one(key, x):
+      noise = jax.random.bernoulli(key, 0.5, W.shape).astype(W.dtype)
+      return x @ meet(W, noise)
+
+    return jax.vmap(one)(keys, x)
+
+  f = sbp.with_feedback(function, sbp.rndf())
+  W, x, keys = normal(1, 4, 3), normal(2, 5, 4), jax.random.split(KEY, 5)
+  R = f.init(KEY, W, keys, x)
+  V, g = f.weights(W, R), normal(3, 5, 3)
+  dx = jax.grad(lambda x: (f(W, R, keys, x) * g).sum())(x)
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, W.shape))(keys)
+  V = V[None] * kept.astype(V.dtype) if meet is jnp.multiply else V[None]
+  assert_close(dx, (g[:, None] * V).sum(-1))
+
+
 # Kernels that contract other axes than those before the last.
 FANS = {
   'Conv, grouped and strided': 9,
