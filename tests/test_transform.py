@@ -430,6 +430,11 @@ def test_an_expression_that_matches_nothing_is_refused(rules, exclude):
       call(KEY, params, x)
 
 
+def test_what_is_no_expression_is_refused():
+  with pytest.raises(ValueError, match='None is not a regular expression'):
+    sbp.with_feedback(plain, sbp.usf(), exclude=None)  # type: ignore
+
+
 def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
   f, (params, feedback, x), _ = setup()
   other = sbp.with_feedback(plain, sbp.rndf(0.1)).init(KEY, params)
