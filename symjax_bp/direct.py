@@ -36,6 +36,7 @@ from symjax_bp.transform import (
   Rules,
   differentiable,
   fold_path,
+  is_real,
   separate,
   undifferentiated,
 )
@@ -65,7 +66,7 @@ class DirectFunction:
   sigma: float | None
   learns: bool
 
-  def init(self, key: jax.Array, params: Any, *args, **kwargs) -> dict:
+  def init(self, key: jax.Array, params: Any, /, *args, **kwargs) -> dict:
     """Draws the feedback matrices B.
 
     Args:
@@ -120,7 +121,7 @@ class DirectFunction:
     return B.astype(dtype)
 
   def __call__(
-    self, params: Any, feedback: dict, *args, targets: Any = None, **kwargs
+    self, params: Any, feedback: dict, /, *args, targets: Any = None, **kwargs
   ) -> jax.Array:
     """Calls the function; its backward pass uses direct feedback.
 
@@ -140,7 +141,7 @@ class DirectFunction:
       )
     arrays, rebuilt = separate((params, args, kwargs))
     # Integers and keys have no gradient, and must not be closed over.
-    reals = {i: x for i, x in arrays.items() if _is_real(x)}
+    reals = {i: x for i, x in arrays.items() if is_real(x)}
     others = {i: x for i, x in arrays.items() if i not in reals}
 
     @jax.custom_vjp
@@ -154,11 +155,16 @@ class DirectFunction:
 
     def backward(operands, e):
       reals, others, feedback, targets = operands
-      direct = targets if targets is not None else _ERRORS[self.error](e)
+      direct = _ERRORS[self.error](e) if targets is None else targets
+      if direct.shape != e.shape:
+        raise ValueError(
+          f'targets must have the shape of the output, {e.shape}, such as '
+          f'one-hot labels, not {direct.shape}.'
+        )
 
       def injected(reals, feedback):
         def inject(path, h, apply):
-          B = self._matrix(feedback, path, h)
+          B = self._matrix(feedback, path, h, math.prod(e.shape[1:]))
           return apply(_inject(self.learns, h, B, direct.astype(B.dtype)))
 
         params, args, kwargs = rebuilt({**reals, **others})
@@ -179,6 +185,7 @@ class DirectFunction:
     loss: Callable[[jax.Array], jax.Array],
     params: Any,
     feedback: dict,
+    /,
     *args,
     targets: Any = None,
     **kwargs,
@@ -257,13 +264,16 @@ class DirectFunction:
       )
     return rows
 
-  def _matrix(self, feedback: dict, path: str, h: jax.Array) -> jax.Array:
+  def _matrix(
+    self, feedback: dict, path: str, h: jax.Array, outputs: int
+  ) -> jax.Array:
     size = math.prod(h.shape[1:])
-    B = feedback.get('shared' if self.shared else path)
-    if B is None or B.shape[0] < size:
+    B = (feedback or {}).get('shared' if self.shared else path)
+    if B is None or B.shape[0] < size or B.shape[1] != outputs:
       raise ValueError(
         f'feedback has no B for the input of {path!r}, {size} numbers for one '
-        'example: pass what init returned for arguments of these shapes.'
+        f'example, and an output of {outputs}: pass what init returned for '
+        'arguments of these shapes.'
       )
     return B[:size]
 
@@ -318,10 +328,6 @@ def _angle(a: dict, b: dict, keys: Sequence[Any]) -> jax.Array:
   """The angle between some arrays of each dictionary, taken as one vector."""
   vectors = (jnp.concatenate([of[k].ravel() for k in keys]) for of in (a, b))
   return metrics.alignment_angle(*vectors)
-
-
-def _is_real(leaf: Any) -> bool:
-  return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def with_direct_feedback(

@@ -217,7 +217,7 @@ class FeedbackRule:
 
     Raises:
       TypeError: if W is not of a real floating dtype.
-      ValueError: if R is missing, or not of the shape of W.
+      ValueError: if R is missing, or R or V is not of the shape of W.
     """
     W = jnp.asarray(W)
     if not jnp.issubdtype(W.dtype, jnp.floating):
@@ -237,6 +237,13 @@ class FeedbackRule:
       R = R.astype(W.dtype)
     fan = fan or Fan.of_kernel(W.shape)
     V, scale = self.unscaled(W, R, fan), self.scale
+    shape = getattr(V, 'shape', None)
+    if shape != W.shape:
+      raise ValueError(
+        f'rule {self.name!r} must return V of the shape of W, {W.shape}, not '
+        f'{type(V).__name__ if shape is None else shape}.'
+      )
+    V = jnp.asarray(V).astype(W.dtype)
     scale = _SCALES[scale](fan) if isinstance(scale, str) else scale
     if not _traced(scale) and scale == 1:
       return V
@@ -646,13 +653,16 @@ class local_loss(_Learned):
 
   def __post_init__(self):
     super().__post_init__()
-    factors = dict(self.factors)
+    try:
+      factors = {k: float(v) for k, v in dict(self.factors).items()}
+    except (TypeError, ValueError):
+      factors = {}
     if not factors or not set(factors) <= set(_LOCAL):
       raise ValueError(
         f'factors must be one or more of {sorted(_LOCAL)} with their numbers, '
         f'not {self.factors!r}.'
       )
-    self._set('factors', tuple((k, float(v)) for k, v in factors.items()))
+    self._set('factors', tuple(factors.items()))
 
   @property
   def learning(self):
@@ -691,6 +701,11 @@ class rule(FeedbackRule):
       raise TypeError(
         f'initial must be a function or None, not {self.initial!r}.'
       )
+    if self.learns and self.initial is None:
+      raise ValueError(
+        'learns must be False without an initial, which makes the R that '
+        'learns.'
+      )
 
   @property
   def name(self):
@@ -714,13 +729,7 @@ class rule(FeedbackRule):
 
   def unscaled(self, W, R, fan):
     """V = function(W) or function(W, R)."""
-    V = self.function(W) if R is None else self.function(W, R)
-    if jnp.shape(V) != W.shape:
-      raise ValueError(
-        f'rule {self.name!r} must return V of the shape of W, {W.shape}, not '
-        f'{jnp.shape(V)}.'
-      )
-    return jnp.asarray(V).astype(W.dtype)
+    return self.function(W) if R is None else self.function(W, R)
 
 
 _NAMES = {

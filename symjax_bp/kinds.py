@@ -59,6 +59,7 @@ class Trait(enum.Enum):
   SCALAR = 'data, or what may be data, broadcast from one number'
   EXPANDED = 'data broadcast along an axis: half of an outer product'
   BLENDED = 'data to which a weight was added, or which scaled it'
+  NAMED = 'a constant that is a bias or a scale by its name'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Kind:
 
   Attributes:
     level: its place in the chain.
-    paths: the parameters that a weight is made of.
+    paths: the parameters that a weight or a named constant is made of.
     rule: identifies their rule; None for none.
     needs_R: whether the rule computes V from an array R.
     has_R: whether R is still beside the weight.
@@ -117,7 +118,7 @@ class Use(NamedTuple):
   """One meeting of a parameter and data."""
 
   paths: tuple[str, ...]
-  how: str  # 'product', 'scale', 'added' or 'looked up'
+  how: str  # see ``transform.Row.use``
   eqn: Any
   at: int  # which operand of the equation
 
@@ -287,7 +288,7 @@ def _join(a: Kind, b: Kind) -> Kind:
     return a.having(*hidden, has_R=a.has_R and not b.of_weight)
   if a.of_weight:
     return _merge((a, b), has_R=a.has_R and b.has_R)
-  first = a if Trait.BLENDED in a else b
+  first = a if a.paths else b
   return dataclasses.replace(first, traits=a.traits | b.traits)
 
 
@@ -392,7 +393,8 @@ class _Analysis:
         'is used by plain backpropagation inside the function: differentiate '
         'what with_feedback returns',
       )
-    if name in CONTROL and (weight or any(Trait.BLENDED in k for k in kinds)):
+    followed = any({Trait.BLENDED, Trait.NAMED} & k.traits for k in kinds)
+    if name in CONTROL and (weight or followed):
       step = self.control(eqn, kinds)
       return step if weight else step._replace(action='bind', inner=())
     if name == 'optimization_barrier':
@@ -434,8 +436,9 @@ class _Analysis:
     traits = {Trait.HIDDEN} & {trait for k in kinds for trait in k.traits}
     if name in _READS:  # Whatever was written before.
       return DATA.having(Trait.HIDDEN)
+    named = next((k for k in kinds if Trait.NAMED in k), None)
     if not any(k.level is Level.DATA for k in kinds):
-      return CONSTANT.having(*traits)
+      return named or CONSTANT.having(*traits)
     if name in _IN_PLACE | {'transpose'}:
       traits |= kinds[0].traits & {Trait.SCALAR, Trait.EXPANDED}
     if name == 'broadcast_in_dim':
@@ -453,6 +456,14 @@ class _Analysis:
           'product',
         )
         return kind
+      # Without a contraction it is a scale, written as an einsum.
+      if named and eqn.params.get('dimension_numbers', ())[:1] != (((), ()),):
+        self.refuse(
+          eqn,
+          named,
+          'meets data in a product, but a parameter with this name is taken '
+          'for one that is added or multiplied entry by entry: rename it',
+        )
       if CONSTANT.having(Trait.HIDDEN) in kinds:
         return kind  # A layer that is excluded.
     return _with_blends(kind, kinds) if name in _KEEP_BLENDED else kind
@@ -465,6 +476,7 @@ class _Analysis:
     if is_weight and other.may_be_data and not looked_up:
       self.use_in_product(eqn, weight, at)
       if Trait.UNCLEAR in other:
+        self.use(eqn, (other,), 'input')
         result = _blended(other, other.why)
       return 'product', result
     data = any(k.level is Level.DATA for k in kinds)
@@ -764,8 +776,5 @@ def plan(closed: ClosedJaxpr, kinds: Sequence[Kind]) -> tuple[Plan, Log]:
   result = _Analysis(log).plan(closed, kinds)
   for kind in result.outputs:
     if kind.level is Level.WEIGHT and Trait.UNCLEAR in kind:
-      log.problems.append(
-        f'{named(kind.paths)} met only constants '
-        f'({kind.why}): pass the data as an argument'
-      )
+      log.uses.append(Use(kind.paths, 'returned', None, 0))
   return result, log

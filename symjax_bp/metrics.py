@@ -232,8 +232,9 @@ def layer_alignment(
 
   Args:
     loss: the scalar loss as a function of the parameters, computed by functions
-      or models of ``with_feedback``. It is differentiated twice: with V, and
-      with W in the place of V.
+      or models of ``with_feedback``. It is differentiated twice, with V and
+      with W in the place of V, in one ``jax.vmap``: it must not use
+      ``shard_map`` or ``ragged_dot``, which JAX cannot map here.
     params: the parameters, as for ``with_feedback``.
 
   Returns:

@@ -202,7 +202,8 @@ def asymmetric(
     extra: further operands of ``learning``, which have gradients too.
   """
   xs = tuple(xs)
-  V = _sharded_like(W, V.astype(W.dtype))
+  # By its type: NumPy's float64 is float32 unless JAX enables x64.
+  V = _sharded_like(W, V.astype(jax.typeof(W).dtype))
   # Outside of custom_vjp, so that policies of jax.checkpoint see the product.
   y = op(lax.stop_gradient(xs), lax.stop_gradient(W))
   return _attach(op, learning, y, xs, W, V, extra)

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -75,7 +76,9 @@ class Rules:
           f'{name} must be a feedback rule such as symjax_bp.usf() or '
           f"symjax_bp.from_name('uSF'), not {each!r}."
         )
-    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+      exclude = (exclude,)
+    exclude = tuple(exclude)
     for pattern in (*pairs, *exclude):
       try:
         re.compile(pattern)
@@ -134,10 +137,14 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 def is_weight(path: str, leaf: Any, kind: Any = jnp.floating) -> bool:
   """Whether a parameter can have a rule: floating, no bias, no scale."""
-  # Equinox keeps functions among the parameters.
-  is_array = hasattr(leaf, 'dtype') or isinstance(leaf, (float, complex))
-  no_weight = path.rpartition('/')[2] in _NO_WEIGHTS or not is_array
-  return not no_weight and jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
+  # Equinox keeps functions and numbers among the parameters.
+  if _is_named(path) or not is_array(leaf):
+    return False
+  return jnp.issubdtype(jax.dtypes.result_type(leaf), kind)
+
+
+def _is_named(path: str) -> bool:
+  return path.rpartition('/')[2] in _NO_WEIGHTS
 
 
 def differentiable(
@@ -145,7 +152,7 @@ def differentiable(
 ) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
   """The leaves that have gradients, by path, and what puts them back."""
   leaves, structure = by_path(params), jax.tree.structure(params)
-  taken = {p: x for p, x in leaves.items() if is_weight('', x, jnp.inexact)}
+  taken = {path: x for path, x in leaves.items() if is_real(x)}
 
   def rebuilt(taken):
     return structure.unflatten((leaves | taken).values())
@@ -261,7 +268,7 @@ def redraw(feedback: Any, step: Any) -> Any:
     step: an integer, which is folded into each seed; or a PRNG key, which
       replaces them (each path is folded into it).
   """
-  is_key = _is_key(step)
+  is_key = _is_key(step) or jnp.ndim(step) > 0
 
   def fold(seed):
     key = jax.random.wrap_key_data(seed[:2], impl='threefry2x32')
@@ -350,7 +357,8 @@ def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   elif action == 'move':
     Rs = _move(eqn, inputs)
   else:
-    R = _kept(step, inputs)
+    # lax broadcasts axes of size 1 by itself, as under vmap.
+    R = jnp.broadcast_to(_kept(step, inputs), jnp.shape(results[0]))
     if action == 'mask':
       R = _mask(R, next(x for x, R in inputs if R is None))
     Rs = [R] * len(results)
@@ -489,7 +497,9 @@ class Row(NamedTuple):
     shape: of the parameter.
     rule: its rule where it has feedback, else None.
     use: how it meets data: 'product' (feedback, if it has a rule), 'scale',
-      'added', 'looked up' (no feedback is needed), 'excluded', or 'unused'.
+      'added', 'looked up', 'input' (a product's input is computed from it and
+      constants alone), 'returned' (no feedback is needed), 'excluded', or
+      'unused'.
     fan: sizes of its first product.
   """
 
@@ -556,6 +566,11 @@ def is_array(leaf: Any) -> bool:
   return hasattr(leaf, 'dtype')
 
 
+def is_real(leaf: Any) -> bool:
+  """Whether a leaf is an array that has a gradient."""
+  return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
 def separate(
   tree: Any, take: Callable[[Any], bool] = is_array, is_leaf: Any = None
 ) -> tuple[dict[int, Any], Static]:
@@ -567,8 +582,8 @@ def separate(
 
 
 def _is_data(leaf: Any) -> bool:
-  kinds = (jax.Array, np.ndarray, np.generic, float, complex)
-  return isinstance(leaf, kinds) and not isinstance(leaf, bool)
+  arrays = (jax.Array, jax.ShapeDtypeStruct, np.ndarray, np.generic)
+  return isinstance(leaf, (*arrays, float, complex))
 
 
 class Call:
@@ -595,10 +610,17 @@ class Call:
   ):
     self._f, self.params = f, by_path(params)
     self.rules = f.rules.resolve(self.params)
-    self._arrays, rebuilt = separate((params, args, kwargs), _is_data)
+    arrays, rebuilt = separate((params, args, kwargs), _is_data)
+    # Numbers of a model, such as a dropout rate, stay numbers.
+    numbers = {
+      i: arrays.pop(i)
+      for i in range(len(self.params))
+      if i in arrays and not is_array(arrays[i])
+    }
+    self._arrays = arrays
 
     def flat(*arrays):
-      parts = dict(zip(self._arrays, arrays, strict=True))
+      parts = numbers | dict(zip(self._arrays, arrays, strict=True))
       given, positional, named = rebuilt(parts)
       results = f.function(given, *positional, **named)
       parts, self._finish = separate(results, _is_data)
@@ -641,8 +663,10 @@ class Call:
   def _kind(self, path: str, states: Mapping[str, Any] | None) -> Kind:
     leaf, rule = self.params[path], self.rules.get(path)
     # A complex weight has no feedback: it is followed, to be refused.
-    if self._excludes(path) or not is_weight(path, leaf, jnp.inexact):
+    if self._excludes(path) or not is_real(leaf):
       return CONSTANT.having(Trait.HIDDEN)
+    if _is_named(path):
+      return CONSTANT.having(Trait.HIDDEN, Trait.NAMED, paths=(path,))
     kind = Kind(Level.WEIGHT, (path,))
     if rule is None or not is_weight(path, leaf):
       return kind
@@ -784,7 +808,7 @@ class FeedbackFunction:
   row_convolution: bool = False
   prefix: str = ''
 
-  def init(self, key: jax.Array, params: Any, *args, **kwargs) -> Any:
+  def init(self, key: jax.Array, params: Any, /, *args, **kwargs) -> Any:
     """Makes the feedback: the state of each weight's rule.
 
     Args:
@@ -812,7 +836,7 @@ class FeedbackFunction:
       if rule.keeps_state and path not in skipped
     }
 
-  def __call__(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
+  def __call__(self, params: Any, feedback: Any, /, *args, **kwargs) -> Any:
     """Calls the function; its backward pass uses feedback weights.
 
     ``feedback`` is what ``init`` returned.
@@ -824,7 +848,7 @@ class FeedbackFunction:
     states = self._states(params, feedback)
     return Call(self, params, args, kwargs).plan(states).evaluate()
 
-  def weights(self, params: Any, feedback: Any, *args, **kwargs) -> Any:
+  def weights(self, params: Any, feedback: Any, /, *args, **kwargs) -> Any:
     """Returns V of each weight, as its rule computes it from the parameter.
 
     If the function masks or normalizes a weight first, its product uses the V
@@ -863,6 +887,7 @@ class FeedbackFunction:
     key: jax.Array,
     params: Any,
     feedback: Any,
+    /,
     *args,
     decay: float = 0.0,
     **kwargs,
@@ -892,7 +917,8 @@ class FeedbackFunction:
     def multiply(op, xs, weight, step):
       noise = fold_path(key, ' '.join(step.weight.paths))
       V, extra = call.V(op, weight, step), jax.random.key_data(noise)
-      return asymmetric(op, xs, weight.x, V, _mirror, extra)
+      learning = functools.partial(_mirror, jax.random.key_impl(noise))
+      return asymmetric(op, xs, weight.x, V, learning, extra)
 
     def total(learned):
       states = self._states(params, combine(learned, fixed))
@@ -906,11 +932,11 @@ class FeedbackFunction:
       learned,
     )
 
-  def rows(self, params: Any, *args, **kwargs) -> list[Row]:
+  def rows(self, params: Any, /, *args, **kwargs) -> list[Row]:
     """How each weight is used, in the order of use; biases are left out."""
     return Call(self, params, args, kwargs).plan(None).rows()
 
-  def table(self, params: Any, *args, **kwargs) -> str:
+  def table(self, params: Any, /, *args, **kwargs) -> str:
     """Returns the rule and the use of each weight as text.
 
     Raises:
@@ -920,14 +946,26 @@ class FeedbackFunction:
 
   def _states(self, params: Any, feedback: Any) -> dict[str, Any]:
     """{path: {name of the rule: state}} from a tree like the parameters."""
-    leaves, tree = jax.tree.flatten(params)
-    none = [None] * len(leaves)
-    stored = none if feedback is None else tree.flatten_up_to(feedback)
+    if feedback is None:
+      return {}
+    try:
+      stored = jax.tree.structure(params).flatten_up_to(feedback)
+    except ValueError as error:
+      found = textwrap.shorten(str(error), 300, placeholder='...')
+      raise FeedbackError(
+        'feedback must be the tree that init returned for these parameters, or '
+        f'None if no rule keeps a state: {found}'
+      ) from error
     found = zip(by_path(params), stored, strict=True)
     return {path: state for path, state in found if state is not None}
 
   def state_of(self, path: str, rule: FeedbackRule, stored: Any) -> Any:
     """The rule's state from {name of the rule that made it: state}."""
+    if not isinstance(stored, Mapping):
+      raise FeedbackError(
+        f'the feedback of {self.prefix + path!r} must be what init returned, '
+        f'not {type(stored).__name__}.'
+      )
     if rule.state_name in stored:
       return stored[rule.state_name]
     raise FeedbackError(
@@ -946,11 +984,10 @@ class FeedbackFunction:
         yield path, leaf, rule
 
 
-def _mirror(op, xs, W, V, g, dW, extra):
+def _mirror(impl, op, xs, W, V, g, dW, extra):
   """The gradient of V from noise in the place of the input."""
-  noise = jax.random.normal(
-    jax.random.wrap_key_data(extra), xs[0].shape, xs[0].dtype
-  )
+  key = jax.random.wrap_key_data(extra, impl=impl)
+  noise = jax.random.normal(key, xs[0].shape, xs[0].dtype)
   noisy = (noise, *xs[1:])
   y = op(noisy, W)
   features = op.feature_axes(y.ndim, W.ndim) or (-1,)

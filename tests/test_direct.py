@@ -250,6 +250,11 @@ def test_options_and_arguments_that_do_not_fit_are_named():
     by_target(PARAMS, {}, X)
   with pytest.raises(ValueError, match="no B for the input of 'W2', 4 numbers"):
     jax.grad(lambda p: f(p, {}, X).sum())(PARAMS)
+  with pytest.raises(ValueError, match="'W2', 4 numbers .* an output of 4"):
+    jax.grad(lambda p: f(p, {'W2': jnp.ones((4, 3))}, X).sum())(PARAMS)
+  with pytest.raises(ValueError, match=r'targets must .* \(3, 4\), .*\(3,\)'):
+    labels = jnp.zeros(3, int)
+    jax.grad(lambda p: by_target(p, {}, X, targets=labels).sum())(PARAMS)
 
 
 def test_an_excluded_weight_gets_the_error_of_the_layer_above(float64):

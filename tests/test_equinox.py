@@ -47,6 +47,16 @@ def test_a_whole_model_can_be_measured_and_tested():
     assert rows['layers/0/weight'].update_angle > 1
 
 
+def test_numbers_of_a_model_stay_numbers():
+  """Without a key, a dropout rate of 0 must be known to be 0."""
+  model = eqx.nn.MultiheadAttention(2, 4, key=jax.random.key(0))
+  x = normal(1, (5, 4))
+  call = lambda model, x: model(x, x, x)
+  f = symjax_bp.with_feedback(call, symjax_bp.usf())
+  assert_same_bits(f(model, None, x), call(model, x))
+  assert not [row for row in f.rows(model, x) if row.use != 'product']
+
+
 def test_a_module_in_the_place_of_a_function_is_refused():
   with pytest.raises(TypeError, match=r'lambda model, x: model\(x\)'):
     symjax_bp.with_feedback(MODEL, symjax_bp.usf())

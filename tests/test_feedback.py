@@ -219,7 +219,9 @@ def test_redraw_chooses_the_draw_whatever_the_bits_of_W():
   def draw(W, step):
     return rule.expand(W, symjax_bp.redraw(state, step))
 
-  for first, second in ((0, 1), (jax.random.key(0), jax.random.key(1))):
+  typed, raw = jax.random.key(0), jax.random.PRNGKey(0)
+  assert_same_bits(draw(W, typed), draw(W, raw))
+  for first, second in ((0, 1), (typed, jax.random.key(1))):
     assert_same_bits(draw(W, first), draw(-3 * W, first))
     assert_is_independent(draw(W, first), draw(W, second))
     assert_is_independent(draw(W, first), rule.expand(W, state))
@@ -309,6 +311,18 @@ def test_rules_of_the_user():
   )
 
 
+class Broadcast(feedback.FeedbackRule):
+  def unscaled(self, W, R, fan):
+    return W[:1]
+
+
+class Forgotten(feedback.FeedbackRule):
+  """Without keeps_state."""
+
+  def unscaled(self, W, R, fan):
+    return R
+
+
 # --- Identity, names and errors ---------------------------------------------
 
 
@@ -351,10 +365,14 @@ def test_the_names_of_the_paper():
     (lambda: feedback.usf(scale='lecun'), "scale must be .* not 'lecun'"),
     (lambda: feedback.low_rank(rank=0), 'rank must be .* not 0'),
     (lambda: feedback.local_loss(factors={'hebb': 1}), "not {'hebb': 1}"),
+    (lambda: feedback.local_loss(factors={'decay': None}), 'factors must be'),
     (lambda: feedback.from_name('xSF'), "one of BP, uSF.* not 'xSF'"),
     (lambda: feedback.from_name('uSF-25%'), "not 'uSF-25%'"),
     (lambda: feedback.from_name('brSF-250%'), 'p_flip must be .* not 2.5'),
     (lambda: weights(feedback.rule(jnp.sum)), r"'sum' .* 504\), not \(\)"),
+    (lambda: weights(Broadcast()), r"'Broadcast' .* 504\), not \(1, 504\)"),
+    (lambda: weights(Forgotten()), "'Forgotten' must return V .* not NoneType"),
+    (lambda: feedback.rule(mixed, learns=True), 'learns must be False'),
     (lambda: feedback.frsf().weights(W), r'R must be given for frsf\(\)'),
     (lambda: feedback.frsf().weights(W, W.T), r'R .* \(400, 504\), not \(504,'),
     (lambda: weights(feedback.usf(), W > 0), 'real floating dtype .* not bool'),

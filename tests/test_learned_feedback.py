@@ -280,6 +280,16 @@ def test_local_losses_add_up():
 # --- Weight mirror ----------------------------------------------------------
 
 
+@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
+def test_the_weight_mirror_takes_keys_of_any_kind(impl):
+  f = symjax_bp.with_feedback(lambda W, x: x @ W, feedback.weight_mirror())
+  W = normal(0, (2, 3))
+  stored = f.init(jax.random.key(0), W)
+  x = jnp.zeros((9999, 2))
+  dR = f.mirror(jax.random.key(1, impl=impl), W, stored, x)
+  np.testing.assert_allclose(jax.tree.leaves(dR)[0], -W, atol=0.1)
+
+
 def test_the_weight_mirror_aligns_without_labels():
   """R converges to W / decay up to noise and the borders of the image."""
 

@@ -75,6 +75,15 @@ def test_dtypes_are_those_of_jax(function, options, x_dtype, W_dtype):
   assert_same_bits((y, dx, dW), (at_W[0], at_V[1][0], at_W[1][1]))
 
 
+def test_float64_of_numpy_is_float32_without_a_warning():
+  operation = OPERATIONS['dense, ragged']
+  x, W, V, _ = operands(operation)
+  wide = [np.asarray(array, np.float64) for array in (x, W)]
+  assert_same_bits(
+    operation.asymmetric(*wide, V), operation.asymmetric(x, W, V)
+  )
+
+
 def test_V_of_another_dtype_is_cast_and_its_zero_gradient_is_not():
   x, W, V, _ = operands(OPERATIONS['conv 1d'])
   low = V.astype(jnp.bfloat16)

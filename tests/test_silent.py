@@ -86,6 +86,34 @@ def test_a_weight_is_refused_where_it_is_lost(name):
     f.init(KEY, PARAMS['W'], X)
 
 
+NAMED = {
+  'a product': lambda params, x: x @ params['W'] * (x @ params['scale']),
+  'cast and transposed': lambda params, x: (
+    x @ params['scale'].T.astype(jnp.bfloat16).astype(x.dtype)
+  ),
+  'in a scan': lambda params, x: lax.map(lambda x: x @ params['scale'], x),
+  'in one branch': lambda params, x: (
+    x @ lax.cond(x[0, 0] > 0, lambda W: W, jnp.ones_like, params['scale'])
+  ),
+}
+
+
+@pytest.mark.parametrize('name', NAMED)
+def test_a_kernel_that_is_called_a_scale_is_refused(name):
+  params = {'scale': PARAMS['W'], 'W': PARAMS['U']}
+  f = sbp.with_feedback(NAMED[name], usf)
+  with pytest.raises(sbp.FeedbackError, match="'scale' .*rename.*_silent.py"):
+    f(params, None, X)
+  excluded = sbp.with_feedback(NAMED[name], usf, exclude='scale')
+  excluded(params, None, X)
+
+
+def test_a_scale_may_be_an_einsum():
+  scaled = lambda p, x: jnp.einsum('bi,i->bi', x @ p['W'], p['scale'])
+  params = {'scale': PARAMS['W'][0], 'W': PARAMS['U']}
+  sbp.with_feedback(scaled, usf)(params, None, X)
+
+
 def _tokens(product, params, x, limit):
   h = params['E'][x.argmax(1)[:, None] + TOKENS].mean(1)
   return product(jnp.tanh(product(h, params['W'])), params['U'])

@@ -260,6 +260,24 @@ def test_arguments_and_results_of_every_type():
   assert_close(jitted(W, x, KEY), x['data'] @ W)
 
 
+def test_arguments_may_have_any_name():
+  def function(W, x, *, key, params, feedback, self):
+    return x @ W + key + params + feedback + self
+
+  f = sbp.with_feedback(function, sbp.rndf())
+  W, x = normal(1, 3, 2), normal(2, 4, 3)
+  names = dict.fromkeys(('key', 'params', 'feedback', 'self'), 0.5)
+  R = f.init(KEY, W, x, **names)
+  assert_same(f.weights(W, R, x, **names), f.weights(W, R))
+  assert_close(f(W, R, x, **names), x @ W + 2)
+  assert 'product' in f.table(W, x, **names)
+
+
+def test_shapes_are_enough_for_a_table():
+  f, (params, _, x), _ = setup()
+  assert f.table(*jax.eval_shape(lambda: (params, x))) == f.table(params, x)
+
+
 def dots_and_convolutions(function, args):
   def loss(*args):
     leaves = jax.tree.leaves(function(*args))
@@ -412,6 +430,11 @@ def test_an_expression_that_matches_nothing_is_refused(rules, exclude):
       call(KEY, params, x)
 
 
+def test_what_is_no_expression_is_refused():
+  with pytest.raises(ValueError, match='None is not a regular expression'):
+    sbp.with_feedback(plain, sbp.usf(), exclude=None)  # type: ignore
+
+
 def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
   f, (params, feedback, x), _ = setup()
   other = sbp.with_feedback(plain, sbp.rndf(0.1)).init(KEY, params)
@@ -420,6 +443,8 @@ def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
     (None, "feedback of 'W', 'U' is missing"),
     ({**feedback, 'U': None}, "feedback of 'U' is missing"),
     ({**feedback, 'W': other['W']}, r"'W' was made by rndf\(sigma=0.1\)"),
+    ([1], 'must be the tree that init returned .* Expected dict'),
+    (params, "feedback of 'U' must be what init returned, not"),
     (larger, r"'W' has shape \(3, 5\), but the weight has \(3, 4\)"),
   ):
     for call in (f, jax.jit(f)):
@@ -569,6 +594,27 @@ def test_a_key_argument_drops_connections_of_V_too():
   assert_same(dx.T, kept * f.weights(W, R))
 
 
+@pytest.mark.parametrize('meet', [jnp.add, jnp.multiply])
+def test_noise_per_example_meets_one_R(meet):
+  """vmap leaves the weight an axis of size 1, which the noise has not."""
+
+  def function(W, keys, x):
+    def one(key, x):
+      noise = jax.random.bernoulli(key, 0.5, W.shape).astype(W.dtype)
+      return x @ meet(W, noise)
+
+    return jax.vmap(one)(keys, x)
+
+  f = sbp.with_feedback(function, sbp.rndf())
+  W, x, keys = normal(1, 4, 3), normal(2, 5, 4), jax.random.split(KEY, 5)
+  R = f.init(KEY, W, keys, x)
+  V, g = f.weights(W, R), normal(3, 5, 3)
+  dx = jax.grad(lambda x: (f(W, R, keys, x) * g).sum())(x)
+  kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, W.shape))(keys)
+  V = V[None] * kept.astype(V.dtype) if meet is jnp.multiply else V[None]
+  assert_close(dx, (g[:, None] * V).sum(-1))
+
+
 # Kernels that contract other axes than those before the last.
 FANS = {
   'Conv, grouped and strided': 9,
@@ -614,6 +660,25 @@ def test_init_with_arguments_leaves_out_weights_with_other_uses():
   assert some == {**dict.fromkeys(params), 'W': some['W']}
   assert_same(some['W'], every['W'])
   assert_same(f(params, some, x), function(params, x))
+
+
+def test_what_meets_constants_alone_is_in_the_table():
+  """A generator: its first input is noise. And a penalty beside the output."""
+
+  def function(params, key):
+    h = jnp.tanh(jax.random.normal(key, (4, 3)) @ params['W'])
+    return h @ params['U'], ((params['P'].T @ params['P']) ** 2).sum()
+
+  f = sbp.with_feedback(function, sbp.usf())
+  params = {name: normal(i, 3, 3) for i, name in enumerate('WUP')}
+  uses = {row.path: row.use for row in f.rows(params, KEY)}
+  assert uses == {'W': 'input', 'U': 'product', 'P': 'returned'}
+  total = lambda f: jax.grad(lambda params: sum(map(jnp.sum, f(params))))
+  signs = {**params, 'U': jnp.sign(params['U'])}
+  actual = total(lambda params: f(params, None, KEY))(params)
+  expected = total(lambda params: function({**params, 'U': signs['U']}, KEY))
+  assert_close(actual['W'], expected(params)['W'])
+  assert_close(actual['P'], expected(params)['P'])
 
 
 def test_paths_that_read_alike_have_draws_of_their_own():
