@@ -181,6 +181,25 @@ def test_feedback_that_does_not_fit_is_refused():
       apply(rule, feedback)
 
 
+@pytest.mark.parametrize(
+  'rule, shapes',
+  [
+    (sbp.product_feedback(width=8), r'\(4, 8\) and \(8, 5\)'),
+    (sbp.low_rank(rank=2), r'\(2, 5\) and \(4, 2\)'),
+    (sbp.brsf(), r'\(\)'),  # One of the three numbers of a seed.
+  ],
+  ids=str,
+)
+def test_states_of_another_shape_are_refused(rule, shapes):
+  model = linen.with_feedback(nn.Dense(5), rule)
+  state = rule.init(KEY, jnp.ones((4, 5)))
+  state = state[0] if rule.redraws else state
+  given = {'kernel:' + rule.state_name: state}
+  message = f"of 'kernel' has shape {shapes}, but the weight has \\(5, 5\\)"
+  with pytest.raises(sbp.FeedbackError, match=message):
+    model.apply({**nn.Dense(5).init(KEY, X), 'feedback': given}, X)
+
+
 def test_rules_by_path_and_the_table():
   rules = {'Conv': sbp.rndf(), '^Dense_1/': sbp.usf()}
   model = linen.with_feedback(CNN(), rules, exclude='Dense_0')
