@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import FrozenDict, lift, unfreeze
-from flax.core.scope import LazyRng
+from flax.core.scope import CollectionFilter, LazyRng, union_filters
 from flax.typing import Dtype, Initializer
 
 from symjax_bp import batch_norm, metrics, transform
@@ -478,7 +478,7 @@ def feedback_weights(
     variables: its variables.
     *args, **kwargs: arguments of ``apply``.
   """
-  mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
+  mutable = union_filters(kwargs.pop('mutable', False), 'feedback_weights')
   _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
   return transform.by_path(changed.get('feedback_weights', {}))
 
@@ -488,7 +488,7 @@ def layer_alignment(
   variables: Mapping[str, Any],
   loss: Callable[[Any], jax.Array],
   *args,
-  mutable: Sequence[str] = (),
+  mutable: CollectionFilter = (),
   **kwargs,
 ) -> dict[str, metrics.Alignment]:
   """``symjax_bp.metrics.layer_alignment`` for a Linen model.
@@ -510,10 +510,11 @@ def layer_alignment(
   """
   rest = {name: value for name, value in variables.items() if name != 'params'}
   kwargs['method'] = _retraced(kwargs.get('method'))
+  changing = union_filters(mutable, ())
 
   def evaluate(params):
     output, _ = model.apply(
-      {**rest, 'params': params}, *args, mutable=list(mutable), **kwargs
+      {**rest, 'params': params}, *args, mutable=changing, **kwargs
     )
     return loss(output)
 

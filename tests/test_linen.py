@@ -223,6 +223,20 @@ def test_rules_by_path_and_the_table():
   assert linen.layer_rules(model, tokens)[0][2:4] == (None, 'looked up')
 
 
+@pytest.mark.parametrize(
+  'mutable', [(), 'batch_stats', ['batch_stats'], True, nn.DenyList('params')]
+)
+def test_mutable_is_as_in_apply(mutable):
+  norm = nn.BatchNorm(use_running_average=not mutable)
+  model = nn.Sequential([nn.Dense(4), norm, nn.Dense(3)])
+  model = linen.with_feedback(model, sbp.rndf())
+  variables, paths = model.init(KEY, X), {'layers_0/kernel', 'layers_2/kernel'}
+  V = linen.feedback_weights(model, variables, X, mutable=mutable)
+  loss = lambda y: (y**2).sum()
+  rows = linen.layer_alignment(model, variables, loss, X, mutable=mutable)
+  assert V.keys() == rows.keys() == paths
+
+
 def test_layer_alignment_measures_the_V_that_was_used():
   layers = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(3)])
   rules = {'layers_0': sbp.brsf(0.25), '': sbp.rndf()}
