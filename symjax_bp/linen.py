@@ -72,6 +72,11 @@ def _call(
     args: of the method.
     kwargs: of the method.
   """
+  if bound.scope is None:
+    raise ValueError(
+      f'{type(plain).__name__} is called without variables: call '
+      'model.apply(variables, ...) or model.bind(variables)(...).'
+    )
   scope = bound.scope.rewound()
   above = scope.flags.get('feedback')
   if rules is not None or above is None:
@@ -326,9 +331,16 @@ class WithFeedback(nn.Module):
     detached: Any = self.__dict__.get('detached')
     if name.startswith('__') or not hasattr(detached, 'model'):
       return super().__getattr__(name)
-    method = getattr(type(detached.model), name, None)
+    model = detached.model
+    method = getattr(type(model), name, None)
+    if method is None and not hasattr(model, name):
+      raise AttributeError(
+        f'{type(model).__name__} has no field or method {name!r}. Its '
+        'submodules cannot be taken out of what with_feedback returns: use '
+        'them in a method of the model.'
+      )
     if not isinstance(method, types.FunctionType) or hasattr(method, 'nowrap'):
-      return getattr(detached.model, name)
+      return getattr(model, name)
 
     def call(self, *args, **kwargs):
       return self._call(name, *args, **kwargs)

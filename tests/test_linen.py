@@ -281,6 +281,13 @@ ERRORS = {
   "'kernel' meets data in a product, but is no longer.*exclude=PATH": (
     lambda: wrap(nn.Dense(3, dot_general=summed), BP).init(KEY, X)
   ),
+  'Autoencoder is called without variables: call model.apply': (
+    lambda: wrap(Autoencoder(), BP)(X)
+  ),
+  'Dense is called without variables': lambda: linen.Dense(3, feedback=BP)(X),
+  "Autoencoder has no field or method 'enc'.*use them in a method": (
+    lambda: wrap(Autoencoder(), BP).bind({}).enc(X)
+  ),
   'no weight with feedback': (
     lambda: linen.layer_alignment(
       CNN(), CNN().init(KEY, IMAGES), jnp.sum, IMAGES
@@ -291,5 +298,6 @@ ERRORS = {
 
 @pytest.mark.parametrize('message', ERRORS)
 def test_errors_name_what_is_wrong(message):
-  with pytest.raises((TypeError, ValueError), match=f'(?s){message}'):
+  kinds = AttributeError, TypeError, ValueError
+  with pytest.raises(kinds, match=f'(?s){message}'):
     ERRORS[message]()
