@@ -397,7 +397,18 @@ def with_feedback(
     )
   _refuse_shared(model)
   created = transform.Rules.create(rules, exclude)
-  return WithFeedback(_Detached(model), created, row_convolution)
+  options = {'rules': created, 'row_convolution': row_convolution}
+  return _in_its_place(model, **options)
+
+
+def _in_its_place(model: nn.Module, **options: Any) -> WithFeedback:
+  """Wraps a model; inside of another one, with its name and parameters."""
+  above: Any = model.parent
+  if isinstance(above, nn.Module) and model.scope is not None:
+    # The model gives its name up, which Flax would not let be used twice.
+    above.scope.reservations.pop(model.name, None)
+    options |= {'name': model.name, 'parent': above}
+  return WithFeedback(_Detached(model), **options)
 
 
 def _refuse_shared(model: nn.Module) -> None:
@@ -439,7 +450,7 @@ def without_feedback(model: nn.Module) -> nn.Module:
   also the model to evaluate, and to attack: adversarial examples computed
   through V are weak by construction.
   """
-  return WithFeedback(_Detached(model))
+  return _in_its_place(model)
 
 
 def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:

@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from collections.abc import Callable
 
 import cloudpickle
 import flax.linen as nn
@@ -269,7 +270,7 @@ def test_lifted_transformations_around_asymmetric_modules(lift):
     jnp.concatenate(
       [v.reshape(-1, 5, 5) for path, v in V.items() if name in path]
     )
-    for name in ('layer', 'WithFeedback')
+    for name in ('layer', 'Dense')
   )
   assert (layers[0] != layers[1]).all() and (models[0] != models[1]).all()
   first, second = models.mT @ layers.mT
@@ -352,6 +353,42 @@ def test_the_outermost_with_feedback_wins():
     assert rules == [sbp.usf(), sbp.nusf(), sbp.nusf()]
     assert list(outer.init(KEY, X)) == ['params']
   assert list(linen.without_feedback(layers).init(KEY, X)) == ['params']
+
+
+class Named(nn.Module):
+  """Its layers are wrapped where they are made, and one of them is reused."""
+
+  wrap: Callable[[nn.Module], nn.Module]
+
+  @nn.compact
+  def __call__(self, x):
+    first = nn.Dense(5)
+    x = self.wrap(nn.Dense(5, name='second'))(self.wrap(first)(x))
+    return self.wrap(first)(first(nn.Dense(5)(x)))
+
+
+class NamedInSetup(nn.Module):
+  wrap: Callable[[nn.Module], nn.Module]
+
+  def setup(self):
+    self.first = nn.Dense(5)
+    self.again = self.wrap(self.first)
+
+  def __call__(self, x):
+    return self.again(self.first(x))
+
+
+@pytest.mark.parametrize('kind', [Named, NamedInSetup])
+def test_inside_of_a_model_it_has_the_name_and_parameters_of_the_plain_one(
+  kind,
+):
+  expected = kind(lambda layer: layer).init(KEY, X)
+  assert_same_bits(kind(linen.without_feedback).init(KEY, X), expected)
+  wrap = functools.partial(linen.with_feedback, rules=sbp.rndf())
+  variables = kind(wrap).init(KEY, X)
+  assert_same_bits(without_feedback(variables), expected)
+  wrapped = ['Dense_0', 'second'] if kind is Named else ['first']
+  assert list(variables['feedback']) == wrapped
 
 
 class Sharing(nn.Module):
