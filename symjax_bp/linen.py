@@ -466,13 +466,25 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
   """
   arrays, rebuilt = transform.separate((args, kwargs))
 
-  def init(key, arrays):
+  def call(function, arrays, **options):
     args, kwargs = rebuilt(arrays)
     method = _retraced(kwargs.pop('method', None))
-    return model.init(key, *args, method=method, **kwargs)
+    return function(*args, method=method, **options, **kwargs)
 
+  def init(key, arrays):
+    return call(functools.partial(model.init, key), arrays)
+
+  def apply(variables, key, arrays):
+    function = functools.partial(model.apply, variables)
+    return call(function, arrays, rngs={'params': key}, mutable=True)
+
+  key = jax.random.key(0)
   with transform.recorded() as rows:
-    variables = jax.eval_shape(init, jax.random.key(0), arrays)
+    variables = jax.eval_shape(init, key, arrays)
+  if any(row.use == 'unused' for row in rows):
+    # nnx.bridge.ToLinen uses its parameters in apply alone.
+    with transform.recorded() as rows:
+      jax.eval_shape(apply, variables, key, arrays)
   return transform.with_others(
     rows, transform.by_path(variables.get('params', {}))
   )

@@ -38,7 +38,7 @@ from flax import nnx
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 
-from symjax_bp import batch_norm, metrics, transform
+from symjax_bp import batch_norm, linen, metrics, transform
 from symjax_bp.feedback import FeedbackRule
 
 __all__ = [
@@ -341,8 +341,18 @@ class _Changes:
     return outside[id(x)]
 
 
+def _mark_inside(model: Any) -> None:
+  """Lets the products of a model be followed by what is around it."""
+  for _, module in _asymmetric_modules(model):
+    object.__setattr__(module, _INSIDE, True)
+
+
 def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   """Calls a method of an asymmetric model."""
+  outer = nnx.bridge.wrappers.current_linen_module()
+  is_bridged = isinstance(outer, nnx.bridge.ToLinen)
+  if is_bridged and outer.scope.flags.get('feedback'):
+    _mark_inside(model)
   rules, states = ({}, {}) if _INSIDE in vars(model) else attached(model)
   if not rules:
     return function.__get__(model, type(model))(*args, **kwargs)
@@ -352,8 +362,7 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
   def traced(params, others):
     nodes, model, args, kwargs = opened.copy(params, others)
-    for _, module in _asymmetric_modules(model):
-      object.__setattr__(module, _INSIDE, True)
+    _mark_inside(model)
     changes = _Changes(nodes, opened.nodes)
     y = function.__get__(model, type(model))(*args, **kwargs)
     is_stream = isinstance(y, types.GeneratorType)
@@ -363,6 +372,8 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
     return arrays
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
+  if is_bridged:
+    prefix = ''.join(f'{name}/' for name in outer.path) + prefix
   f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
   arrays = (
     transform.Call(f, opened.params, (opened.others,), {})
@@ -491,6 +502,9 @@ def _remove(module: Any) -> None:
         delattr(module, name)
     if _is_made(type(module)):
       object.__setattr__(module, '__class__', type(module)._plain_class)
+  is_bridge = isinstance(module, nnx.bridge.ToNNX)
+  if is_bridge and isinstance(module.to_nnx__module, linen.WithFeedback):
+    module.to_nnx__module = module.to_nnx__module.detached.model
 
 
 class _Layer:

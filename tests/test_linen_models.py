@@ -456,3 +456,68 @@ def test_the_bridges_of_nnx(rule):
     assert differ(V, W)
     if rule.redraws:
       assert_same_bits(jnp.sign(V), jnp.sign(W))
+
+
+class MLP(nnx.Module):
+  def __init__(self, rngs):
+    self.a = nnx.Linear(5, 4, rngs=rngs)
+    self.b = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.b(nnx.tanh(self.a(x)))
+
+
+@pytest.mark.filterwarnings('ignore:Found unknown module paths')
+def test_an_nnx_model_in_a_linen_model():
+  def bridged(rngs):
+    return sbp.with_feedback(MLP(rngs), sbp.rndf(), rngs=rngs)
+
+  plain, inner = (
+    nn.Sequential([nn.Dense(5), nnx.bridge.to_linen(make)])
+    for make in (MLP, bridged)
+  )
+  paths = ['layers_0/kernel', 'layers_1/a/kernel', 'layers_1/b/kernel']
+  ruled = lambda model: {
+    row.path: row.rule for row in linen.layer_rules(model, X)
+  }
+  usf = dict.fromkeys(paths, sbp.usf())
+  assert ruled(linen.with_feedback(plain, sbp.usf())) == usf
+  assert ruled(linen.with_feedback(inner, sbp.usf())) == usf
+  assert ruled(linen.without_feedback(inner)) == dict.fromkeys(paths)
+  rndf = dict.fromkeys(paths[1:], sbp.rndf())
+  assert ruled(inner) == {paths[0]: None} | rndf
+  variables = inner.init(KEY, X)
+  aligned = linen.layer_alignment(inner, variables, jnp.sum, X)
+  assert sorted(aligned) == paths[1:]
+  params = {'params': variables['params']}
+  models = (
+    (linen.with_feedback(inner, sbp.usf()), linen.without_feedback(inner)),
+    (linen.with_feedback(plain, sbp.usf()), plain),
+  )
+  run = lambda: [
+    [gradient(model, given, X) for model in each]
+    for each, given in zip(models, (variables, params), strict=True)
+  ]
+  assert_same_bits(*jax.jit(run)())
+
+
+def test_a_linen_model_in_an_nnx_model():
+  layers = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(3)])
+  plain, inner = (
+    nnx.Sequential(
+      nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(X),
+      nnx.Linear(3, 2, rngs=nnx.Rngs(1)),
+    )
+    for model in (layers, linen.with_feedback(layers, sbp.rndf()))
+  )
+
+  @nnx.jit
+  def kernels(model):
+    dW = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
+    layers = nnx.to_pure_dict(dW)['layers']
+    return layers[0]['layers_0']['kernel'], layers[1]['kernel']
+
+  make = functools.partial(sbp.with_feedback, rules=sbp.usf())
+  assert differ(kernels(inner), kernels(plain))
+  assert_same_bits(kernels(sbp.nnx.without_feedback(inner)), kernels(plain))
+  assert_same_bits(kernels(make(inner)), kernels(make(plain)))
