@@ -26,6 +26,7 @@ by plain backpropagation: write a method.
 
 import copy
 import copyreg
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -86,6 +87,18 @@ class _Store(nnx.Pytree):
     self.rules = tuple(rules)
     for name, variable in variables.items():
       setattr(self, name, variable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inside:
+  """What a module has while a call around it replaces its products.
+
+  Attributes:
+    stores: names and values of what was taken from it, because a scan or a vmap
+      of stacked layers would map it, as if it had a layer axis.
+  """
+
+  stores: tuple[tuple[str, _Store], ...] = ()
 
 
 # Static attributes of copies, so that JAX traces these and models separately:
@@ -259,6 +272,11 @@ class _Opened:
     return nodes, *self._static({**nodes, **arrays})
 
 
+def _stores(module: Any) -> tuple[tuple[str, Any], ...]:
+  named = vars(module).items()
+  return tuple((name, x) for name, x in named if isinstance(x, _Store))
+
+
 def _content(x: Any) -> tuple[list[Any], Any]:
   """What a call may change in an object, as a flat tree."""
   if isinstance(x, nnx.Variable):
@@ -274,6 +292,12 @@ class _Changes:
   def __init__(self, copies: Any, originals: Any):
     objects = map(_objects, (copies, originals))
     self._pairs = list(zip(*objects, strict=True))
+    for x, original in self._pairs:
+      if isinstance(x, nnx.Module) and _INSIDE in vars(x):
+        stores = _stores(original)
+        for name, _ in stores:
+          delattr(x, name)
+        object.__setattr__(x, _INSIDE, _Inside(stores))
     self._before = {id(x): _content(x) for x, _ in self._pairs}
 
   def find(self, model: Any, result: Any) -> dict[int, Any]:
@@ -313,7 +337,8 @@ class _Changes:
         value = self._take_out(x.get_raw_value())
         original.update_from_state(x.copy(value))
         continue
-      for name in set(vars(original)) - set(vars(x)):
+      kept = {*vars(x), *dict(_stores(original))}
+      for name in set(vars(original)) - kept:
         delattr(original, name)
       is_data = vars(x)['_pytree__nodes']
       for name, value in vars(x).items():
@@ -337,14 +362,15 @@ class _Changes:
       outside[id(x)] = made = copy.copy(x)
       attributes = {n: self._take_out(v) for n, v in vars(x).items()}
       vars(made).update(attributes)
-      vars(made).pop(_INSIDE, None)
+      for name, store in vars(made).pop(_INSIDE, _Inside()).stores:
+        setattr(made, name, nnx.clone(store))
     return outside[id(x)]
 
 
 def _mark_inside(model: Any) -> None:
   """Lets the products of a model be followed by what is around it."""
   for _, module in _asymmetric_modules(model):
-    object.__setattr__(module, _INSIDE, True)
+    object.__setattr__(module, _INSIDE, _Inside())
 
 
 def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
@@ -497,9 +523,8 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
 def _remove(module: Any) -> None:
   """Makes one module plain, in place."""
   if isinstance(type(module), _AsymmetricMeta):
-    for name, value in list(vars(module).items()):
-      if isinstance(value, _Store):
-        delattr(module, name)
+    for name, _ in _stores(module):
+      delattr(module, name)
     if _is_made(type(module)):
       object.__setattr__(module, '__class__', type(module)._plain_class)
   is_bridge = isinstance(module, nnx.bridge.ToNNX)
