@@ -29,7 +29,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax import errors, traverse_util
 from flax.core import FrozenDict, lift, unfreeze
 from flax.core.scope import CollectionFilter, LazyRng, union_filters
 from flax.typing import Dtype, Initializer
@@ -401,14 +401,21 @@ def with_feedback(
   return _in_its_place(model, **options)
 
 
-def _in_its_place(model: nn.Module, **options: Any) -> WithFeedback:
+def _in_its_place(model: Any, **options: Any) -> WithFeedback:
   """Wraps a model; inside of another one, with its name and parameters."""
-  above: Any = model.parent
+  above = model.parent
   if isinstance(above, nn.Module) and model.scope is not None:
     # The model gives its name up, which Flax would not let be used twice.
-    above.scope.reservations.pop(model.name, None)
+    scope: Any = above.scope
+    scope.reservations.pop(model.name, None)
     options |= {'name': model.name, 'parent': above}
-  return WithFeedback(_Detached(model), **options)
+  try:
+    return WithFeedback(_Detached(model), **options)
+  except errors.AssignSubModuleError as error:
+    raise ValueError(
+      f'model is {model.name!r} of {type(above).__name__}: wrap it in the '
+      'setup() or the compact method of that module.'
+    ) from error
 
 
 def _refuse_shared(model: nn.Module) -> None:

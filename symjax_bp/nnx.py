@@ -367,18 +367,19 @@ class _Changes:
     return outside[id(x)]
 
 
-def _mark_inside(model: Any) -> None:
-  """Lets the products of a model be followed by what is around it."""
-  for _, module in _asymmetric_modules(model):
-    object.__setattr__(module, _INSIDE, _Inside())
+def _bridge_to_linen() -> Any:
+  """The module of Linen that makes and calls the current model, if any."""
+  module = nnx.bridge.wrappers.current_linen_module()
+  return module if isinstance(module, nnx.bridge.ToLinen) else None
 
 
 def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   """Calls a method of an asymmetric model."""
-  outer = nnx.bridge.wrappers.current_linen_module()
-  is_bridged = isinstance(outer, nnx.bridge.ToLinen)
-  if is_bridged and outer.scope.flags.get('feedback'):
-    _mark_inside(model)
+  bridge = _bridge_to_linen()
+  if bridge and bridge.scope.flags.get('feedback'):
+    # The bridge makes the model for one call, and a rule around it wins.
+    for _, module in list(nnx.iter_modules(model)):
+      _remove(module)
   rules, states = ({}, {}) if _INSIDE in vars(model) else attached(model)
   if not rules:
     return function.__get__(model, type(model))(*args, **kwargs)
@@ -388,7 +389,8 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
   def traced(params, others):
     nodes, model, args, kwargs = opened.copy(params, others)
-    _mark_inside(model)
+    for _, module in _asymmetric_modules(model):
+      object.__setattr__(module, _INSIDE, _Inside())
     changes = _Changes(nodes, opened.nodes)
     y = function.__get__(model, type(model))(*args, **kwargs)
     is_stream = isinstance(y, types.GeneratorType)
@@ -398,8 +400,8 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
     return arrays
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
-  if is_bridged:
-    prefix = ''.join(f'{name}/' for name in outer.path) + prefix
+  if bridge:
+    prefix = ''.join(f'{name}/' for name in bridge.path) + prefix
   f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
   arrays = (
     transform.Call(f, opened.params, (opened.others,), {})

@@ -391,6 +391,29 @@ def test_inside_of_a_model_it_has_the_name_and_parameters_of_the_plain_one(
   assert list(variables['feedback']) == wrapped
 
 
+class Given(nn.Module):
+  layer: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    return linen.with_feedback(self.layer, sbp.usf())(x)
+
+
+class Giving(nn.Module):
+  def setup(self):
+    self.first = nn.Dense(5)
+    self.second = Given(self.first)
+
+  def __call__(self, x):
+    return self.second(self.first(x))
+
+
+def test_a_layer_is_wrapped_in_the_module_that_has_it():
+  assert list(Given(nn.Dense(5)).init(KEY, X)['params']) == ['layer']
+  with pytest.raises(ValueError, match="model is 'first' of Giving: wrap it"):
+    Giving().init(KEY, X)
+
+
 class Sharing(nn.Module):
   def setup(self):
     self.encoder = nn.Dense(5)
