@@ -301,9 +301,18 @@ class Conv(_Asymmetric, nn.Conv):
 
 @dataclasses.dataclass(frozen=True)
 class _Detached:
-  """Hides a model from Flax, which would make it a child with a name."""
+  """Hides a model from Flax, which would make it a child with a name.
+
+  Hashable also if the model is not.
+  """
 
   model: nn.Module
+
+  def __hash__(self) -> int:
+    try:
+      return hash(self.model)
+    except TypeError:  # It has a list, such as that of nn.Sequential.
+      return hash(type(self.model))
 
 
 class WithFeedback(nn.Module):
@@ -685,7 +694,7 @@ def calibrate(
   ``axis_name`` inside the pmap or shard_map that binds it.
 
   Args:
-    model: A Linen model with hashable fields (tuples, not lists or arrays).
+    model: A Linen model without arrays in its fields.
     variables: Its variables, ``batch_stats`` included.
     batches: Mini-batches of inputs: an array each, or a tuple or list of the
       model's positional arguments. Leaves that are no arrays are static.
@@ -713,17 +722,19 @@ def calibrate(
   for index, inputs in enumerate(batch_norm.take(batches, num_batches)):
     variables = {**variables, 'batch_stats': statistics}
     arrays, rebuilt = transform.separate((inputs, apply_kwargs))
-    statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
+    statistics = _observe(
+      _Detached(model), variables, rngs, index, arrays, rebuilt
+    )
   batch_norm.check_observed(statistics)
   return {**variables, 'batch_stats': statistics}
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'rebuilt'))
-def _observe(model, variables, rngs, index, arrays, rebuilt):
+@functools.partial(jax.jit, static_argnames=('detached', 'rebuilt'))
+def _observe(detached, variables, rngs, index, arrays, rebuilt):
   """Runs one mini-batch forward and returns the new batch_stats."""
   inputs, kwargs = rebuilt(arrays)
   rngs = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
-  _, updated = model.apply(
+  _, updated = detached.model.apply(
     variables, *inputs, **kwargs, rngs=rngs, mutable=['batch_stats']
   )
   return updated['batch_stats']
