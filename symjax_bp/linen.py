@@ -384,7 +384,9 @@ def with_feedback(
 ) -> WithFeedback:
   """``symjax_bp.with_feedback`` for a Linen model, which stays unchanged.
 
-  A model that shares a submodule with the module around it is a ValueError.
+  In a method of another module the result takes the name of the model, so its
+  parameters are where they are without feedback. A model that shares a
+  submodule with the module around it is a ValueError.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> mlp = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
