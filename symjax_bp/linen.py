@@ -29,9 +29,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax import errors, traverse_util
 from flax.core import FrozenDict, lift, unfreeze
-from flax.core.scope import LazyRng
+from flax.core.scope import CollectionFilter, LazyRng, union_filters
 from flax.typing import Dtype, Initializer
 
 from symjax_bp import batch_norm, metrics, transform
@@ -72,6 +72,11 @@ def _call(
     args: of the method.
     kwargs: of the method.
   """
+  if bound.scope is None:
+    raise ValueError(
+      f'{type(plain).__name__} is called without variables: call '
+      'model.apply(variables, ...) or model.bind(variables)(...).'
+    )
   scope = bound.scope.rewound()
   above = scope.flags.get('feedback')
   if rules is not None or above is None:
@@ -296,9 +301,18 @@ class Conv(_Asymmetric, nn.Conv):
 
 @dataclasses.dataclass(frozen=True)
 class _Detached:
-  """Hides a model from Flax, which would make it a child with a name."""
+  """Hides a model from Flax, which would make it a child with a name.
+
+  Hashable also if the model is not.
+  """
 
   model: nn.Module
+
+  def __hash__(self) -> int:
+    try:
+      return hash(self.model)
+    except TypeError:  # It has a list, such as that of nn.Sequential.
+      return hash(type(self.model))
 
 
 class WithFeedback(nn.Module):
@@ -326,9 +340,16 @@ class WithFeedback(nn.Module):
     detached: Any = self.__dict__.get('detached')
     if name.startswith('__') or not hasattr(detached, 'model'):
       return super().__getattr__(name)
-    method = getattr(type(detached.model), name, None)
+    model = detached.model
+    method = getattr(type(model), name, None)
+    if method is None and not hasattr(model, name):
+      raise AttributeError(
+        f'{type(model).__name__} has no field or method {name!r}. Its '
+        'submodules cannot be taken out of what with_feedback returns: use '
+        'them in a method of the model.'
+      )
     if not isinstance(method, types.FunctionType) or hasattr(method, 'nowrap'):
-      return getattr(detached.model, name)
+      return getattr(model, name)
 
     def call(self, *args, **kwargs):
       return self._call(name, *args, **kwargs)
@@ -363,7 +384,9 @@ def with_feedback(
 ) -> WithFeedback:
   """``symjax_bp.with_feedback`` for a Linen model, which stays unchanged.
 
-  A model that shares a submodule with the module around it is a ValueError.
+  In a method of another module the result takes the name of the model, so its
+  parameters are where they are without feedback. A model that shares a
+  submodule with the module around it is a ValueError.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> mlp = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
@@ -385,7 +408,25 @@ def with_feedback(
     )
   _refuse_shared(model)
   created = transform.Rules.create(rules, exclude)
-  return WithFeedback(_Detached(model), created, row_convolution)
+  options = {'rules': created, 'row_convolution': row_convolution}
+  return _in_its_place(model, **options)
+
+
+def _in_its_place(model: Any, **options: Any) -> WithFeedback:
+  """Wraps a model; inside of another one, with its name and parameters."""
+  above = model.parent
+  if isinstance(above, nn.Module) and model.scope is not None:
+    # The model gives its name up, which Flax would not let be used twice.
+    scope: Any = above.scope
+    scope.reservations.pop(model.name, None)
+    options |= {'name': model.name, 'parent': above}
+  try:
+    return WithFeedback(_Detached(model), **options)
+  except errors.AssignSubModuleError as error:
+    raise ValueError(
+      f'model is {model.name!r} of {type(above).__name__}: wrap it in the '
+      'setup() or the compact method of that module.'
+    ) from error
 
 
 def _refuse_shared(model: nn.Module) -> None:
@@ -427,7 +468,7 @@ def without_feedback(model: nn.Module) -> nn.Module:
   also the model to evaluate, and to attack: adversarial examples computed
   through V are weak by construction.
   """
-  return WithFeedback(_Detached(model))
+  return _in_its_place(model)
 
 
 def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
@@ -443,13 +484,25 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
   """
   arrays, rebuilt = transform.separate((args, kwargs))
 
-  def init(key, arrays):
+  def call(function, arrays, **options):
     args, kwargs = rebuilt(arrays)
     method = _retraced(kwargs.pop('method', None))
-    return model.init(key, *args, method=method, **kwargs)
+    return function(*args, method=method, **options, **kwargs)
 
+  def init(key, arrays):
+    return call(functools.partial(model.init, key), arrays)
+
+  def apply(variables, key, arrays):
+    function = functools.partial(model.apply, variables)
+    return call(function, arrays, rngs={'params': key}, mutable=True)
+
+  key = jax.random.key(0)
   with transform.recorded() as rows:
-    variables = jax.eval_shape(init, jax.random.key(0), arrays)
+    variables = jax.eval_shape(init, key, arrays)
+  if any(row.use == 'unused' for row in rows):
+    # nnx.bridge.ToLinen uses its parameters in apply alone.
+    with transform.recorded() as rows:
+      jax.eval_shape(apply, variables, key, arrays)
   return transform.with_others(
     rows, transform.by_path(variables.get('params', {}))
   )
@@ -478,7 +531,7 @@ def feedback_weights(
     variables: its variables.
     args, kwargs: arguments of ``apply``.
   """
-  mutable = [*kwargs.pop('mutable', ()), 'feedback_weights']
+  mutable = union_filters(kwargs.pop('mutable', False), 'feedback_weights')
   _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
   return transform.by_path(changed.get('feedback_weights', {}))
 
@@ -488,7 +541,7 @@ def layer_alignment(
   variables: Mapping[str, Any],
   loss: Callable[[Any], jax.Array],
   *args,
-  mutable: Sequence[str] = (),
+  mutable: CollectionFilter = (),
   **kwargs,
 ) -> dict[str, metrics.Alignment]:
   """``symjax_bp.metrics.layer_alignment`` for a Linen model.
@@ -510,10 +563,11 @@ def layer_alignment(
   """
   rest = {name: value for name, value in variables.items() if name != 'params'}
   kwargs['method'] = _retraced(kwargs.get('method'))
+  changing = union_filters(mutable, ())
 
   def evaluate(params):
     output, _ = model.apply(
-      {**rest, 'params': params}, *args, mutable=list(mutable), **kwargs
+      {**rest, 'params': params}, *args, mutable=changing, **kwargs
     )
     return loss(output)
 
@@ -643,7 +697,7 @@ def calibrate(
   ``axis_name`` inside the pmap or shard_map that binds it.
 
   Args:
-    model: A Linen model with hashable fields (tuples, not lists or arrays).
+    model: A Linen model without arrays in its fields.
     variables: Its variables, ``batch_stats`` included.
     batches: Mini-batches of inputs: an array each, or a tuple or list of the
       model's positional arguments. Leaves that are not arrays are static.
@@ -671,17 +725,19 @@ def calibrate(
   for index, inputs in enumerate(batch_norm.take(batches, num_batches)):
     variables = {**variables, 'batch_stats': statistics}
     arrays, rebuilt = transform.separate((inputs, apply_kwargs))
-    statistics = _observe(model, variables, rngs, index, arrays, rebuilt)
+    statistics = _observe(
+      _Detached(model), variables, rngs, index, arrays, rebuilt
+    )
   batch_norm.check_observed(statistics)
   return {**variables, 'batch_stats': statistics}
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'rebuilt'))
-def _observe(model, variables, rngs, index, arrays, rebuilt):
+@functools.partial(jax.jit, static_argnames=('detached', 'rebuilt'))
+def _observe(detached, variables, rngs, index, arrays, rebuilt):
   """Runs one mini-batch forward and returns the new batch_stats."""
   inputs, kwargs = rebuilt(arrays)
   rngs = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
-  _, updated = model.apply(
+  _, updated = detached.model.apply(
     variables, *inputs, **kwargs, rngs=rngs, mutable=['batch_stats']
   )
   return updated['batch_stats']

@@ -26,6 +26,7 @@ by plain backpropagation: write a method.
 
 import copy
 import copyreg
+import dataclasses
 import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from flax import nnx
 from flax.linen import initializers
 from flax.typing import Dtype, Initializer
 
-from symjax_bp import batch_norm, metrics, transform
+from symjax_bp import batch_norm, linen, metrics, transform
 from symjax_bp.feedback import FeedbackRule
 
 __all__ = [
@@ -86,6 +87,18 @@ class _Store(nnx.Pytree):
     self.rules = tuple(rules)
     for name, variable in variables.items():
       setattr(self, name, variable)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inside:
+  """What a module has while a call around it replaces its products.
+
+  Attributes:
+    stores: names and values of what was taken from it, because a scan or a vmap
+      of stacked layers would map it, as if it had a layer axis.
+  """
+
+  stores: tuple[tuple[str, _Store], ...] = ()
 
 
 # Static attributes of copies, so that JAX traces these and models separately:
@@ -259,6 +272,11 @@ class _Opened:
     return nodes, *self._static({**nodes, **arrays})
 
 
+def _stores(module: Any) -> tuple[tuple[str, Any], ...]:
+  named = vars(module).items()
+  return tuple((name, x) for name, x in named if isinstance(x, _Store))
+
+
 def _content(x: Any) -> tuple[list[Any], Any]:
   """What a call may change in an object, as a flat tree."""
   if isinstance(x, nnx.Variable):
@@ -274,6 +292,12 @@ class _Changes:
   def __init__(self, copies: Any, originals: Any):
     objects = map(_objects, (copies, originals))
     self._pairs = list(zip(*objects, strict=True))
+    for x, original in self._pairs:
+      if isinstance(x, nnx.Module) and _INSIDE in vars(x):
+        stores = _stores(original)
+        for name, _ in stores:
+          delattr(x, name)
+        object.__setattr__(x, _INSIDE, _Inside(stores))
     self._before = {id(x): _content(x) for x, _ in self._pairs}
 
   def find(self, model: Any, result: Any) -> dict[int, Any]:
@@ -313,7 +337,8 @@ class _Changes:
         value = self._take_out(x.get_raw_value())
         original.update_from_state(x.copy(value))
         continue
-      for name in set(vars(original)) - set(vars(x)):
+      kept = {*vars(x), *dict(_stores(original))}
+      for name in set(vars(original)) - kept:
         delattr(original, name)
       is_data = vars(x)['_pytree__nodes']
       for name, value in vars(x).items():
@@ -337,12 +362,24 @@ class _Changes:
       outside[id(x)] = made = copy.copy(x)
       attributes = {n: self._take_out(v) for n, v in vars(x).items()}
       vars(made).update(attributes)
-      vars(made).pop(_INSIDE, None)
+      for name, store in vars(made).pop(_INSIDE, _Inside()).stores:
+        setattr(made, name, nnx.clone(store))
     return outside[id(x)]
+
+
+def _bridge_to_linen() -> Any:
+  """The module of Linen that makes and calls the current model, if any."""
+  module = nnx.bridge.wrappers.current_linen_module()
+  return module if isinstance(module, nnx.bridge.ToLinen) else None
 
 
 def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   """Calls a method of an asymmetric model."""
+  bridge = _bridge_to_linen()
+  if bridge and bridge.scope.flags.get('feedback'):
+    # The bridge makes the model for one call, and a rule around it wins.
+    for _, module in list(nnx.iter_modules(model)):
+      _remove(module)
   rules, states = ({}, {}) if _INSIDE in vars(model) else attached(model)
   if not rules:
     return function.__get__(model, type(model))(*args, **kwargs)
@@ -353,7 +390,7 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   def traced(params, others):
     nodes, model, args, kwargs = opened.copy(params, others)
     for _, module in _asymmetric_modules(model):
-      object.__setattr__(module, _INSIDE, True)
+      object.__setattr__(module, _INSIDE, _Inside())
     changes = _Changes(nodes, opened.nodes)
     y = function.__get__(model, type(model))(*args, **kwargs)
     is_stream = isinstance(y, types.GeneratorType)
@@ -363,6 +400,8 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
     return arrays
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
+  if bridge:
+    prefix = ''.join(f'{name}/' for name in bridge.path) + prefix
   f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
   arrays = (
     transform.Call(f, opened.params, (opened.others,), {})
@@ -486,11 +525,13 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
 def _remove(module: Any) -> None:
   """Makes one module plain, in place."""
   if isinstance(type(module), _AsymmetricMeta):
-    for name, value in list(vars(module).items()):
-      if isinstance(value, _Store):
-        delattr(module, name)
+    for name, _ in _stores(module):
+      delattr(module, name)
     if _is_made(type(module)):
       object.__setattr__(module, '__class__', type(module)._plain_class)
+  is_bridge = isinstance(module, nnx.bridge.ToNNX)
+  if is_bridge and isinstance(module.to_nnx__module, linen.WithFeedback):
+    module.to_nnx__module = module.to_nnx__module.detached.model
 
 
 class _Layer:

@@ -686,13 +686,17 @@ class Call:
       return undifferentiated(f'{what}, which {rule!r} keeps,', x)
 
     state = f.state_of(path, rule, stored)
-    R = rule.expand(W, jax.tree_util.tree_map_with_path(guard, state))
-    shape = None if R is None else R.shape
-    if shape != W.shape:
+    guarded, problem = jax.tree_util.tree_map_with_path(guard, state), None
+    try:
+      R = rule.expand(W, guarded)
+    except (IndexError, TypeError, ValueError) as error:
+      R, problem = None, error
+    if R is None or R.shape != W.shape:
+      shapes = ' and '.join(str(jnp.shape(x)) for x in jax.tree.leaves(state))
       raise FeedbackError(
-        f'{what} has shape {shape}, but the weight has {W.shape}: make the '
-        'feedback anew with init.'
-      )
+        f'{what} has shape {shapes}, but the weight has {W.shape}: make the '
+        'feedback anew with init, under vmap if vmap maps the weights.'
+      ) from problem
     return R
 
   def products(self) -> Iterator[tuple[str, FeedbackRule, kinds.Use]]:

@@ -145,10 +145,10 @@ class LowRank(nnx.Linear):
 
 
 class Stack(nnx.Module):
-  """Three layers in one."""
+  """Four layers in one, more than the three numbers of a seed of brSF."""
 
   def __init__(self, make, rngs=None, axes=0):
-    make = nnx.split_rngs(splits=3)(nnx.vmap(make))
+    make = nnx.split_rngs(splits=4)(nnx.vmap(make))
     self.layers, self.axes = make(rngs or nnx.Rngs(0, feedback=2)), axes
 
   def __call__(self, x):

@@ -165,6 +165,26 @@ def test_it_compiles_once():
   assert traces == [True, (8, 5)]
 
 
+def test_models_with_lists_are_calibrated_and_compile_once():
+  traces = []
+
+  def seen(x):
+    traces.append(x.shape)
+    return x
+
+  def make():
+    norm = BatchNorm(use_running_average=False)
+    return nn.Sequential([seen, nn.Dense(4), norm])
+
+  for wrap in (lambda model: model, linen.without_feedback):
+    variables = wrap(make()).init(jax.random.key(0), mini_batches(1)[0])
+    traces.clear()
+    for _ in range(2):
+      variables = linen.calibrate(wrap(make()), variables, mini_batches(3), 3)
+    assert variables['batch_stats']['layers_2']['count'] == 3
+    assert traces == [(8, 5)]
+
+
 def test_every_batch_draws_its_own_dropout():
   x, rngs = mini_batches(1)[0], {'dropout': jax.random.key(3)}
   run = functools.partial(

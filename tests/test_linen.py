@@ -181,6 +181,25 @@ def test_feedback_that_does_not_fit_is_refused():
       apply(rule, feedback)
 
 
+@pytest.mark.parametrize(
+  'rule, shapes',
+  [
+    (sbp.product_feedback(width=8), r'\(4, 8\) and \(8, 5\)'),
+    (sbp.low_rank(rank=2), r'\(2, 5\) and \(4, 2\)'),
+    (sbp.brsf(), r'\(\)'),  # One of the three numbers of a seed.
+  ],
+  ids=str,
+)
+def test_states_of_another_shape_are_refused(rule, shapes):
+  model = linen.with_feedback(nn.Dense(5), rule)
+  state = rule.init(KEY, jnp.ones((4, 5)))
+  state = state[0] if rule.redraws else state
+  given = {'kernel:' + rule.state_name: state}
+  message = f"of 'kernel' has shape {shapes}, but the weight has \\(5, 5\\)"
+  with pytest.raises(sbp.FeedbackError, match=message):
+    model.apply({**nn.Dense(5).init(KEY, X), 'feedback': given}, X)
+
+
 def test_rules_by_path_and_the_table():
   rules = {'Conv': sbp.rndf(), '^Dense_1/': sbp.usf()}
   model = linen.with_feedback(CNN(), rules, exclude='Dense_0')
@@ -202,6 +221,20 @@ def test_rules_by_path_and_the_table():
   model = linen.with_feedback(model, sbp.rndf())
   assert list(model.init(KEY, tokens)['feedback']) == ['layers_1']
   assert linen.layer_rules(model, tokens)[0][2:4] == (None, 'looked up')
+
+
+@pytest.mark.parametrize(
+  'mutable', [(), 'batch_stats', ['batch_stats'], True, nn.DenyList('params')]
+)
+def test_mutable_is_as_in_apply(mutable):
+  norm = nn.BatchNorm(use_running_average=not mutable)
+  model = nn.Sequential([nn.Dense(4), norm, nn.Dense(3)])
+  model = linen.with_feedback(model, sbp.rndf())
+  variables, paths = model.init(KEY, X), {'layers_0/kernel', 'layers_2/kernel'}
+  V = linen.feedback_weights(model, variables, X, mutable=mutable)
+  loss = lambda y: (y**2).sum()
+  rows = linen.layer_alignment(model, variables, loss, X, mutable=mutable)
+  assert V.keys() == rows.keys() == paths
 
 
 def test_layer_alignment_measures_the_V_that_was_used():
@@ -248,6 +281,13 @@ ERRORS = {
   "'kernel' meets data in a product, but is no longer.*exclude=PATH": (
     lambda: wrap(nn.Dense(3, dot_general=summed), BP).init(KEY, X)
   ),
+  'Autoencoder is called without variables: call model.apply': (
+    lambda: wrap(Autoencoder(), BP)(X)
+  ),
+  'Dense is called without variables': lambda: linen.Dense(3, feedback=BP)(X),
+  "Autoencoder has no field or method 'enc'.*use them in a method": (
+    lambda: wrap(Autoencoder(), BP).bind({}).enc(X)
+  ),
   'no weight with feedback': (
     lambda: linen.layer_alignment(
       CNN(), CNN().init(KEY, IMAGES), jnp.sum, IMAGES
@@ -258,5 +298,6 @@ ERRORS = {
 
 @pytest.mark.parametrize('message', ERRORS)
 def test_errors_name_what_is_wrong(message):
-  with pytest.raises((TypeError, ValueError), match=f'(?s){message}'):
+  kinds = AttributeError, TypeError, ValueError
+  with pytest.raises(kinds, match=f'(?s){message}'):
     ERRORS[message]()

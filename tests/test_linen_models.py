@@ -3,6 +3,7 @@
 import copy
 import functools
 import pickle
+from collections.abc import Callable
 
 import cloudpickle
 import flax.linen as nn
@@ -269,7 +270,7 @@ def test_lifted_transformations_around_asymmetric_modules(lift):
     jnp.concatenate(
       [v.reshape(-1, 5, 5) for path, v in V.items() if name in path]
     )
-    for name in ('layer', 'WithFeedback')
+    for name in ('layer', 'Dense')
   )
   assert (layers[0] != layers[1]).all() and (models[0] != models[1]).all()
   first, second = models.mT @ layers.mT
@@ -354,6 +355,65 @@ def test_the_outermost_with_feedback_wins():
   assert list(linen.without_feedback(layers).init(KEY, X)) == ['params']
 
 
+class Named(nn.Module):
+  """Its layers are wrapped where they are made, and one of them is reused."""
+
+  wrap: Callable[[nn.Module], nn.Module]
+
+  @nn.compact
+  def __call__(self, x):
+    first = nn.Dense(5)
+    x = self.wrap(nn.Dense(5, name='second'))(self.wrap(first)(x))
+    return self.wrap(first)(first(nn.Dense(5)(x)))
+
+
+class NamedInSetup(nn.Module):
+  wrap: Callable[[nn.Module], nn.Module]
+
+  def setup(self):
+    self.first = nn.Dense(5)
+    self.again = self.wrap(self.first)
+
+  def __call__(self, x):
+    return self.again(self.first(x))
+
+
+@pytest.mark.parametrize('kind', [Named, NamedInSetup])
+def test_inside_of_a_model_it_has_the_name_and_parameters_of_the_plain_one(
+  kind,
+):
+  expected = kind(lambda layer: layer).init(KEY, X)
+  assert_same_bits(kind(linen.without_feedback).init(KEY, X), expected)
+  wrap = functools.partial(linen.with_feedback, rules=sbp.rndf())
+  variables = kind(wrap).init(KEY, X)
+  assert_same_bits(without_feedback(variables), expected)
+  wrapped = ['Dense_0', 'second'] if kind is Named else ['first']
+  assert list(variables['feedback']) == wrapped
+
+
+class Given(nn.Module):
+  layer: nn.Module
+
+  @nn.compact
+  def __call__(self, x):
+    return linen.with_feedback(self.layer, sbp.usf())(x)
+
+
+class Giving(nn.Module):
+  def setup(self):
+    self.first = nn.Dense(5)
+    self.second = Given(self.first)
+
+  def __call__(self, x):
+    return self.second(self.first(x))
+
+
+def test_a_layer_is_wrapped_in_the_module_that_has_it():
+  assert list(Given(nn.Dense(5)).init(KEY, X)['params']) == ['layer']
+  with pytest.raises(ValueError, match="model is 'first' of Giving: wrap it"):
+    Giving().init(KEY, X)
+
+
 class Sharing(nn.Module):
   def setup(self):
     self.encoder = nn.Dense(5)
@@ -419,3 +479,68 @@ def test_the_bridges_of_nnx(rule):
     assert differ(V, W)
     if rule.redraws:
       assert_same_bits(jnp.sign(V), jnp.sign(W))
+
+
+class MLP(nnx.Module):
+  def __init__(self, rngs):
+    self.a = nnx.Linear(5, 4, rngs=rngs)
+    self.b = nnx.Linear(4, 3, rngs=rngs)
+
+  def __call__(self, x):
+    return self.b(nnx.tanh(self.a(x)))
+
+
+@pytest.mark.filterwarnings('ignore:Found unknown module paths')
+def test_an_nnx_model_in_a_linen_model():
+  def bridged(rngs):
+    return sbp.with_feedback(MLP(rngs), sbp.rndf(), rngs=rngs)
+
+  plain, inner = (
+    nn.Sequential([nn.Dense(5), nnx.bridge.to_linen(make)])
+    for make in (MLP, bridged)
+  )
+  paths = ['layers_0/kernel', 'layers_1/a/kernel', 'layers_1/b/kernel']
+  ruled = lambda model: {
+    row.path: row.rule for row in linen.layer_rules(model, X)
+  }
+  usf = dict.fromkeys(paths, sbp.usf())
+  assert ruled(linen.with_feedback(plain, sbp.usf())) == usf
+  assert ruled(linen.with_feedback(inner, sbp.usf())) == usf
+  assert ruled(linen.without_feedback(inner)) == dict.fromkeys(paths)
+  rndf = dict.fromkeys(paths[1:], sbp.rndf())
+  assert ruled(inner) == {paths[0]: None} | rndf
+  variables = inner.init(KEY, X)
+  aligned = linen.layer_alignment(inner, variables, jnp.sum, X)
+  assert sorted(aligned) == paths[1:]
+  params = {'params': variables['params']}
+  models = (
+    (linen.with_feedback(inner, sbp.usf()), linen.without_feedback(inner)),
+    (linen.with_feedback(plain, sbp.usf()), plain),
+  )
+  run = lambda: [
+    [gradient(model, given, X) for model in each]
+    for each, given in zip(models, (variables, params), strict=True)
+  ]
+  assert_same_bits(*jax.jit(run)())
+
+
+def test_a_linen_model_in_an_nnx_model():
+  layers = nn.Sequential([nn.Dense(4), jnp.tanh, nn.Dense(3)])
+  plain, inner = (
+    nnx.Sequential(
+      nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(X),
+      nnx.Linear(3, 2, rngs=nnx.Rngs(1)),
+    )
+    for model in (layers, linen.with_feedback(layers, sbp.rndf()))
+  )
+
+  @nnx.jit
+  def kernels(model):
+    dW = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
+    layers = nnx.to_pure_dict(dW)['layers']
+    return layers[0]['layers_0']['kernel'], layers[1]['kernel']
+
+  make = functools.partial(sbp.with_feedback, rules=sbp.usf())
+  assert differ(kernels(inner), kernels(plain))
+  assert_same_bits(kernels(sbp.nnx.without_feedback(inner)), kernels(plain))
+  assert_same_bits(kernels(make(inner)), kernels(make(plain)))

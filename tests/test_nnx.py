@@ -263,19 +263,28 @@ def check_stack(model, plain):
   at_V = nnx.clone(plain)
   at_V.layers.kernel[...] = V
   actual, expected = (input_gradient(m, x, g) for m in (model, at_V))
-  # Three products of float32.
+  # Four products of float32.
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
   assert not (abs(V[0]) == abs(V[1])).any()
   return V
 
 
-def test_every_layer_of_a_stack_has_a_V_of_its_own():
-  """Of Flax's layers, and of our own, which are redrawn."""
+STACKED = [
+  sbp.rndf(), sbp.brsf(), sbp.low_rank(rank=6), sbp.product_feedback(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('rule', STACKED, ids=str)
+def test_every_layer_of_a_stack_has_a_V_of_its_own(rule):
+  """Also if what the rule keeps has no axis of layers."""
+  plain = Stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs))
+  model = asymmetric.with_feedback(plain, rule, rngs=nnx.Rngs(1))
+  check_stack(model, plain)
+
+
+def test_a_stack_of_our_own_layers_is_redrawn():
   ours = lambda rngs: asymmetric.Linear(6, 6, feedback=sbp.brsf(), rngs=rngs)
   plain = Stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs))
-  check_stack(
-    asymmetric.with_feedback(plain, sbp.rndf(), rngs=nnx.Rngs(1)), plain
-  )
   model = Stack(ours)
   first = check_stack(model, plain)
   asymmetric.redraw(model, jax.random.key(5))

@@ -197,6 +197,24 @@ def test_modules_come_back_as_themselves():
   assert made['head'](jnp.ones((1, 5))).shape == (1, 2)
 
 
+@pytest.mark.parametrize('rule', [sbp.rndf(), sbp.brsf()], ids=str)
+def test_a_copy_that_a_method_makes_has_the_feedback_of_the_original(rule):
+  class Target(MLP):
+    def copied(self):
+      return nnx.clone(self)
+
+    def sync(self):
+      self.twin = nnx.clone(self.head)
+
+  model = convert(Target(nnx.Rngs(0)), rule)
+  for copied in (model.copied(), nnx.jit(Target.copied)(model)):
+    assert_same_bits(feedback_weights(copied), feedback_weights(model))
+    assert_same_bits(gradient(copied, X), gradient(model, X))
+  model.sync()
+  V = feedback_weights(model)
+  assert_same_bits(V['twin/kernel'], V['head/kernel'])
+
+
 @pytest.mark.parametrize('teacher', [convert, nnx.clone], ids=['', 'plain'])
 def test_arguments_may_be_modules(teacher):
   class Student(MLP):
