@@ -113,6 +113,10 @@ class Program(NamedTuple):
   finite: Callable[..., jax.Array]
 
 
+def _in_last_layer(path: Any) -> bool:
+  return "['output']" in jax.tree_util.keystr(path)
+
+
 def _optimizer(setup: Setup) -> optax.GradientTransformation:
   """The update of weights and learned feedback without its rate.
 
@@ -127,10 +131,8 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
 
   def labels(trained):
     def label(path, _):
-      last = "['output']" in jax.tree_util.keystr(path)
-      return (
-        'frozen' if last == (condition.frozen == 'last layer') else 'learns'
-      )
+      frozen = _in_last_layer(path) == (condition.frozen == 'last layer')
+      return 'frozen' if frozen else 'learns'
 
     return jax.tree.map_with_path(label, trained)
 
@@ -171,6 +173,38 @@ def _network(setup: Setup) -> nn.Module:
     initial_stds=setup.protocol.initial_stds,
     epsilon=setup.protocol.batch_norm_epsilon,
   )
+
+
+def _check(model: nn.Module, setup: Setup) -> None:
+  """Checks that a plugin's network is what conditions rely on.
+
+  Raises:
+    ValueError: it is not; says what to change.
+  """
+  if setup.network not in plugins.load(setup.plugin).networks:
+    return
+  x = jax.ShapeDtypeStruct((1, *setup.shape), jnp.float32)
+  logits, variables = jax.eval_shape(
+    lambda key, x: model.init_with_output(key, x, True), jax.random.key(0), x
+  )
+  norm = setup.condition.batch_norm
+  found = f'network {setup.network!r} of the plugin '
+  if logits.shape != (1, setup.classes):
+    raise ValueError(
+      f'{found}returns shape {logits.shape} for one image, but must return '
+      f'(1, {setup.classes}), a logit for each class.'
+    )
+  params = jax.tree.leaves_with_path(variables['params'])
+  if not any(map(_in_last_layer, dict(params))):
+    raise ValueError(
+      f"{found}must name its last layer 'output', but has "
+      f'{", ".join(variables["params"])}.'
+    )
+  if (norm != 'none') != ('batch_stats' in variables):
+    raise ValueError(
+      f'{found}has {"" if norm == "none" else "no "}batch normalization, but '
+      f'batch_norm is {norm!r}: it must follow that argument of its function.'
+    )
 
 
 def _init(model: nn.Module, setup: Setup, key: jax.Array) -> dict[str, Any]:
@@ -219,6 +253,7 @@ class _Forward(NamedTuple):
 def _forward(setup: Setup) -> _Forward:
   """Compiled once for all conditions that share ``Setup.forward``."""
   model = _network(setup)
+  _check(model, setup)
   jit = devices.compiler(setup.mesh)
 
   @jax.jit
