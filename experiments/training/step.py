@@ -187,7 +187,6 @@ def _check(model: nn.Module, setup: Setup) -> None:
   logits, variables = jax.eval_shape(
     lambda key, x: model.init_with_output(key, x, True), jax.random.key(0), x
   )
-  norm = setup.condition.batch_norm
   found = f'network {setup.network!r} of the plugin '
   if logits.shape != (1, setup.classes):
     raise ValueError(
@@ -200,10 +199,9 @@ def _check(model: nn.Module, setup: Setup) -> None:
       f"{found}must name its last layer 'output', but has "
       f'{", ".join(variables["params"])}.'
     )
-  if (norm != 'none') != ('batch_stats' in variables):
+  if setup.condition.batch_norm == 'none' and 'batch_stats' in variables:
     raise ValueError(
-      f'{found}has {"" if norm == "none" else "no "}batch normalization, but '
-      f'batch_norm is {norm!r}: it must follow that argument of its function.'
+      f"{found}has batch normalization, but the argument batch_norm is 'none'."
     )
 
 
@@ -271,9 +269,13 @@ def _forward(setup: Setup) -> _Forward:
 
   @functools.cache
   def no_statistics():
-    shapes = jax.eval_shape(
-      lambda: _init(model, setup, jax.random.key(0))['batch_stats']
-    )
+    variables = jax.eval_shape(lambda: _init(model, setup, jax.random.key(0)))
+    if 'batch_stats' not in variables:
+      raise ValueError(
+        f'network {setup.network!r} of the plugin has no batch normalization, '
+        f'but the argument batch_norm is {setup.condition.batch_norm!r}.'
+      )
+    shapes = variables['batch_stats']
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
   def statistics(params, arrays, order):
