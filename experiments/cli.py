@@ -371,9 +371,15 @@ def write_report(
   records = studies.load(results)
   print(report.text_tables(records, width=terminal.width()))
   default = (results if results.is_dir() else results.parent) / 'report'
-  paths = report.write_report(
-    records, out or default, markdown_only=markdown_only
-  )
+  try:
+    paths = report.write_report(
+      records, out or default, markdown_only=markdown_only
+    )
+  except OSError as error:
+    raise ValueError(
+      f'the report cannot be written: {error}. Make room, or choose another '
+      'folder with --out.'
+    ) from error
   plots = [path for path in paths if path.parent.name == 'plots']
   print('written:')
   for path in paths:

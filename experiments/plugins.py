@@ -20,11 +20,11 @@ identity. Stored source is never executed.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.paper.conditions import Condition
+from experiments.paper.conditions import Condition, problems_of_name
 
 __all__ = ['Plugin', 'load', 'read']
 
@@ -53,7 +53,7 @@ def load(source: str) -> Plugin:
   Call it only with source that the user has named.
 
   Raises:
-    ValueError: the source fails or defines nothing.
+    ValueError: the source fails, defines nothing, or an entry is none.
   """
   names: dict[str, Any] = {}
   if source:
@@ -65,7 +65,9 @@ def load(source: str) -> Plugin:
       ) from error
   kinds = [names.get(kind, {}) for kind in _KINDS]
   for name, kind in zip(_KINDS, kinds, strict=True):
-    if not isinstance(kind, Mapping):
+    if not isinstance(kind, Mapping) or not all(
+      isinstance(key, str) for key in kind
+    ):
       raise ValueError(
         f'{name} of the plugin is {kind!r}, but must be a dictionary with '
         'names as keys.'
@@ -74,13 +76,45 @@ def load(source: str) -> Plugin:
     raise ValueError(
       f'the plugin defines none of the dictionaries {", ".join(_KINDS)}.'
     )
-  for name, condition in kinds[2].items():
-    if not isinstance(condition, Condition):
-      raise ValueError(
-        f'CONDITIONS[{name!r}] of the plugin is {condition!r}, but must be an '
-        'experiments.paper.conditions.Condition.'
-      )
+  for name, kind in zip(_KINDS, kinds, strict=True):
+    for key, value in kind.items():
+      for problem in _problems(name, key, value, kinds[0]):
+        raise ValueError(f'{name}[{key!r}] of the plugin {problem}.')
   return Plugin(*kinds)
+
+
+def _problems(
+  kind: str, name: str, value: Any, rules: Mapping[str, Any]
+) -> Iterator[str]:
+  """What is wrong with an entry of a plugin, the first thing first."""
+  if kind == 'CONDITIONS':
+    if not isinstance(value, Condition):
+      yield (
+        f'is {value!r}, but must be an experiments.paper.conditions.Condition'
+      )
+    else:
+      yield from value.problems(rules)
+  elif kind == 'RULES':
+    from experiments.training.backward import Direct
+    from symjax_bp import FeedbackRule
+
+    if not isinstance(value, FeedbackRule | Direct):
+      yield (
+        f'is {value!r}, but must be a symjax_bp.FeedbackRule, such as '
+        'symjax_bp.rule(function of W), or an '
+        'experiments.training.backward.Direct'
+      )
+    yield from problems_of_name(name, rules)
+  elif not callable(value):
+    from experiments.training.models import Conv, Full, Pool
+
+    layers = value if isinstance(value, Sequence) else [value]
+    if not layers or not all(isinstance(e, Conv | Pool | Full) for e in layers):
+      yield (
+        f'is {value!r}, but must be a sequence of layers '
+        '(experiments.training.models), or a function (classes, batch_norm) '
+        'that returns a Flax module'
+      )
 
 
 def read(path: Path | None) -> str:

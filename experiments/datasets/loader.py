@@ -115,6 +115,11 @@ def load(
   )
   facts = json.loads(arrays['facts'].tobytes())
   classes = tuple(facts['classes'])
+  if len(classes) < 2:
+    raise DatasetError(
+      f'{source.text}: has the class {", ".join(classes)!r} alone; a network '
+      'learns to tell two or more apart'
+    )
   train, test = (
     {key: arrays[f'{key}_{part}'] for key in ('x', 'y', 'hash', 'file')}
     for part in ('train', 'test')

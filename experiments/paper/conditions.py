@@ -10,7 +10,7 @@ command line lists conditions at once.
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 # (epochs, batch size) in turn; None stands for all remaining epochs.
@@ -47,6 +47,44 @@ class Condition:
     if not self.adam:
       del fields['adam']
     return fields
+
+  def problems(self, own: Iterable[str] = ()) -> Iterator[str]:
+    """What is wrong with a condition made by hand; `own` are further rules."""
+    rule: Any = self.rule
+    if not isinstance(rule, str) or rule not in ('BP', _rule(rule, own)):
+      yield (
+        f'has the rule {rule!r}, but it must be BP, a rule that '
+        '`python -m experiments list` shows, or one in RULES of the plugin'
+      )
+    for name, allowed in (
+      ('batch_manhattan', (0, 1, 2, 3)),
+      ('batch_norm', ('none', 'plain', 'affine')),
+      ('frozen', ('nothing', *_PARTS.values())),
+    ):
+      if getattr(self, name) not in allowed:
+        yield (
+          f'has {name} {getattr(self, name)!r}, but it must be one of '
+          f'{", ".join(map(str, allowed))}'
+        )
+    if not _is_plan(self.batch_plan):
+      yield (
+        f'has batch_plan {self.batch_plan!r}, but it must be a tuple of '
+        '(epochs or None, batch size), such as ((3, 100), (None, 500))'
+      )
+
+
+def _is_plan(plan: Any) -> bool:
+  try:
+    return (
+      isinstance(plan, tuple)
+      and hash(plan) is not None
+      and bool(plan)
+      and all(
+        size >= 1 and (epochs is None or epochs >= 1) for epochs, size in plan
+      )
+    )
+  except (TypeError, ValueError):
+    return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,6 +287,19 @@ def find_exactly(name: str, own: Iterable[str] = ()) -> Column | None:
   except ValueError:
     return None
   return column if column.name == name else None
+
+
+def problems_of_name(rule: str, own: Iterable[str]) -> Iterator[str]:
+  """Why a rule among `own` cannot have its name: no condition would use it."""
+  column = _read(rule, own)
+  if _read(rule) is not None:
+    yield 'has the name of a condition or a rule of this program: rename it'
+  elif column is None or column.conditions[0].rule != rule:
+    yield (
+      'has a name that no condition can have: it must begin with a letter, but '
+      'not with BN, BM or Adam, must not end like a condition (+BN, +BM, '
+      '+Adam, -30, Bottom, Top), and must differ in more than case from others'
+    )
 
 
 def plain_name(condition: Condition) -> str:

@@ -140,6 +140,14 @@ class Selection:
         f'network is {self.network!r}, but must be one of those in NETWORKS of '
         f'the plugin: {", ".join(own.networks) or "it has none"}.'
       )
+    if callable(own.networks.get(self.network or '')):
+      for option in ('initial_std', 'batch_norm_epsilon'):
+        if getattr(protocol, option) != getattr(Protocol, option):
+          raise ValueError(
+            f'{option} is {getattr(protocol, option)}, but network '
+            f'{self.network!r} of the plugin is a function, whose module has '
+            f'its own: leave out --{option.replace("_", "-")}.'
+          )
     data = self.loader()(name, protocol.train_size)
     # The digest of a dataset of one's own does not say which network it has.
     known = data.spec.name in datasets.SPECS

@@ -257,7 +257,7 @@ def tidy(folder: Path) -> None:
     StoreError: if the folder cannot be read.
   """
   for run in _runs(folder):
-    if (run.path / 'result.json').exists():
+    if not run.path.is_symlink() and (run.path / 'result.json').exists():
       with contextlib.suppress(OSError):  # it does no harm if it stays
         run.tidy()
         (run.path / '.lock').unlink(missing_ok=True)
@@ -280,14 +280,22 @@ def load(folder: str | os.PathLike[str]) -> list[Record]:
   records = []
   for run in _runs(root):
     try:
+      refuse_link(run.path)
       config = run.config()
       if config is None:
         continue
+      result, metrics = run.result(), run.metrics()
+      errors = [line['test_error'] for line in metrics]
+      if result and errors and result['best_test_error'] != min(errors):
+        raise StoreError(
+          f'{run.path}/result.json does not follow from metrics.jsonl: one of '
+          f'them was replaced. Remove {run.path} to do that run again.'
+        )
       record = Record(
         run_id=run.path.name,
         config=config,
-        metrics=run.metrics(),
-        result=run.result(),
+        metrics=metrics,
+        result=result,
         environment=read_json(run.path / 'environment.json'),
         error=run.error(),
       )
@@ -303,7 +311,7 @@ def _runs(root: Path) -> Iterator[RunFolder]:
   except OSError as error:
     raise StoreError(f'{root} cannot be read: {error.strerror}.') from error
   for path in paths:
-    if _RUN_ID.fullmatch(path.name) and not path.is_symlink():
+    if _RUN_ID.fullmatch(path.name):
       yield RunFolder(root, path.name)
 
 

@@ -11,7 +11,6 @@ record that names its problem; it never hides the others.
 """
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any
 from experiments.paper.protocol import run_id
 from experiments.paper.results import result
 from experiments.runs import store
-from experiments.runs.files import StoreError, read_text, write_atomically
+from experiments.runs.files import StoreError, read_text, write_whole
 from experiments.runs.store import Record
 
 __all__ = ['fold', 'load']
@@ -80,9 +79,14 @@ def fold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
 
   Raises:
     StoreError: a run is not finished, can't be read, or is in the file with
-      other numbers. The file is not changed.
+      other numbers, or the file cannot be written. It is not changed.
   """
   file = Path(path)
+  if file.is_dir():
+    raise StoreError(
+      f'study is {file}, a folder, but must be the file to write, such as '
+      'NAME.jsonl.'
+    )
   live = store.load(folder)
   if not live:
     raise StoreError(f'{folder} has no runs to fold.')
@@ -108,7 +112,13 @@ def fold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
       )
     if known is record:
       _check(record, where)
-  _write(file, runs.values())
+  try:
+    _write(file, runs.values())
+  except OSError as error:
+    raise StoreError(
+      f'{file} could not be written: {error.strerror}. Make room or name '
+      f'another file; {folder} is unchanged.'
+    ) from error
   return len(runs)
 
 
@@ -204,7 +214,7 @@ def _write(path: Path, records: Iterable[Record]) -> None:
     json.dumps(line, separators=(',', ':'), allow_nan=False) + '\n'
     for line in (head, *(line for _, line in lines))
   )
-  write_atomically(path, text)
+  write_whole(path, text.encode(), durable=True)
 
 
 def _text(value: Any) -> str:
@@ -257,8 +267,8 @@ def _record(shared: Sequence[Sequence[Any]], line: Any) -> Record:
     raise ValueError('it has no epochs')
   for name in ('test_error', 'holdout_error'):
     for error in columns.get(name, ()):
-      if not isinstance(error, int | float) or not math.isfinite(error):
-        raise ValueError(f'{name} is {error!r}, not a finite number')
+      if not isinstance(error, int | float) or not 0 <= error <= 100:
+        raise ValueError(f'{name} is {error!r}, not a number from 0 to 100')
   if not isinstance(diverged, bool):
     raise ValueError(f'diverged is {diverged!r}, not true or false')
   metrics = _lines(columns, diverged)

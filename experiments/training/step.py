@@ -113,6 +113,10 @@ class Program(NamedTuple):
   finite: Callable[..., jax.Array]
 
 
+def _in_last_layer(path: Any) -> bool:
+  return "['output']" in jax.tree_util.keystr(path)
+
+
 def _optimizer(setup: Setup) -> optax.GradientTransformation:
   """The update of weights and learned feedback without its rate.
 
@@ -127,10 +131,8 @@ def _optimizer(setup: Setup) -> optax.GradientTransformation:
 
   def labels(trained):
     def label(path, _):
-      last = "['output']" in jax.tree_util.keystr(path)
-      return (
-        'frozen' if last == (condition.frozen == 'last layer') else 'learns'
-      )
+      frozen = _in_last_layer(path) == (condition.frozen == 'last layer')
+      return 'frozen' if frozen else 'learns'
 
     return jax.tree.map_with_path(label, trained)
 
@@ -171,6 +173,36 @@ def _network(setup: Setup) -> nn.Module:
     initial_stds=setup.protocol.initial_stds,
     epsilon=setup.protocol.batch_norm_epsilon,
   )
+
+
+def _check(model: nn.Module, setup: Setup) -> None:
+  """Checks that a plugin's network is what conditions rely on.
+
+  Raises:
+    ValueError: it is not; says what to change.
+  """
+  if setup.network not in plugins.load(setup.plugin).networks:
+    return
+  x = jax.ShapeDtypeStruct((1, *setup.shape), jnp.float32)
+  logits, variables = jax.eval_shape(
+    lambda key, x: model.init_with_output(key, x, True), jax.random.key(0), x
+  )
+  found = f'network {setup.network!r} of the plugin '
+  if logits.shape != (1, setup.classes):
+    raise ValueError(
+      f'{found}returns shape {logits.shape} for one image, but must return '
+      f'(1, {setup.classes}), a logit for each class.'
+    )
+  params = jax.tree.leaves_with_path(variables['params'])
+  if not any(map(_in_last_layer, dict(params))):
+    raise ValueError(
+      f"{found}must name its last layer 'output', but has "
+      f'{", ".join(variables["params"])}.'
+    )
+  if setup.condition.batch_norm == 'none' and 'batch_stats' in variables:
+    raise ValueError(
+      f"{found}has batch normalization, but the argument batch_norm is 'none'."
+    )
 
 
 def _init(model: nn.Module, setup: Setup, key: jax.Array) -> dict[str, Any]:
@@ -219,6 +251,7 @@ class _Forward(NamedTuple):
 def _forward(setup: Setup) -> _Forward:
   """Compiled once for all conditions that share ``Setup.forward``."""
   model = _network(setup)
+  _check(model, setup)
   jit = devices.compiler(setup.mesh)
 
   @jax.jit
@@ -236,9 +269,13 @@ def _forward(setup: Setup) -> _Forward:
 
   @functools.cache
   def no_statistics():
-    shapes = jax.eval_shape(
-      lambda: _init(model, setup, jax.random.key(0))['batch_stats']
-    )
+    variables = jax.eval_shape(lambda: _init(model, setup, jax.random.key(0)))
+    if 'batch_stats' not in variables:
+      raise ValueError(
+        f'network {setup.network!r} of the plugin has no batch normalization, '
+        f'but the argument batch_norm is {setup.condition.batch_norm!r}.'
+      )
+    shapes = variables['batch_stats']
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
   def statistics(params, arrays, order):

@@ -135,7 +135,7 @@ def test_forms_that_mean_the_same(tmp_path, arrays, case):
 @pytest.mark.parametrize('kind', ['u1', 'u8'])
 def test_limits_of_any_integer_type(tmp_path, kind):
   """An unsigned difference of limits would never be negative."""
-  arrays = archives.joined(archives.raw_arrays(1, 1, 1, size=2))
+  arrays = archives.joined(archives.raw_arrays(2, 1, 1, size=2))
   archives.save(tmp_path / 'cifar10.npz', arrays)
   expected = load(tmp_path).digest
   arrays |= {key: arrays[key].astype(kind) for key in ('off_train', 'off_test')}

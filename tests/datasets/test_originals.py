@@ -306,10 +306,12 @@ def test_missing_members(manual, prepare, original, name, gone, said):
 def test_nothing_of_an_archive_is_written_elsewhere(
   tmp_path, manual, smaller, prepare
 ):
-  smaller('PubFig83-ID', classes=1, train=1, test=1)
+  smaller('PubFig83-ID', classes=2, train=1, test=1)
   files = {
     '../../pubfig83/Person 0/1.jpg': originals.jpeg(1),
     '/pubfig83/Person 0/2.jpg': originals.jpeg(2),
+    '../../pubfig83/Person 1/1.jpg': originals.jpeg(3),
+    '/pubfig83/Person 1/2.jpg': originals.jpeg(4),
   }
   archives.packed(manual / 'pubfig83' / 'a.tar', files)
   before = set(tmp_path.parent.rglob('*.jpg'))

@@ -120,6 +120,8 @@ _REFUSED = {
     {'test_share': 0.5}, 'has no folder train, but training'),
   'too few pictures': (_one_picture, {'test_share': 0.5},
     "4 classes with at least 2 samples are needed, 3 of 4 .*'solo' has 1"),
+  'one class': (lambda path: archives.image_folder(path, archives.raw_arrays(
+    classes=1)), {}, "has the class 'class 0' alone; a network learns to tell"),
   'unknown network': (_flat, {'architecture': 'resnet'},
     "architecture is 'resnet'; it must be one of mnist, cifar, svhn, general"),
   'pictures for a network of vectors': (lambda path: archives.image_folder(path,

@@ -13,7 +13,7 @@ from experiments.runs.store import RunFolder
 from tests.experiments import tiny
 
 ENVIRONMENT = {'jax': '0.10.0', 'cores': '2'}
-RESULT = {'best_test_error': 12.5, 'diverged': False}
+RESULT = {'best_test_error': 50.0, 'diverged': False}
 
 
 def line(epoch: int, error: float = 50.0) -> dict:

@@ -206,6 +206,9 @@ def test_finished_runs_are_reported_folded_and_not_run_again(tmp_path):
   tables = [main('report', path, '--out', tmp_path / 'out')[1].split('written')
             for path in (results, study)]  # fmt: skip
   assert tables[0][0] == tables[1][0]
+  status, out, error = main('report', results, '--out', study)
+  assert (status, 'Table 2' in out) == (2, True)
+  assert 'choose another folder with --out' in error
 
   # A run that cannot be read is left out and named.
   (results / ('0' * 20)).mkdir()

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from experiments.datasets import SHAPES, SPECS, WEIGHT_LAYERS
+from experiments.paper.conditions import find
+from experiments.paper.protocol import Protocol
 from experiments.training.models import (
   NETWORKS,
   Conv,
@@ -19,6 +21,7 @@ from experiments.training.models import (
   rectified_once,
   training_flops,
 )
+from experiments.training.step import Setup, program
 
 # Weights of an output and outputs of the layers up to the last, by hand from
 # Table 1.
@@ -210,3 +213,44 @@ def test_rectified_once_is_relu_where_a_run_diverges_too():
   gradient = jax.grad(lambda x: rectified_once(x).sum())
   expected = jax.grad(lambda x: jax.nn.relu(x).sum())
   np.testing.assert_array_equal(gradient(x[:-1]), expected(x[:-1]))
+
+
+_MODULE = """
+import flax.linen as nn
+
+
+class Module(nn.Module):
+
+  @nn.compact
+  def __call__(self, x, train):
+    x = nn.Dense({width}, name='{name}')(x)
+    return nn.BatchNorm(not train)(x) if {norm} else x
+
+
+NETWORKS = {{'own': lambda classes, batch_norm: Module()}}
+"""
+
+
+@pytest.mark.parametrize(
+  ('condition', 'changes', 'message'),
+  [
+    ('SGD', {'width': 2}, r'shape \(1, 2\) for one image, .* return \(1, 3\)'),
+    ('SGD Top', {'name': 'last'}, "last layer 'output', but has last"),
+    ('SGD', {'norm': True}, "has batch .*, but .* batch_norm is 'none'"),
+    ('BN', {}, "has no batch norm.*, but .* batch_norm is 'affine'"),
+  ],
+)
+def test_a_module_that_is_not_what_its_condition_says(
+  condition, changes, message
+):
+  parts = {'width': 3, 'name': 'output', 'norm': False} | changes
+  setup = Setup(
+    condition=find(condition).conditions[0],
+    protocol=Protocol(),
+    network='own',
+    plugin=_MODULE.format(**parts),
+    shape=(4,),
+    classes=3,
+  )
+  with pytest.raises(ValueError, match=f"network 'own' of .* {message}"):
+    program(setup).statistics({}, {}, [])

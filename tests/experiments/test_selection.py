@@ -145,6 +145,23 @@ def test_conditions_rules_and_networks_of_ones_own(tmp_path):
   assert other.run_id != run.run_id
 
 
+@pytest.mark.parametrize('option', ['initial_std', 'batch_norm_epsilon'])
+def test_a_module_has_its_own_initial_weights_and_norms(tmp_path, option):
+  path = tmp_path / 'plugin.py'
+  path.write_text(_PLUGIN)
+  own = {'plugin': path, 'network': 'module', 'condition': ('SGD',)}
+  message = f"{option} is 0.5, but network 'module' .* is a function"
+  with pytest.raises(ValueError, match=message):
+    _runs(1, {option: 0.5}, **own)
+
+
+_CONDITION = (
+  'from experiments.paper.conditions import Condition\n'
+  "CONDITIONS = {'a': Condition("
+)
+_RULE = "import symjax_bp\nRULES = {{'{}': symjax_bp.usf()}}"
+
+
 @pytest.mark.parametrize(
   ('source', 'network', 'message'),
   [
@@ -152,8 +169,24 @@ def test_conditions_rules_and_networks_of_ones_own(tmp_path):
     ('1 / 0', None, 'the plugin fails with ZeroDivisionError: '),
     ('CONDITIONS = []', None, r'CONDITIONS of the plugin is \[\], but must'),
     ("CONDITIONS = {'a': 'uSF'}", None, r"CONDITIONS\['a'\] .* is 'uSF', but"),
+    (_CONDITION + "rule='tiny')}", None, r"'a'\] .* has the rule 'tiny', but"),
+    (_CONDITION + 'rule=0)}', None, 'has the rule 0, but it must be BP, '),
+    (_CONDITION + 'batch_manhattan=4)}', None, '4, but .* one of 0, 1, 2, 3'),
+    (_CONDITION + "batch_norm='all')}", None, "'all', but .* none, plain, af"),
+    (_CONDITION + "frozen='Top')}", None, "'Top', but .* nothing, last layer"),
+    (_CONDITION + 'batch_plan=())}', None, r'batch_plan \(\), but it must be'),
+    (_CONDITION + 'batch_plan=[(3, 9)])}', None, 'must be a tuple of'),
+    (_CONDITION + 'batch_plan=((0, 9),))}', None, 'must be a tuple of'),
+    ('RULES = {1: 0}', None, 'a dictionary with names as keys'),
+    ("RULES = {'a': len}", None, r"RULES\['a'\] .* len>, but .*FeedbackRule"),
+    (_RULE.format('usf'), None, 'the name of a condition or a rule of this'),
+    (_RULE.format('brSF-10%'), None, 'the name of a condition or a rule of'),
+    (_RULE.format('BNorm'), None, "'BNorm'.* a name that no condition can"),
+    (_RULE.format('half-3'), None, "'half-3'.* a name that no condition can"),
+    ("NETWORKS = {'small': 5}", None, r"'small'\] .* 5, but must be a seq"),
+    ("NETWORKS = {'small': ()}", None, r'\(\), but must be a sequence of lay'),
     (
-      "NETWORKS = {'small': ()}", 'smal',
+      "NETWORKS = {'small': print}", 'smal',
       "network is 'smal', but must be one of .*: small",
     ),
     (None, None, 'plugin .* cannot be read: .*No such file'),

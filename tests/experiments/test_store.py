@@ -127,6 +127,14 @@ def test_a_file_that_is_no_result(tmp_path, text):
   assert record.problem == str(error.value)
 
 
+def test_a_result_of_other_epochs(tmp_path):
+  """Files of another folder, such as that of a second machine, replaced it."""
+  folder = folders.interrupted(tmp_path)
+  folder.finish({**folders.RESULT, 'best_test_error': 2.0}, {})
+  (record,) = store.load(tmp_path)
+  assert 'result.json does not follow from metrics' in (record.problem or '')
+
+
 def test_links_are_not_followed(tmp_path):
   run = tiny.run()
   outside = folders.interrupted(tmp_path / 'outside').path
@@ -145,7 +153,8 @@ def test_links_are_not_followed(tmp_path):
   for ask in (inside.result, inside.claimed().__enter__):
     with pytest.raises(StoreError, match=f'{run.run_id} is a link'):
       ask()
-  assert store.load(inside.path.parent) == []
+  (record,) = store.load(inside.path.parent)
+  assert f'{run.run_id} is a link' in (record.problem or '')
   store.tidy(inside.path.parent)
   assert len(os.listdir(outside / 'checkpoints')) == 2
 

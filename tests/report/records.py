@@ -156,7 +156,7 @@ def everything() -> list[Record]:
     *cell('SGD', 50.0, dataset='zoo'),
     *with_layers(cell('uSF+BN', 2.0, dataset='zoo')),
     *cell('SGD', 30.0, dataset='zoo', rule=markup('rule')),
-    *cell('SGD', 3.0, dataset=LONG),
+    *cell('SGD', 3.0, dataset=LONG, note=LONG.replace(' ', '_') * 4),
     *cell('SGD', 3.0, weight_decay=0.0),
     failed,
     bad,

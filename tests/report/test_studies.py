@@ -120,6 +120,13 @@ def test_a_folder_that_is_not_whole_is_refused(
   assert not (tmp_path / 'study.jsonl').exists()
 
 
+def test_a_study_that_cannot_be_written(live, tmp_path):
+  with pytest.raises(StoreError, match='is .*, a folder, but must be the file'):
+    studies.fold(live, live)
+  with pytest.raises(StoreError, match='could not be written.* is unchanged'):
+    studies.fold(live, tmp_path / 'nowhere' / 'study.jsonl')
+
+
 def test_nothing_to_fold_or_to_load_is_an_error(tmp_path):
   with pytest.raises(StoreError, match='has no runs'):
     studies.fold(tmp_path, tmp_path / 'study.jsonl')
@@ -138,8 +145,9 @@ def test_nothing_to_fold_or_to_load_is_an_error(tmp_path):
     ({'epochs': {}}, 'no epochs'),
     ({'epochs': []}, 'no epochs'),
     ({'epochs': {'test_error': 7}}, 'not iterable'),
-    ({'epochs': {'test_error': ['x']}}, "test_error is 'x', not a finite"),
-    ({'epochs': {'test_error': [None]}}, 'test_error is None, not a finite'),
+    ({'epochs': {'test_error': ['x']}}, "test_error is 'x', not a number"),
+    ({'epochs': {'test_error': [None]}}, 'test_error is None, not a number'),
+    ({'epochs': {'test_error': [-5]}}, 'test_error is -5, not a number from 0'),
     ({'epochs': {'test_error': [1, 2], 'seconds': [1]}}, 'shorter'),
     ({'seed': float('nan')}, 'NaN is no number'),
     ({'diverged': None}, 'diverged is None, not true or false'),
