@@ -172,9 +172,14 @@ _LEAST_SUM = 1e-30
 
 
 def _rank_of(gram: jax.Array) -> jax.Array:
-  scaled = _near_one(gram)
-  rank = jnp.trace(scaled) ** 2 / jnp.sum(scaled**2)
-  return jnp.where(jnp.trace(gram) > _LEAST_SUM, rank, jnp.nan)
+  def rank(gram):
+    return jnp.trace(gram) ** 2 / jnp.sum(gram**2)
+
+  total = jnp.trace(gram)
+  # Where it is not needed, scaling would change the last bit.
+  in_range = (total > 1e-15) & (total < 1e15)
+  found = jnp.where(in_range, rank(gram), rank(_near_one(gram)))
+  return jnp.where(total > _LEAST_SUM, found, jnp.nan)
 
 
 def _angle_of_sums(aa, bb, dd) -> jax.Array:
