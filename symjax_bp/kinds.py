@@ -271,6 +271,11 @@ def _size(var: Any) -> int:
   return math.prod(getattr(var.aval, 'shape', ()))
 
 
+def _is_number(var: Any, kind: Kind) -> bool:
+  """Whether an array is one number, which may have been broadcast."""
+  return Trait.SCALAR in kind or _size(var) == 1
+
+
 def _weight_at(kinds: Sequence[Kind]) -> int:
   """Returns which of two operands is more like a weight."""
   return max(
@@ -436,9 +441,9 @@ class _Analysis:
     traits = {Trait.HIDDEN} & {trait for k in kinds for trait in k.traits}
     if name in _READS:  # Whatever was written before.
       return DATA.having(Trait.HIDDEN)
-    named = next((k for k in kinds if Trait.NAMED in k), None)
+    by_name = next((k for k in kinds if Trait.NAMED in k), None)
     if not any(k.level is Level.DATA for k in kinds):
-      return named or CONSTANT.having(*traits)
+      return by_name or CONSTANT.having(*traits)
     if name in _IN_PLACE | {'transpose'}:
       traits |= kinds[0].traits & {Trait.SCALAR, Trait.EXPANDED}
     if name == 'broadcast_in_dim':
@@ -457,10 +462,10 @@ class _Analysis:
         )
         return kind
       # Without a contraction it is a scale, written as an einsum.
-      if named and eqn.params.get('dimension_numbers', ())[:1] != (((), ()),):
+      if by_name and eqn.params.get('dimension_numbers', ())[:1] != (((), ()),):
         self.refuse(
           eqn,
-          named,
+          by_name,
           'meets data in a product, but a parameter with this name is taken '
           'for one that is added or multiplied entry by entry: rename it',
         )
@@ -531,13 +536,11 @@ class _Analysis:
   ) -> tuple[str, Kind]:
     name = eqn.primitive.name
     if name in MOVES and len(kinds) == 1:
-      small = _size(eqn.invars[0])
-      if name not in ('broadcast_in_dim', 'tile') or small == _size(
-        eqn.outvars[0]
-      ):
-        return 'move', kinds[0]
-      one = kinds[0].may_be_data and small == 1
-      return 'move', kinds[0].having(Trait.WIDE, *(Trait.SCALAR,) * one)
+      small, large = _size(eqn.invars[0]), _size(eqn.outvars[0])
+      wide = name in ('broadcast_in_dim', 'tile') and small != large
+      one = wide and small == 1 and kinds[0].may_be_data
+      traits = (Trait.WIDE,) * wide + (Trait.SCALAR,) * one
+      return 'move', kinds[0].having(*traits)
     if name in JOINS or (
       name == 'select_n'
       and not kinds[0].of_weight
@@ -592,10 +595,9 @@ class _Analysis:
     at = whole.index(True)
     scale = kinds[1 - at]
     # One number is a scale, whether it is data or not: a spectral norm.
-    one = Trait.SCALAR in scale or _size(eqn.invars[1 - at]) == 1
-    if scale.may_be_data and not one:
+    if scale.may_be_data and not _is_number(eqn.invars[1 - at], scale):
       return weights
-    self.log.uses.append(Use(kinds[1 - at].paths, 'scale', eqn, 1 - at))
+    self.log.uses.append(Use(scale.paths, 'scale', eqn, 1 - at))
     return [kinds[at]]
 
   def weight_and_data(
@@ -615,7 +617,7 @@ class _Analysis:
     ):
       return 'move', self.joined(eqn, cases).having(Trait.PICKED)
     numbers = all(
-      kind.of_weight or Trait.SCALAR in kind or _size(var) == 1
+      kind.of_weight or _is_number(var, kind)
       for var, kind in zip(eqn.invars, kinds, strict=True)
     )
     if name in _CLIPS and numbers and _size(eqn.outvars[0]) != 1:
@@ -646,7 +648,7 @@ class _Analysis:
     size, data_size = _size(result), _size(eqn.invars[at])
     is_weight = weight.level is Level.WEIGHT
     divisor = name == 'div' and at == 0
-    one_number = (Trait.SCALAR in data or data_size == 1) and size != 1
+    one_number = _is_number(eqn.invars[at], data) and size != 1
     if is_weight and one_number and not divisor:
       return 'bind', weight  # W / sigma is still a weight.
     outer = Trait.EXPANDED in data or data_size != size
