@@ -270,6 +270,7 @@ def _forward(setup: Setup) -> _Forward:
   @functools.cache
   def no_statistics():
     variables = jax.eval_shape(lambda: _init(model, setup, jax.random.key(0)))
+    # Not in _check: steps alone, as the benchmark takes them, need none.
     if 'batch_stats' not in variables:
       raise ValueError(
         f'network {setup.network!r} of the plugin has no batch normalization, '
