@@ -87,7 +87,7 @@ fetch() {
 }
 
 tests() {
-  local files options=(-p xdist -n 6)
+  local files options=(-p xdist -n 12)
   mapfile -t files < <(grep -l 'mark.accelerator' tests/test_*.py)
   [ -z "$dry" ] || options=(--collect-only)
   # cuDNN's fastest sums come in any order, and TF32 has 10 bits. Warnings are
@@ -95,7 +95,7 @@ tests() {
   XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_deterministic_ops=true" \
     JAX_DEFAULT_MATMUL_PRECISION=float32 \
     XLA_PYTHON_CLIENT_PREALLOCATE=false PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
-    within 60 "$python" -m pytest -v -m accelerator -p no:cacheprovider \
+    within 90 "$python" -m pytest -v -m accelerator -p no:cacheprovider \
     "${options[@]}" "${files[@]}" | tee "$out/tests.txt"
 }
 
@@ -110,7 +110,7 @@ steps() {
   )
   fetch bench.json
   # The rest of the memory is PyTorch's.
-  XLA_PYTHON_CLIENT_MEM_FRACTION=.5 within 150 "$python" -m \
+  XLA_PYTHON_CLIENT_MEM_FRACTION=.5 within 240 "$python" -m \
     experiments.bench steps "${options[@]}" --resume --limit 110 --out "$out"
 }
 
@@ -127,7 +127,7 @@ large() {
     --seconds 0
   )
   fetch large/bench.json
-  within 150 "$python" -m experiments.bench steps "${options[@]}" --resume \
+  within 240 "$python" -m experiments.bench steps "${options[@]}" --resume \
     --limit 110 --out "$out/large"
 }
 

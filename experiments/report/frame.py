@@ -5,6 +5,7 @@ that one bad file cannot hide the others. Two runs are comparable when they have
 the same protocol; a cell is a condition on a dataset under one protocol.
 """
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -188,19 +189,23 @@ class Results:
   def fullest(
     self, rows: Iterable[Row], names: Iterable[str], least: int = 0
   ) -> list[tuple[Row, dict[str, Cell]]]:
-    """Of each dataset the row with most of some conditions, and its cells.
+    """Of each dataset a row with most of some conditions, and its cells.
 
-    Of equals it is the first. Rows without cells, or with fewer than ``least``
-    of the conditions, are left out.
+    It is the first that has three quarters of the conditions of the fullest
+    row. Rows without cells, or with fewer than ``least`` of the conditions, are
+    left out.
     """
-    names, found = set(names), {}
+    names, found = set(names), collections.defaultdict(list)
     for row in rows:
       cells = self.cells_of(row)
       count = len(names & cells.keys())
-      most, *_ = found.get(row.label, (-1,))
-      if cells and count >= least and count > most:
-        found[row.label] = count, row, cells
-    return [(row, cells) for _, row, cells in found.values()]
+      if cells and count >= least:
+        found[row.label].append((count, row, cells))
+    return [
+      next((row, cells) for count, row, cells in of if 4 * count >= 3 * most)
+      for of in found.values()
+      for most in [max(count for count, *_ in of)]
+    ]
 
 
 def column_order(name: str) -> tuple[int, str]:

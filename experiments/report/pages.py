@@ -234,7 +234,11 @@ def markdown(
     pictures=pictures,
     claims=decided,
     statements=list(zip(*decided.values(), strict=True)),
-    other=[pair for pair in compared(shown) if _differs(pair[1])],
+    other=[
+      (line, entry)
+      for line, entry in compared(shown)
+      if entry.cell and entry.cell.settled and _differs(entry)
+    ],
     both=_both,
     held_out=_held_out,
   )

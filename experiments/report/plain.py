@@ -56,8 +56,8 @@ _FROZEN = {
 def answers(results: Results) -> list[str]:
   """Returns a sentence per dataset.
 
-  It is about the row with most of the conditions that the sentence names; of
-  equals, the row with most training. A row with other settings is used only if
+  It is about the row with most training of those with most of the conditions
+  that the sentence names. A row with other settings is used only if
   the dataset has no row with the default settings.
   """
   main = results.main_rows

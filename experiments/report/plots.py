@@ -199,8 +199,8 @@ def _head(axes: Axes, row: Row) -> None:
 def overview(results: Results) -> Picture | None:
   """Error per condition, ours and the paper's, a panel per dataset.
 
-  A dataset of several protocols is shown under the one with most of these
-  conditions; of equals, under the one that trains most.
+  A dataset of several protocols is shown under the one that trains most of
+  those with most of these conditions.
   """
   rows = results.fullest(results.main_rows, _OVERVIEW, least=3)
   shown = [name for name in _OVERVIEW if any(name in of for _, of in rows)]

@@ -25,6 +25,20 @@ def test_flags_of_the_user_are_kept(monkeypatch):
   assert machine.configure() == []  # XLA ends on flags that it doesn't know
 
 
+def test_an_accelerator_gives_the_same_bits_unless_the_user_says_no(
+  monkeypatch,
+):
+  monkeypatch.setattr(machine, 'accelerators', lambda: ['0'])
+  monkeypatch.setenv('XLA_FLAGS', '')
+  machine.configure()
+  assert '--xla_gpu_deterministic_ops=true' in os.environ['XLA_FLAGS'].split()
+  theirs = '--xla_gpu_deterministic_ops=false'
+  monkeypatch.setenv('XLA_FLAGS', theirs)
+  machine.configure()
+  assert os.environ['XLA_FLAGS'].count('deterministic') == 1
+  assert theirs in os.environ['XLA_FLAGS'].split()
+
+
 @pytest.mark.parametrize(
   'begin',
   [

@@ -52,6 +52,14 @@ def test_an_answer_is_of_the_fullest_row_and_says_what_is_missing():
   ]  # fmt: skip
 
 
+def test_an_answer_prefers_training_to_a_quarter_of_the_conditions():
+  names = ('SGD', 'uSF', 'uSF+BN', 'uSF+BM')
+  fuller = [r for name in names for r in cell(name, 7.0)]
+  for longer, epochs in ((names[:3], 9), (names[:2], 4)):
+    records = [r for name in longer for r in cell(name, 5.0, epochs=9)]
+    assert answers(*fuller, *records)[0].startswith(f'MNIST ({epochs} epochs)')
+
+
 def test_every_condition_is_told_apart_in_a_line():
   others = [*FAMILY, 'LowRank16', 'Adam']
   lines = plain.glossary([*COLUMNS, *others])
