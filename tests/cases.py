@@ -133,6 +133,11 @@ def normal(seed: int, shape, dtype=jnp.float32) -> jax.Array:
   return jnp.asarray(values, dtype)
 
 
+def scanned(W, x):
+  """A layer for each matrix of W."""
+  return lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]
+
+
 def operands(operation: Operation, dtype=jnp.float32, lead=(0, 0, 0)):
   """x, W, V and g of an operation, each with ``lead`` extra leading axes."""
   shapes = (operation.x, operation.W, operation.W)
@@ -170,6 +175,17 @@ def _assert_leaf_same_bits(actual, expected) -> None:
   np.testing.assert_array_equal(
     np.asarray(actual, np.float64), np.asarray(expected, np.float64)
   )
+
+
+def assert_close(actual, expected, atol=1e-10) -> None:
+  """Trees of equal structure and dtypes, close for double precision."""
+  check = functools.partial(_assert_leaf_close, atol=atol)
+  jax.tree.map(check, actual, expected)
+
+
+def _assert_leaf_close(actual, expected, atol) -> None:
+  assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
 def differ(actual, expected) -> bool:

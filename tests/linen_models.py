@@ -76,7 +76,6 @@ _boxed = nn.with_logical_partitioning(
   nn.initializers.lecun_normal(), ('in', 'out')
 )
 MODELS = {
-  'CNN': (CNN(), IMAGES),
   'methods, shared layers': (Autoencoder(), X),
   'jit, remat': (
     nn.Sequential([nn.jit(nn.Dense)(5), nn.remat(nn.Dense)(4)]),

@@ -97,7 +97,7 @@ class Methods(MLP):
     return sign * nnx.tanh(x @ self.body.kernel[...]) @ self.head.kernel[...]
 
   negative = functools.partialmethod(_private, sign=-1)
-  __matmul__ = _private
+  __matmul__ = __rmul__ = _private
   rematted = nnx.remat(_private)
 
   def stream(self, x):
@@ -205,8 +205,6 @@ def linen_in_nnx(rngs):
 
 
 MODELS = {
-  'CNN': (CNN, IMAGES),
-  'noisy': (Noisy, X),
   'containers': (containers, X),
   'no pytree': (NoPytree, X),
   'mixin': (Mixed, X),

@@ -42,19 +42,6 @@ class MLP(nn.Module):
     return nn.Dense(3)(x)
 
 
-class NNXNet(nnx.Module):
-  """With state that a call changes."""
-
-  def __init__(self, rngs):
-    self.hidden = nnx.Linear(5, 6, rngs=rngs)
-    self.norm = nnx.BatchNorm(6, rngs=rngs)
-    self.dropout = nnx.Dropout(0.5, rngs=rngs)
-    self.last = nnx.Linear(6, 3, rngs=rngs)
-
-  def __call__(self, x):
-    return self.last(self.dropout(self.norm(nnx.tanh(self.hidden(x)))))
-
-
 def make(kind, rules, exclude=()) -> tuple[Any, Any]:
   """The model with rules, and its variables."""
   if kind == 'nnx':

@@ -13,36 +13,17 @@ ROOT = pathlib.Path(symjax_bp.__file__).parents[1]
 _PRIVATE = r'\b(?:jax|flax)\._\w+|_call_wrapped_method\(self'
 
 
-def run_alone(program):
-  """What a program prints, in a process of its own."""
-  done = subprocess.run(
-    [sys.executable, '-c', program],
-    cwd=ROOT,
-    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
-
-
-def test_flax_waits_for_its_use_and_public_names_exist():
+def test_what_loads_and_waits_and_that_public_names_exist():
+  """Flax waits for its use; the experiments and their packages never load."""
   program = """
-import sys, symjax_bp
-assert not {'flax.nnx', 'flax.linen'} & set(sys.modules)
+import importlib, pkgutil, sys, symjax_bp
+flax = {'flax.nnx', 'flax.linen'}
+assert not flax & set(sys.modules)
 missing = set(symjax_bp.__all__) - set(dir(symjax_bp))
 assert not missing, missing
 for name in symjax_bp.__all__:
   getattr(symjax_bp, name)
-assert {'flax.nnx', 'flax.linen'} <= set(sys.modules)
-"""
-  run_alone(program)
-
-
-def test_the_library_loads_without_the_experiments_and_their_packages():
-  program = """
-import importlib, pkgutil, sys, symjax_bp
+assert flax <= set(sys.modules)
 for module in pkgutil.walk_packages(symjax_bp.__path__, 'symjax_bp.'):
   names = importlib.import_module(module.name).__all__
   missing = [n for n in names if not hasattr(sys.modules[module.name], n)]
@@ -52,8 +33,17 @@ unwanted = {'experiments', 'tensorflow', 'matplotlib', 'torch', 'chex',
             'equinox'}
 assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
 """
+  done = subprocess.run(
+    [sys.executable, '-c', program],
+    cwd=ROOT,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
   modules = pkgutil.walk_packages(symjax_bp.__path__, 'symjax_bp.')
-  assert run_alone(program).split() == [module.name for module in modules]
+  assert done.stdout.split() == [module.name for module in modules]
 
 
 def test_private_names_of_jax_and_flax_are_in_one_place_each():

@@ -45,10 +45,8 @@ def test_the_two_commands_set_everything_up():
   ('name', 'place'),
   [
     ('uSF', 'symjax_bp.usf?'),
-    ('batch_manhattan', 'symjax_bp.optim.batch_manhattan?'),
     ('BatchNorm', 'symjax_bp.linen.BatchNorm or symjax_bp.nnx.BatchNorm?'),
     ('layer_alignement', 'symjax_bp.metrics.layer_alignment or '),
-    ('kolen_polack', 'symjax_bp.kolen_pollack?'),
     ('xyzzy', ''),
   ],
 )

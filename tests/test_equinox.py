@@ -11,22 +11,6 @@ from tests.cases import assert_same_bits, normal
 
 X = normal(0, (8, 3))
 MODEL = eqx.nn.MLP(3, 2, width_size=6, depth=2, key=jax.random.key(0))
-PARAMS, STATIC = eqx.partition(MODEL, eqx.is_inexact_array)
-
-
-def predict(params, x):
-  return jax.vmap(eqx.combine(params, STATIC))(x)
-
-
-def test_a_whole_model_with_its_functions_can_be_the_parameters():
-  def gradient(predict, params):
-    f = symjax_bp.with_feedback(predict, symjax_bp.rndf())
-    feedback = f.init(jax.random.key(1), params)
-    total = lambda params: f(params, feedback, X).sum()
-    return jax.tree.leaves(eqx.filter_grad(total)(params))
-
-  whole = gradient(lambda model, x: jax.vmap(model)(x), MODEL)
-  assert_same_bits(whole, gradient(predict, PARAMS))
 
 
 def test_a_whole_model_can_be_measured_and_tested():

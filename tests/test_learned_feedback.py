@@ -12,16 +12,12 @@ from jax import lax
 import symjax_bp
 from symjax_bp import feedback, metrics
 from tests import small_models as small
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, normal, scanned
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
 
 # --- Gradients in closed form -----------------------------------------------
-
-
-def scanned(W, x):
-  return lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]
 
 
 def masked(W, x):
@@ -42,7 +38,6 @@ def convolution(W, x):
 
 # Functions of W and x (24, 4), and the shape of W.
 MODELS = {
-  'dense': (lambda W, x: jnp.tanh(x @ W), (4, 5)),
   'scanned': (scanned, (3, 4, 4)),
   'masked, bfloat16': (masked, (4, 4)),
   'tied': (lambda W, x: jnp.tanh(x @ W) @ W.T, (4, 5)),
@@ -125,7 +120,6 @@ FIXED = [
   feedback.frsf(0.3),
   feedback.product_feedback(),
   feedback.weight_mirror(),
-  feedback.rule(shifted, initial),
 ]
 DECAY, RATE, STEPS = 0.3, 0.5, 10
 
@@ -255,17 +249,16 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize(
-  'op, shape', [(lambda W, x: x @ W, (4, 5)), (convolution, (2, 3, 1, 6))]
-)
 @pytest.mark.parametrize('name', LOSSES)
-def test_local_losses_have_their_gradients(name, op, shape):
+def test_local_losses_have_their_gradients(name):
   with jax.enable_x64(True):
-    W, x = normal(0, shape, jnp.float64), normal(1, (24, 4), jnp.float64)
+    W, x = (
+      normal(i, s, jnp.float64) for i, s in enumerate([(2, 3, 1, 6), (24, 4)])
+    )
     rule = feedback.local_loss(factors={name: 0.5})
-    _, dV, stored = gradients(op, rule, W, x)
-    V = stored['learned']
-    expected = jax.jit(jax.grad(lambda V: LOSSES[name](V, W, x, op) / 2))(V)
+    _, dV, stored = gradients(convolution, rule, W, x)
+    V, loss = stored['learned'], LOSSES[name]
+    expected = jax.jit(jax.grad(lambda V: loss(V, W, x, convolution) / 2))(V)
     np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -280,13 +273,12 @@ def test_local_losses_add_up():
 # --- Weight mirror ----------------------------------------------------------
 
 
-@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
-def test_the_weight_mirror_takes_keys_of_any_kind(impl):
+def test_the_weight_mirror_takes_keys_of_any_kind():
   f = symjax_bp.with_feedback(lambda W, x: x @ W, feedback.weight_mirror())
   W = normal(0, (2, 3))
   stored = f.init(jax.random.key(0), W)
   x = jnp.zeros((9999, 2))
-  dR = f.mirror(jax.random.key(1, impl=impl), W, stored, x)
+  dR = f.mirror(jax.random.key(1, impl='rbg'), W, stored, x)
   np.testing.assert_allclose(jax.tree.leaves(dR)[0], -W, atol=0.1)
 
 

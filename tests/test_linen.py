@@ -10,7 +10,7 @@ from flax import serialization
 
 import symjax_bp as sbp
 from symjax_bp import linen, metrics
-from tests.cases import RULES, assert_same_bits, differ, normal
+from tests.cases import assert_same_bits, differ, normal
 from tests.linen_models import (
   CNN,
   IMAGES,
@@ -77,8 +77,19 @@ def test_layers_are_those_of_flax_but_for_dx(name):
   assert R.dtype == params['kernel'].dtype
 
 
-@pytest.mark.parametrize('rule', RULES.values(), ids=str)
-def test_variables_of_every_rule_survive_a_checkpoint(rule, tmp_path):
+@pytest.mark.parametrize(
+  'rule',
+  [
+    sbp.usf(),
+    sbp.rndf(),
+    sbp.brsf(),
+    sbp.product_feedback(width=8),
+    sbp.low_rank(rank=2),
+    sbp.local_loss(factors={'decay': 0.5, 'self': 0.5}),
+  ],
+  ids=str,
+)
+def test_variables_of_every_kind_survive_a_checkpoint(rule, tmp_path):
   variables = linen.with_feedback(Autoencoder(), rule).init(KEY, X)
   assert ('feedback' in variables) == rule.keeps_state
   empty = jax.tree.map(jnp.zeros_like, variables)
@@ -185,7 +196,6 @@ def test_feedback_that_does_not_fit_is_refused():
   'rule, shapes',
   [
     (sbp.product_feedback(width=8), r'\(4, 8\) and \(8, 5\)'),
-    (sbp.low_rank(rank=2), r'\(2, 5\) and \(4, 2\)'),
     (sbp.brsf(), r'\(\)'),  # One of the three numbers of a seed.
   ],
   ids=str,
@@ -259,10 +269,6 @@ def test_layer_alignment_measures_the_V_that_was_used():
   assert last.update_angle == 0 and first.update_angle > 1
 
 
-def summed(x, W, *args, **kwargs):
-  return x @ jnp.cumsum(W, 0)
-
-
 wrap = linen.with_feedback
 ERRORS = {
   'must be a flax.linen.Module': lambda: wrap(jnp.tanh, BP),
@@ -272,14 +278,8 @@ ERRORS = {
   "'Conv_9' matches no parameter.*'Conv_0/kernel', 'Dense_0/bias'": (
     lambda: wrap(CNN(), {'Conv_9': BP, '': BP}).init(KEY, IMAGES)
   ),
-  "'Conv_7' matches no parameter": (
-    lambda: wrap(CNN(), BP, 'Conv_7').apply(CNN().init(KEY, IMAGES), IMAGES)
-  ),
   "'Dense_1/kernel' .* matches none of the rules.*'Dense_0/kernel'": (
     lambda: wrap(CNN(), {'Conv_0': BP}).init(KEY, IMAGES)
-  ),
-  "'kernel' meets data in a product, but is no longer.*exclude=PATH": (
-    lambda: wrap(nn.Dense(3, dot_general=summed), BP).init(KEY, X)
   ),
   'Autoencoder is called without variables: call model.apply': (
     lambda: wrap(Autoencoder(), BP)(X)
@@ -287,11 +287,6 @@ ERRORS = {
   'Dense is called without variables': lambda: linen.Dense(3, feedback=BP)(X),
   "Autoencoder has no field or method 'enc'.*use them in a method": (
     lambda: wrap(Autoencoder(), BP).bind({}).enc(X)
-  ),
-  'no weight with feedback': (
-    lambda: linen.layer_alignment(
-      CNN(), CNN().init(KEY, IMAGES), jnp.sum, IMAGES
-    )
   ),
 }
 

@@ -1,7 +1,6 @@
 """NNX: layers, V and where it is kept, optimizers, copies, redraws, stacks."""
 
 import copy
-import functools
 import pickle
 
 import cloudpickle
@@ -64,26 +63,18 @@ def test_layers_are_those_of_flax_but_for_dx(name):
   assert (dx != other_dx).any()
 
 
-@functools.cache
-def jitted_step(wrt):
-  @nnx.jit
-  def step(model, optimizer, x):
-    loss = lambda model: ((model(x) - 1) ** 2).mean()
-    diff = nnx.DiffState(0, wrt)
-    value, grads = nnx.value_and_grad(loss, argnums=diff)(model)
-    optimizer.update(model, grads)
-    return value
-
-  return step
+@nnx.jit
+def step(model, optimizer, x):
+  loss = lambda model: ((model(x) - 1) ** 2).mean()
+  value, grads = nnx.value_and_grad(loss)(model)
+  optimizer.update(model, grads)
+  return value
 
 
-def train(model, steps=3, tx=None, wrt=nnx.Param):
+def train(model, steps=3, tx=None):
   """Losses of some steps; the model is changed."""
-  optimizer = nnx.Optimizer(model, tx or optax.sgd(0.05, 0.9), wrt=wrt)
-  losses = []
-  for _ in range(steps):
-    losses.append(jitted_step(wrt)(model, optimizer, X))
-  return losses
+  optimizer = nnx.Optimizer(model, tx or optax.sgd(0.05, 0.9), wrt=nnx.Param)
+  return [step(model, optimizer, X) for _ in range(steps)]
 
 
 jitted_gradient = nnx.jit(gradient)
@@ -110,15 +101,12 @@ def test_a_symmetric_model_learns_exactly_as_plain_flax():
   assert expected[-1] < expected[0]
 
 
-@pytest.mark.parametrize(
-  'wrt', [nnx.Param, nnx.PathContains('kernel', exact=False)], ids=str
-)
-def test_optimizers_leave_V_alone(wrt):
+def test_optimizers_leave_V_alone():
   model = mlp({'body': sbp.frsf(), 'head': sbp.brsf()})
   before, W, V = state(model, Feedback), params(model), feedback_weights(model)
   # Decay would shrink what has no gradient.
   tx = sbp.optim.batch_manhattan(0.1, weight_decay=0.1)
-  train(model, 2, tx=tx, wrt=wrt)
+  train(model, 2, tx=tx)
   assert_same_bits(state(model, Feedback), before)
   after = feedback_weights(model)
   for name in ('body', 'head'):
@@ -199,9 +187,7 @@ def test_models_in_plain_jax():
 
 
 @pytest.mark.parametrize(
-  'streams',
-  [{'default': 0}, {'params': 0}, {'params': 0, 'feedback': 1}],
-  ids=str,
+  'streams', [{'default': 0}, {'params': 0, 'feedback': 1}], ids=str
 )
 def test_feedback_does_not_shift_later_kernels(streams):
   def build(layer, **kwargs):
@@ -231,10 +217,9 @@ def test_with_feedback_follows_its_key_and_advances_no_other_stream():
   assert not (a['body/kernel'] == b['body/kernel']).any()
 
 
-@pytest.mark.parametrize('impl', ['threefry2x32', 'rbg'])
-def test_redraw_by_a_key(impl):
+def test_redraw_by_a_key():
   """The same inside and outside of jit; each weight has a V of its own."""
-  key = jax.random.key(3, impl=impl)
+  key = jax.random.key(3, impl='rbg')
   tied = asymmetric.with_feedback(
     nnx.List([Autoencoder(nnx.Rngs(0)), nnx.Linear(3, 5, rngs=nnx.Rngs(0))]),
     sbp.brsf(0.25),
@@ -269,12 +254,9 @@ def check_stack(model, plain):
   return V
 
 
-STACKED = [
-  sbp.rndf(), sbp.brsf(), sbp.low_rank(rank=6), sbp.product_feedback(),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize('rule', STACKED, ids=str)
+@pytest.mark.parametrize(
+  'rule', [sbp.rndf(), sbp.brsf(), sbp.low_rank(rank=6)], ids=str
+)
 def test_every_layer_of_a_stack_has_a_V_of_its_own(rule):
   """Also if what the rule keeps has no axis of layers."""
   plain = Stack(lambda rngs: nnx.Linear(6, 6, rngs=rngs))
@@ -291,17 +273,14 @@ def test_a_stack_of_our_own_layers_is_redrawn():
   assert not (first == check_stack(model, plain)).any()
 
 
-@pytest.mark.parametrize(
-  'dtypes', [('float64', 'float32'), ('float32', 'bfloat16')]
-)
-def test_V_is_drawn_in_the_dtype_of_the_parameters(dtypes):
+def test_V_is_drawn_in_the_dtype_of_the_parameters():
   with jax.enable_x64(True):
     layer = asymmetric.Linear(
-      3, 4, feedback=sbp.frsf(0.25), use_bias=False, param_dtype=dtypes[0],
-      dtype=dtypes[1], rngs=nnx.Rngs(0),
+      3, 4, feedback=sbp.frsf(0.25), use_bias=False, param_dtype='float64',
+      dtype='float32', rngs=nnx.Rngs(0),
     )  # fmt: skip
-    x = jnp.ones(3, dtypes[1])
+    x = jnp.ones(3, 'float32')
     used = jax.jit(jax.jacrev(layer))(x).T
     V = feedback_weights(layer)['kernel']
-    assert (V.dtype, used.dtype) == dtypes
+    assert (V.dtype, used.dtype) == ('float64', 'float32')
     np.testing.assert_array_equal(V.astype(used.dtype), used)

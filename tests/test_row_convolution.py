@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,19 +14,12 @@ from symjax_bp import primitives
 from tests.cases import assert_same_bits, normal
 
 # Shapes of x and W and the options that are not the defaults.
-FASTER = {
-  'MNIST, second layer': ((2, 12, 12, 20), (5, 5, 20, 50), {}),
-  'an odd layout, padded unevenly': (
-    (12, 5, 9, 6), (6, 5, 70, 4),
-    {'dimension_numbers': ('HNWC', 'IHOW', 'WNCH')}
-    | {'padding': ((1, 0), (3, 1))},
-  ),
-  'three axes': (
-    (3, 8, 6, 7, 4), (4, 3, 2, 4, 60),
-    {'window_strides': (1, 1, 1)}
-    | {'dimension_numbers': ('NHWDC', 'HWDIO', 'NHWDC')},
-  ),
-}  # fmt: skip
+MNIST = ((2, 12, 12, 20), (5, 5, 20, 50), {})  # Its second layer.
+UNEVEN = (
+  (12, 5, 9, 6),
+  (6, 5, 70, 4),
+  {'dimension_numbers': ('HNWC', 'IHOW', 'WNCH'), 'padding': ((1, 0), (3, 1))},
+)
 LEFT_ALONE = {
   'keeps the size': ((20, 12, 9, 6), (5, 4, 6, 70), {'padding': 'SAME'}),
   'rows with a stride': (
@@ -40,7 +34,6 @@ LEFT_ALONE = {
   'kernel larger than image': ((200, 4, 4, 64), (6, 6, 64, 64), {}),
   'small': ((2, 12, 9, 6), (5, 4, 6, 7), {}),
 }  # fmt: skip
-MNIST = FASTER['MNIST, second layer']
 
 
 def functions(case, **option):
@@ -72,9 +65,9 @@ def lowered(function, x, W, V, g, platform='cpu') -> str:
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize('case', FASTER.values(), ids=FASTER)
-def test_only_dx_differs_from_jax_and_only_by_rounding(case):
-  rows, plain, (x, W, V, g) = functions(case, row_convolution=True)
+def test_only_dx_differs_from_jax_and_only_by_rounding():
+  rows, plain, (x, W, V, g) = functions(UNEVEN, row_convolution=True)
+  assert 'concatenate' in lowered(rows, x, W, V, g)
   y, dx, dW = gradients(plain, g, x, W)
   zero = jnp.zeros_like(V)
   rows_y, rows_dx, rows_dW, dV = gradients(rows, g, x, W, V)
@@ -91,7 +84,7 @@ def test_only_dx_differs_from_jax_and_only_by_rounding(case):
       assert (error <= rounding / (1 - rounding) * size).all()
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'tpu', 'cuda'])
+@pytest.mark.parametrize('platform', ['cpu', 'cuda'])
 def test_rows_are_for_those_who_ask_on_a_cpu(platform):
   for option in (True, False):
     rows, _, operands = functions(MNIST, row_convolution=option)
@@ -108,11 +101,15 @@ def test_other_convolutions_are_left_alone(case):
 @pytest.mark.parametrize('option', [True, False])
 def test_the_option_of_with_feedback(option):
   _, plain, (x, W, _, g) = functions(MNIST)
-  f = symjax_bp.with_feedback(
-    lambda W, x: plain(x, W), symjax_bp.usf(), row_convolution=option
-  )
-  function = lambda x, W, V: f(W, None, x)
-  assert ('concatenate' in lowered(function, x, W, W, g)) == option
+  given = {'rules': symjax_bp.usf(), 'row_convolution': option}
+  f = symjax_bp.with_feedback(lambda W, x: plain(x, W), **given)
+  layer = nn.Conv(50, (5, 5), padding='VALID', use_bias=False)
+  layer = symjax_bp.with_feedback(layer, **given)
+  for function in (
+    lambda x, W, V: f(W, None, x),
+    lambda x, W, V: layer.apply({'params': {'kernel': W}}, x),
+  ):
+    assert ('concatenate' in lowered(function, x, W, W, g)) == option
 
 
 @pytest.mark.parametrize('shape', ['b, 12, 12, 20', '2, h, 12, 20'])

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax import lax
 
 import symjax_bp as sbp
@@ -169,21 +168,6 @@ def test_a_weight_is_followed(make):
     actual,
     expected,
   )
-
-
-class Scaling(nnx.Module):
-  def __init__(self):
-    self.W = nnx.Param(PARAMS['W'])
-
-  def __rmul__(self, x):
-    return jnp.tanh(x @ self.W[...])
-
-
-def test_operators_of_a_module_use_feedback():
-  module = sbp.with_feedback(Scaling(), usf)
-  y, pullback = jax.vjp(lambda x: x * module, X)
-  (dx,) = pullback(jnp.ones_like(y))
-  np.testing.assert_allclose(dx, (1 - y**2) @ jnp.sign(PARAMS['W']).T, 1e-5)
 
 
 @pytest.mark.parametrize(

