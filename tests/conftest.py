@@ -53,7 +53,16 @@ def pytest_runtest_teardown(nextitem):
 
 
 # Files that take minutes start first, so that no worker waits for another.
-_LONG = ('test_processes.py', 'test_killed.py', 'test_ray.py')
+_LONG = (
+  'test_processes.py', 'test_killed.py', 'test_ray.py', 'test_bench.py',
+  'test_launch.py', 'test_tutorials.py', 'test_environments.py', 'test_zoo.py',
+  'test_transform.py',
+)  # fmt: skip
+
+
+def pytest_configure(config):
+  """Keeps that order: by default xdist starts the files with most tests."""
+  config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(items):

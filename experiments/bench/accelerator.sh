@@ -105,7 +105,7 @@ steps() {
     --rule BP uSF brSF RndF --repeat 20 --steps 5 --seconds 1
   )
   [ -z "$dry" ] || options=(
-    --architecture timit --batch-norm plain --batch 2 --rule uSF --repeat 2
+    --architecture timit --batch-norm plain --batch 4 --rule frSF
     --steps 1 --seconds 0
   )
   fetch bench.json

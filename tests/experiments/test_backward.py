@@ -58,8 +58,6 @@ def _passes(state, placed, index):
 
 _PROJECTED = {
   'DFA': lambda e, y: e,
-  'SignDFA': lambda e, y: np.sign(e),
-  'CenteredDFA': lambda e, y: e - e.mean(0),
   'DRTP': lambda e, y: y,
 }
 
@@ -139,7 +137,8 @@ def test_a_mirror_follows_the_weights_without_labels():
 
   first = angles()
   for _ in range(60):
-    state = _step(state, functions, placed, index, 0.0)  # the weights rest
+    # At rate 0 the weights rest.
+    state, _ = functions.step(state, placed.arrays, index, np.float32(0))
   last = angles()
   assert min(first) > 80
   # 1 - exp(-60 / 50) of W is in R, beside the rest of its start and noise.
@@ -171,6 +170,9 @@ def test_one_update_a_condition():
 def test_every_name_of_the_family_is_a_rule():
   rules = [rule_of(name) for name in (*FAMILY, 'LowRank16')]
   assert len(set(map(repr, rules))) == len(FAMILY) + 1
+  direct = ('DFA', 'SignDFA', 'CenteredDFA', 'DRTP')
+  projected = [rule_of(name).error for name in direct]
+  assert projected == ['error', 'sign', 'centered', 'target']
   assert rule_of('LowRank16').rank == 16
   with pytest.raises(ValueError, match='name must be one of'):
     rule_of('LowRank')

@@ -1,6 +1,5 @@
 """The commands in this process: their output, and what they refuse."""
 
-import dataclasses
 import functools
 import io
 import re
@@ -37,13 +36,11 @@ def _error(result) -> str:
   ('arguments', 'message'),
   [
     ('--condition usf+bnn', "did you mean 'uSF+BN'"),
-    ('--table 7', "unknown table '7'"),
     ('--table 2 --dataset minst', "'mnist'"),
     ('', 'nothing is selected: say --table'),
     ('--condition SGD --rate', 'nothing is selected: --rate'),
     ('--condition SGD --seed', 'nothing is selected: --seed'),
     ('--condition SGD --dataset', 'nothing is selected: --dataset'),
-    ('--condition SGD --rate 0', 'rate must be positive, not 0.0'),
     ('--condition SGD --initial-std', 'initial_std must be positive'),
     (
       '--condition SGD --initial-std 1 2 3 4 5',
@@ -97,16 +94,6 @@ def test_results_that_are_not_there_or_cannot_be_written(tmp_path):
   assert '--results' in error
 
 
-def test_every_option_is_in_the_help():
-  _, help_of_run, _ = main('run', '--help')
-  for options in (Selection, Protocol, cli.Execution):
-    for field in dataclasses.fields(options):
-      option = f'--{field.name.replace("_", "-")}'
-      assert re.search(rf'{option}[ ,]', help_of_run), option
-  for text in ('0.0005', '--train-size INT ', '--data-dir PATH '):
-    assert text in help_of_run  # defaults and kinds
-
-
 @pytest.mark.parametrize(
   'command',
   ['demo', 'run', 'plan', 'list', 'data', 'report', 'claims', 'fold'],
@@ -116,6 +103,9 @@ def test_help_shows_no_empty_defaults(command):
   assert status == 0
   for noise in ('None', 'default: )', 'default: ,', '{['):
     assert noise not in out
+  if command == 'run':
+    for text in ('0.0005', '--train-size INT ', '--data-dir PATH '):
+      assert text in out  # defaults and kinds
 
 
 @pytest.mark.parametrize(
@@ -166,19 +156,19 @@ _SHORT = (
 def test_a_failed_run_is_in_the_exit_status_and_the_report(tmp_path):
   plugin, results = tmp_path / 'plugin.py', tmp_path / 'results'
   plugin.write_text(
-    "def small(*_): raise RuntimeError('no <memory>')\n"
+    "def small(*_): raise RuntimeError('no <memory>\\nfor this')\n"
     "NETWORKS = {'small': small}"
   )
   options = ('--plugin', plugin, '--retries', '1', '--results', results)
   status, out, _ = main(*_SHORT, *options)
   assert status == 1
   assert out.count('; it will be tried again') == 1
-  assert 'FAILED: RuntimeError in line' in out
+  assert 'FAILED: RuntimeError in line 1 of <plugin>: no <memory> for' in out
   assert '1 runs failed and are recorded with their errors' in out
   status, _, _ = main('report', results)
   assert status == 0
   page = (results / 'report' / 'report.html').read_text()
-  assert 'no &lt;memory&gt;' in page
+  assert 'no &lt;memory&gt; for this' in page
 
 
 def test_finished_runs_are_reported_folded_and_not_run_again(tmp_path):
@@ -200,24 +190,13 @@ def test_finished_runs_are_reported_folded_and_not_run_again(tmp_path):
   assert not (run / 'checkpoints').exists()
 
   assert main('fold', results, study)[0] == 0
-  text = study.read_bytes()
-  assert main('fold', results, study)[0] == 0
-  assert study.read_bytes() == text
-  tables = [main('report', path, '--out', tmp_path / 'out')[1].split('written')
-            for path in (results, study)]  # fmt: skip
-  assert tables[0][0] == tables[1][0]
-  status, out, error = main('report', results, '--out', study)
-  assert (status, 'Table 2' in out) == (2, True)
+  out = tmp_path / 'out'
+  status, shown, _ = main('report', study, '--markdown-only', '--out', out)
+  assert (status, 'Table 2' in shown) == (0, True)
+  assert (out / 'RESULTS.md').exists()
+  status, shown, error = main('report', results, '--out', study)
+  assert (status, 'Table 2' in shown) == (2, True)
   assert 'choose another folder with --out' in error
-
-  # A run that cannot be read is left out and named.
-  (results / ('0' * 20)).mkdir()
-  (results / ('0' * 20) / 'config.json').write_text('{"version": 1, <b>')
-  for command in ('report', 'claims'):
-    status, out, _ = main(command, results)
-    assert status == 0
-    assert f'run {"0" * 20} is left out: ' in out
-    assert 'config.json is broken' in out
 
 
 def test_the_demo_ends_with_the_answer_and_commands_that_work(

@@ -174,14 +174,6 @@ def test_tables_by_name():
     conditions.find_tables('4-C3')
 
 
-def test_names_of_a_condition_are_all_columns_with_its_content():
-  (bm,) = find('BM').conditions
-  assert set(conditions.names_of(bm)) == {'BM', 'BM1', 'BM-100'}
-  for name, column in COLUMNS.items():
-    for condition in column.conditions:
-      assert name in conditions.names_of(condition)
-
-
 @pytest.mark.parametrize(
   'name',
   [

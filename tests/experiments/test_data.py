@@ -75,7 +75,7 @@ def test_what_is_held_out_is_never_trained_on():
 
 def test_mini_batches():
   rows = np.arange(1000, 1216, dtype=np.int32)
-  run = tiny.run('BM-30')
+  run = tiny.run('BM-30', calibration_batches=20)
   order = mini_batches(run, 1, rows)
   assert order.shape == (7, 30)
   assert order.dtype == np.int32
@@ -96,11 +96,11 @@ def test_mini_batches():
 
 def test_calibration_batches_go_round():
   rows = np.arange(216, dtype=np.int32)
-  batches = calibration_batches(tiny.run(), 1, rows)
+  batches = calibration_batches(tiny.run(calibration_batches=20), 1, rows)
   assert batches.shape == (20, 100)
   for first in range(0, 20, 2):  # two mini-batches a round, without repeats
     assert len(set(batches[first : first + 2].ravel())) == 200
-  grouped = tiny.run(batch_norm_groups=4)
+  grouped = tiny.run(calibration_batches=20, batch_norm_groups=4)
   assert calibration_batches(grouped, 1, rows).shape == (20, 25)
 
 

@@ -21,7 +21,7 @@ from tests.experiments.listener import Listener
 
 # `.ci/run long` kills more often.
 _KILLS = int(os.environ.get('SYMJAX_BP_KILLS', '8'))
-_RUNS = [tiny.run('brSF-50%+BN+BM', epochs=6, seed=seed) for seed in (0, 1)]
+_RUNS = [tiny.small('brSF-50%+BN+BM', epochs=6, seed=seed) for seed in (0, 1)]
 _WAIT = 600  # seconds until something is wrong, on a busy machine too
 # What a process does to the files of the store, as Python tells it.
 _CHANGES = {
@@ -165,7 +165,7 @@ def test_out_of_room(start, tmp_path, undisturbed):
   """
   for room, share, what, lines in (
     (400, 1.0, 'config.json', []),
-    (1000, 0.0, 'metrics.jsonl', [2, 3, 4, 5]),  # of six, some have room
+    (1200, 0.0, 'metrics.jsonl', [2, 3, 4, 5]),  # of six, some have room
     (40_000, 1.0, 'checkpoints/1.msgpack', [1]),
   ):
     *_, error = _finish(start, tmp_path, room=room, share=share)

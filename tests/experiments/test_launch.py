@@ -25,9 +25,9 @@ from tests.experiments.listener import (
   terminate,
 )
 
-_RUN = tiny.run('brSF-50%+BN+BM', epochs=4)
+_RUN = tiny.small('brSF-50%+BN+BM', epochs=4)
 _GROUP = [
-  tiny.run('frSF-50%+BN', rate=rate, seed=seed, layer_metrics=True)
+  tiny.small('frSF-50%+BN', rate=rate, seed=seed, layer_metrics=True)
   for seed in (0, 1)
   for rate in (10.0, 1.0)
 ]
@@ -77,7 +77,7 @@ def test_an_undisturbed_run(tmp_path, undisturbed):
   assert record.environment['devices'] == '1'
   # It is not run again; another protocol is another run.
   listener = Listener()
-  other = tiny.run('brSF-50%+BN+BM', epochs=4, base_rate=0.1)
+  other = tiny.small('brSF-50%+BN+BM', epochs=4, base_rate=0.1)
   summary = _launch(tmp_path, [_RUN, other], listener)
   assert (summary.done, summary.skipped) == (1, 1)
   assert {event[1] for event in listener.events} == {other.run_id}
@@ -152,7 +152,7 @@ def test_a_stop_names_the_signal_and_restores_the_handlers(tmp_path):
   after = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
   assert before == after
   # A stop after the last epoch still ends the run; the next is not begun.
-  other = tiny.run('brSF-50%+BN+BM', epochs=4, seed=1)
+  other = tiny.small('brSF-50%+BN+BM', epochs=4, seed=1)
   with pytest.raises(Interrupted):
     _launch(tmp_path, [_RUN, other], Listener(4, interrupt))
   assert RunFolder(tmp_path, _RUN.run_id).result() is not None
@@ -167,7 +167,7 @@ def test_a_second_signal_ends_at_once():
 
 
 def test_runs_of_another_process_are_left_to_it(tmp_path):
-  other = tiny.run('brSF-50%+BN+BM', epochs=1)
+  other = tiny.small('brSF-50%+BN+BM', epochs=1)
   with RunFolder(tmp_path, _RUN.run_id).claimed():
     summary = _launch(tmp_path, [_RUN, other])
   assert (summary.done, summary.elsewhere) == (1, 1)
@@ -176,7 +176,7 @@ def test_runs_of_another_process_are_left_to_it(tmp_path):
 
 def test_runs_that_another_process_gives_up_are_trained_after_all(tmp_path):
   """While this one trains its last run."""
-  other = tiny.run('brSF-50%+BN+BM', epochs=1)
+  other = tiny.small('brSF-50%+BN+BM', epochs=1)
   claim = RunFolder(tmp_path, _RUN.run_id).claimed()
   claim.__enter__()
   listener = Listener(1, lambda: claim.__exit__(None, None, None))
@@ -185,7 +185,7 @@ def test_runs_that_another_process_gives_up_are_trained_after_all(tmp_path):
 
 
 def test_a_diverged_run_is_a_result_and_not_run_again(tmp_path):
-  run = tiny.run(rate=1e30, epochs=3, layer_metrics=True)
+  run = tiny.small(rate=1e30, epochs=3, layer_metrics=True)
   with pytest.raises(Crash):  # after its last line, before its result
     _launch(tmp_path, [run], Listener(1, crash))
   _launch(tmp_path, [run])
@@ -202,21 +202,6 @@ def test_a_diverged_run_is_a_result_and_not_run_again(tmp_path):
   assert record.result['held_out_test_error'] == by_chance
   assert record.result['epochs_run'] == 1
   assert _launch(tmp_path, [run]).skipped == 1
-
-
-def test_a_failing_run_is_tried_again_and_recorded(tmp_path, undisturbed):
-  plugin = "def bad(*_): raise RuntimeError('no <memory>\\nfor this')\n"
-  plugin += "NETWORKS = {'bad': bad}"
-  failing = dataclasses.replace(_RUN, network='bad', plugin=plugin)
-  listener = Listener()
-  summary = _launch(tmp_path, [failing, _RUN], listener, retries=1)
-  assert (summary.done, summary.failed) == (1, 1)
-  assert [again for *_, again in listener.of('failed')] == [True, False]
-  found = folders.contents(tmp_path)
-  error = json.loads(str(found.pop((failing.run_id, 'error.json'))))['error']
-  assert error.startswith('RuntimeError in line 1 of <plugin>')
-  assert error.endswith('no <memory> for this')
-  assert {k: v for k, v in found.items() if k[0] == _RUN.run_id} == undisturbed
 
 
 def test_checkpoints_take_their_share_of_the_time(monkeypatch):
@@ -361,4 +346,4 @@ def test_groups_differ_in_rate_and_seed_only(tmp_path, monkeypatch):
 def test_missing_data_end_the_command(tmp_path):
   # Last, because another dataset removes all programs from memory.
   with pytest.raises(DatasetError, match='TIMIT80: .* has changed since this'):
-    _launch(tmp_path, [tiny.run(data=tiny.dataset(300))])
+    _launch(tmp_path, [tiny.small(data=tiny.dataset(300))])

@@ -53,28 +53,19 @@ def test_evaluation_uses_averaged_statistics_of_training_batches(monkeypatch):
   functions = program(Setup.of(run, placed))
   batches = device.calibration_batches(run, 1, placed.trained)
   variables = functions.statistics(state['params'], placed.arrays, batches)
-
-  # Moving averages (alpha 0.05) of means and standard deviations, over 20
-  # mini-batches, starting from nothing: weights 0.95^(19 - k), normalized.
   mean = data.x_train[placed.trained].mean(0, dtype=np.float64)
   W = np.asarray(state['params']['Dense_0']['kernel'], np.float64)
-  outputs = [(data.x_train[rows] - mean) @ W for rows in batches]
-  weights = 0.95 ** np.arange(19, -1, -1)
-  weights /= weights.sum()
+  first, second = ((data.x_train[rows] - mean) @ W for rows in batches)
+
+  def averaged(of):
+    """A moving average (alpha 0.05) that starts from nothing, normalized."""
+    return (0.95 * of(first) + of(second)) / 1.95
+
   stats = variables['batch_stats']['BatchNorm_0']
-  np.testing.assert_allclose(
-    stats['mean'],
-    sum(w * y.mean(0) for w, y in zip(weights, outputs, strict=True)),
-    atol=1e-4,
-  )
-  np.testing.assert_allclose(
-    stats['std'],
-    sum(
-      w * np.sqrt(y.var(0) + 1e-4)
-      for w, y in zip(weights, outputs, strict=True)
-    ),
-    rtol=1e-4,
-  )
+  wanted = averaged(lambda y: y.mean(0))
+  np.testing.assert_allclose(stats['mean'], wanted, atol=1e-4)
+  wanted = averaged(lambda y: np.sqrt(y.var(0) + 1e-4))
+  np.testing.assert_allclose(stats['std'], wanted, rtol=1e-4)
   # Which the line of the epoch was computed with.
   for name, x, y in (
     ('test', data.x_test, data.y_test),

@@ -19,7 +19,6 @@ from experiments.training.models import (
   multiply_adds,
   pool,
   rectified_once,
-  training_flops,
 )
 from experiments.training.step import Setup, program
 
@@ -52,8 +51,18 @@ def _by_hand(spec):
   return [*layers, (layers[-1][1], spec.classes)]
 
 
-@pytest.mark.parametrize('batch_norm', ['none', 'plain', 'affine'])
-@pytest.mark.parametrize('name', SPECS)
+# One for each architecture and number of classes.
+_NETWORKS = {(s.architecture, s.classes): name for name, s in SPECS.items()}
+
+
+@pytest.mark.parametrize(
+  ('name', 'batch_norm'),
+  [
+    *((name, 'none') for name in _NETWORKS.values()),
+    ('CIFAR', 'plain'),
+    ('CIFAR', 'affine'),
+  ],
+)
 def test_shapes_and_parameter_counts(name, batch_norm):
   spec = SPECS[name]
   architecture = NETWORKS[spec.architecture]
@@ -117,10 +126,6 @@ def test_multiply_adds_by_hand():
     204 * 102,
   ]
   assert _multiply_adds('timit', 80) == [1845 * 512, 512 * 256, 256 * 80]
-  # No gradient of the first layer's input.
-  assert training_flops(NETWORKS['mnist'], (28, 28, 1), 10) == 2 * (
-    2 * 288_000 + 3 * (1_600_000 + 400_000 + 5_000)
-  )
 
 
 def _pool_loop(x: np.ndarray, layer: Pool, g: np.ndarray | None = None):

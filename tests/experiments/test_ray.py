@@ -1,7 +1,6 @@
 """Ray tasks: their share of a host, their settings, refused launches."""
 
 import os
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -16,21 +15,16 @@ from tests.experiments.listener import Listener
 # Ray forks to start its servers, as a driver does before it has loaded JAX.
 pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
-_RUNS = [tiny.run(epochs=6, seed=seed) for seed in (0, 1)]
-
-
-def _launch(folder):
-  store.create(folder)
-  options = Options(folder, tiny.loader())
-  launcher = ray_tasks.on_ray(options, None)
-  return launch.launch(_RUNS, launcher, options, Listener())
+_RUNS = [tiny.small(epochs=6, seed=seed) for seed in (0, 1)]
 
 
 @pytest.mark.skipif(len(machine.cores()) < 2, reason='needs two cores')
 def test_a_task_keeps_to_its_cores_and_has_the_settings(tmp_path, monkeypatch):
   flag = '--xla_cpu_enable_fast_math=false'
   monkeypatch.setenv('XLA_FLAGS', flag)
-  assert _launch(tmp_path).done == 2
+  options = Options(tmp_path, tiny.loader())
+  launcher = ray_tasks.on_ray(options, None)
+  assert launch.launch(_RUNS, launcher, options, Listener()).done == 2
   for record in store.load(tmp_path):
     assert record.environment['cores'] == '1'
     assert flag in record.environment['XLA_FLAGS']
@@ -45,17 +39,12 @@ def test_more_than_this_host_has_is_refused():
   assert ray_tasks._room(ray, 'host:6379', 2.0, 1.0) == 1  # it may grow
 
 
-def test_results_that_a_node_cannot_see_are_refused(tmp_path, monkeypatch):
-  def elsewhere(results):
-    """The folder of the launch is removed, as if it were on another host."""
-    lock = make(results)
-    shutil.rmtree(results)
-    return lock
-
-  make = ray_tasks._begin
-  monkeypatch.setattr(ray_tasks, '_begin', elsewhere)
+def test_results_that_a_node_cannot_see_are_refused(tmp_path):
+  options = Options(tmp_path, tiny.loader())
+  unseen = ray_tasks._task(_RUNS[0], options, tmp_path / 'no lock')
+  ray = SimpleNamespace(get=lambda _: unseen)
   with pytest.raises(StoreError, match='a Ray node cannot see the results fol'):
-    _launch(tmp_path / 'results')
+    ray_tasks._outcome(ray, None, False)
 
 
 def test_a_launch_removes_what_a_dead_one_left(tmp_path):

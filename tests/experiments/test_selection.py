@@ -1,5 +1,7 @@
 """The runs that options select, and what is refused beforehand."""
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,6 @@ from experiments.datasets import DatasetError
 from experiments.paper.conditions import TABLES, THEN_500
 from experiments.paper.protocol import Protocol
 from experiments.runs import launch
-from experiments.runs.processes import in_processes, places
 from experiments.runs.selection import Selection, shard_of
 from experiments.runs.store import load
 from experiments.runs.train import Options
@@ -201,7 +202,7 @@ def test_plugins_that_cannot_be_used(tmp_path, source, network, message):
 
 
 def test_a_dataset_of_ones_own(tmp_path):
-  """Its network is a part of a run's identity; worker processes find it."""
+  """Its network is a part of a run's identity; workers get its loader."""
   random = np.random.default_rng(0)
   y = np.arange(400, dtype=np.int64) % 2
   x = random.integers(0, 50, (400, 32, 32, 3)) + 150 * y[:, None, None, None]
@@ -219,8 +220,9 @@ def test_a_dataset_of_ones_own(tmp_path):
   chosen |= {'plugin': tiny.PLUGIN, 'network': 'small'}
   runs = _runs(1, protocol, architecture='mnist', **chosen)
   loader = Selection(architecture='mnist', **chosen).loader()
-  options = Options(tmp_path / 'results', loader)
-  launcher = in_processes(options, places(1))
+  options = pickle.loads(pickle.dumps(Options(tmp_path / 'results', loader)))
+  loader.forget()
+  launcher = launch.in_this_process(options)
   assert launch.launch(runs, launcher, options, Listener()).done == 1
   (record,) = load(tmp_path / 'results')
   assert record.result is not None

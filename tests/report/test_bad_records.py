@@ -46,6 +46,7 @@ def test_no_records_is_an_error_that_says_how_to_make_some(function, tmp_path):
     ('result.diverged', 'no', "result.diverged is 'no', not true or false"),
     ('result.held_out_epoch', 1.5, 'result.held_out_epoch is 1.5, not an int'),
     ('metrics', 'torn', "metrics is 'torn', not a list"),
+    ('metrics', [], 'it has a result, but no epochs'),
     ('metrics.epoch', KeyError, r'metrics\[0\].epoch is missing'),
     ('metrics.test_error', 'x', r"metrics\[0\].test_error is 'x', not a"),
     ('metrics.layers', [], r'metrics\[0\].layers is \[\], not an object'),

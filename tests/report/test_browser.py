@@ -8,12 +8,14 @@ import pytest
 from tests.report.records import LONG
 
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
+pytestmark = pytest.mark.skipif(
+  CHROMIUM is None,
+  reason='no chromium here: `apt-get install chromium` runs this test',
+)
 
 
 @pytest.fixture(name='browser', scope='module')
 def _browser():
-  if CHROMIUM is None:
-    pytest.skip('no chromium here: `apt-get install chromium` runs this test')
   sync_api = pytest.importorskip('playwright.sync_api')
   with sync_api.sync_playwright() as playwright:
     browser = playwright.chromium.launch(

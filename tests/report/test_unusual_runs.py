@@ -24,14 +24,6 @@ def test_a_report_of_runs_that_all_lack_a_result(tmp_path, absent):
   assert 'best test error 5.00' in (tmp_path / 'report.html').read_text()
 
 
-def test_a_result_without_epochs_is_left_out(tmp_path):
-  bad, *good = cell('SGD', 5.0)
-  bad.metrics.clear()
-  report.write_report([bad, *good], tmp_path)
-  page = (tmp_path / 'report.html').read_text()
-  assert f'{bad.run_id} is left out: it has a result, but no epochs' in page
-
-
 def test_networks_with_names_alike_have_protocols_of_their_own():
   records = [record(network=name, plugin='x') for name in ('v1', 'v1.0')]
   assert len(frame.read(records).protocols) == 2
