@@ -200,12 +200,12 @@ class Results:
       cells = self.cells_of(row)
       count = len(names & cells.keys())
       if cells and count >= least:
-        found[row.label].append((count, row, cells))
-    return [
-      next((row, cells) for count, row, cells in of if 4 * count >= 3 * most)
-      for of in found.values()
-      for most in [max(count for count, *_ in of)]
-    ]
+        found[row.label].append((count, (row, cells)))
+    chosen = []
+    for of in found.values():
+      enough = 0.75 * max(count for count, _ in of)
+      chosen.append(next(pair for count, pair in of if count >= enough))
+    return chosen
 
 
 def column_order(name: str) -> tuple[int, str]:

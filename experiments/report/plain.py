@@ -57,8 +57,8 @@ def answers(results: Results) -> list[str]:
   """Returns a sentence per dataset.
 
   It is about the row with most training of those with most of the conditions
-  that the sentence names. A row with other settings is used only if
-  the dataset has no row with the default settings.
+  that the sentence names. A row with other settings is used only if the dataset
+  has no row with the default settings.
   """
   main = results.main_rows
   known = {row.label for row in main}
