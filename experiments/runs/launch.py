@@ -16,9 +16,11 @@ from experiments.paper.protocol import Run
 from experiments.runs.store import RunFolder, tidy
 from experiments.runs.train import Listener, Options, Outcome, train_runs
 
+_HANGUP = getattr(signal, 'SIGHUP', None)  # a closed terminal; not on Windows
+
 
 class StopRequest:
-  """Turns SIGINT and SIGTERM into a flag that is read between steps.
+  """Turns SIGINT, SIGTERM and SIGHUP into a flag that is read between steps.
 
   Attributes:
     signal: number of the signal; None if there was none.
@@ -34,9 +36,12 @@ class StopRequest:
 
   def __enter__(self) -> 'StopRequest':
     """Handles the signals; a second one ends the program at once."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # `nohup` ignores it, so that the program goes on.
+    if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
+      numbers.append(_HANGUP)
     self._before = {
-      number: signal.signal(number, self._handle)
-      for number in (signal.SIGINT, signal.SIGTERM)
+      number: signal.signal(number, self._handle) for number in numbers
     }
     return self
 
@@ -97,7 +102,7 @@ def launch(
       recorded, and the others go on.
 
   Raises:
-    Interrupted: after SIGINT or SIGTERM; all finished epochs are recorded.
+    Interrupted: after one of these signals; all finished epochs are recorded.
     StoreError: if the results folder cannot be read or written.
     DatasetError: if a dataset cannot be loaded.
   """

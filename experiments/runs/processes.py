@@ -173,7 +173,9 @@ def _work(pipe: Any, place: Place, options: Options) -> None:
   """A worker process: trains the runs that come through the pipe."""
   asked = threading.Event()
   signal.signal(signal.SIGTERM, lambda *_: asked.set())
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the driver decides
+  for name in ('SIGINT', 'SIGHUP'):  # from the terminal; the driver decides
+    if hasattr(signal, name):
+      signal.signal(getattr(signal, name), signal.SIG_IGN)
   os.environ.update(place.environment)
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, place.cores)

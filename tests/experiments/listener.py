@@ -20,6 +20,10 @@ def terminate():
   os.kill(os.getpid(), signal.SIGTERM)
 
 
+def hang_up():
+  os.kill(os.getpid(), signal.SIGHUP)
+
+
 class Listener:
   """Remembers its events; acts after an epoch, or after so many of all runs."""
 

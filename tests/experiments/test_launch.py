@@ -21,6 +21,7 @@ from tests.experiments.listener import (
   Crash,
   Listener,
   crash,
+  hang_up,
   interrupt,
   terminate,
 )
@@ -91,6 +92,7 @@ def test_an_undisturbed_run(tmp_path, undisturbed):
     (1.0, 4, crash, Crash, 4),  # all lines and no result
     (0.0, 2, interrupt, Interrupted, 3),  # a stop writes one
     (1.0, 2, terminate, Interrupted, 3),
+    (0.0, 2, hang_up, Interrupted, 3),
   ],
 )
 def test_resumes_with_the_same_bits(
@@ -164,6 +166,14 @@ def test_a_second_signal_ends_at_once():
     interrupt()
     assert stop.signal == signal.SIGINT
     terminate()
+
+
+def test_a_lost_terminal_stops_nothing_under_nohup():
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  with StopRequest() as stop:
+    hang_up()
+  assert not stop()
+  assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_runs_of_another_process_are_left_to_it(tmp_path):
