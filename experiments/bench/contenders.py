@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import plugins
 from experiments.datasets import SHAPES
 from experiments.paper.conditions import Condition
 from experiments.paper.protocol import Protocol
-from experiments.training import models
+from experiments.training import models, plugins
 from experiments.training.data import Arrays, Images
 from experiments.training.pooling import Pool, pool
 from experiments.training.step import Setup, program

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments import plugins
 from experiments.paper import conditions
 from experiments.paper.conditions import Column
 from experiments.paper.protocol import (
@@ -18,6 +17,7 @@ from experiments.paper.protocol import (
   runs_of,
   unique,
 )
+from experiments.training import plugins
 
 if TYPE_CHECKING:
   from experiments.datasets import Dataset, Loader

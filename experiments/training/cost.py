@@ -6,11 +6,10 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from experiments import plugins
 from experiments.datasets import Dataset
 from experiments.paper.protocol import Run
 from experiments.training import data as device
-from experiments.training import loop, models
+from experiments.training import loop, models, plugins
 from experiments.training.step import Setup, program
 
 _STEPS = 5

@@ -16,10 +16,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from experiments import plugins
 from experiments.paper.conditions import BATCH_100, Condition
 from experiments.paper.protocol import Protocol, Run
-from experiments.training import devices, models
+from experiments.training import devices, models, plugins
 from experiments.training.backward import backward
 from experiments.training.data import Arrays, DeviceData, Images
 from symjax_bp import combine, metrics, optim, partition, redraw

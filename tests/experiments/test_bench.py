@@ -15,13 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import plugins
 from experiments.bench import __main__ as bench
 from experiments.bench import contenders, epoch, in_torch, output, scaling
 from experiments.bench.contenders import Contender, Workload, of_network
 from experiments.datasets import SHAPES
 from experiments.runs.train import Outcome
-from experiments.training import models
+from experiments.training import models, plugins
 from experiments.training.step import program
 from symjax_bp import linen, usf
 from tests.experiments import tiny
