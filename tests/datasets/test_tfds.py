@@ -1,28 +1,28 @@
 """Sets that TFDS downloads: its builders under our splits, our own too."""
 
 import contextlib
-import os
 import shutil
 import urllib.parse
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.download import downloader
+from tensorflow_datasets.image_classification import mnist
 
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-pytest.importorskip(
-  'tensorflow',
-  reason='TFDS writes through TensorFlow: pip install -e .[prepare]',
-)
-pytest.importorskip('importlib_resources', reason='TFDS imports it')
+from experiments import datasets
+from tests.datasets import originals
+from tests.datasets.archives import folder, packed, picture
 
-import tensorflow_datasets as tfds  # noqa: E402
-from tensorflow_datasets.core.download import downloader  # noqa: E402
-from tensorflow_datasets.image_classification import mnist  # noqa: E402
 
-from experiments import datasets  # noqa: E402
-from tests.datasets import originals  # noqa: E402
-from tests.datasets.archives import folder, packed, picture  # noqa: E402
+@pytest.fixture(autouse=True, scope='module')
+def _needs_tensorflow():
+  """TFDS writes through TensorFlow, which takes seconds to import."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('TF_CPP_MIN_LOG_LEVEL', '2')
+    pytest.importorskip('tensorflow', reason='pip install -e .[prepare]')
+  pytest.importorskip('importlib_resources', reason='TFDS imports it')
 
 
 def _pictures(count, size):
