@@ -45,15 +45,12 @@ def test_real_sets(name, tmp_path):
     assert np.unique(labels).tolist() == list(range(classes))
   assert note in data.note if note else data.note == ''
   # Pictures: neither constant nor noise around one value.
-  assert data.x_train.std() > 40
+  assert data.x_train[::10].std() > 40
   if name == 'mnist':
     assert data.y_train[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     np.testing.assert_allclose(data.x_train.mean(), 33.318, atol=1e-3)
   if name in _TRAINED:
-    part = datasets.load(
-      name, data_dir=_FOLDER, cache_dir=tmp_path, train_size=204
-    )
-    _assert_that_steps_lower_the_loss(part)
+    _assert_that_steps_lower_the_loss(data)
 
 
 def _assert_that_steps_lower_the_loss(data):
@@ -61,7 +58,7 @@ def _assert_that_steps_lower_the_loss(data):
     conditions.find('uSF+BN+BM'),
     rates=[1.0],
     dataset=protocol.Data(data.spec.name, data.digest),
-    protocol=protocol.Protocol(epochs=1, train_size=204, holdout=0.0),
+    protocol=protocol.Protocol(epochs=1, holdout=0.0),
   )
   placed = device.split(device.put(data), run)
   functions = program(Setup.of(run, placed))
