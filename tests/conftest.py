@@ -26,6 +26,16 @@ jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+@pytest.fixture(autouse=True)
+def _same_variables():
+  """A command sets some; later tests would compile another way."""
+  before = dict(os.environ)
+  yield
+  for name in os.environ.keys() - before.keys():
+    del os.environ[name]
+  os.environ.update(before)
+
+
 @pytest.fixture
 def float64():
   """Double precision, in which no rounding hides or explains a difference."""
