@@ -93,7 +93,7 @@ def _call(
   # A plain call makes the parameters.
   result = run(scope, *args, **kwargs) if initializing else None
   after = _copied(scope.rng_counters)
-  path = '/'.join(bound.path)
+  path = '/'.join(filter(None, (scope.flags.get('path'), *bound.path)))
   prefix = f'{path}/' if path else ''
 
   def interpret(scope_fn, repack, groups, rngs, *args, **kwargs):
@@ -155,16 +155,40 @@ class _Unique:
     return hash((_Unique, next(self._hashes)))
 
 
-def _retraced(method: Any) -> Callable[..., Any]:
-  """A method for ``apply`` in which each layer is seen, also under nn.jit."""
+def _retraced(
+  model: nn.Module, method: Any, path: str = ''
+) -> Callable[..., Any]:
+  """A method for ``apply`` in which each layer is seen, also under nn.jit.
 
-  def call(model: nn.Module, *args, **kwargs):
-    _set_flag(model.scope, 'retraced', _Unique())
+  Args:
+    model: the model.
+    method: its method, the name of one, or None for ``__call__``.
+    path: of the model in a larger one.
+  """
+
+  def call(bound: Any, *args, **kwargs):
+    scope = bound.scope.rewound()
+    _set_flag(scope, 'retraced', _Unique())
+    _set_flag(scope, 'path', path)
+    # Anew, because modules in its fields have the flags of before.
+    bound = model.copy(parent=scope)
     if callable(method):
-      return method(model, *args, **kwargs)
-    return getattr(model, method or '__call__')(*args, **kwargs)
+      return method(bound, *args, **kwargs)
+    return getattr(bound, method or '__call__')(*args, **kwargs)
 
   return call
+
+
+def at_path(model: nn.Module, path: str) -> nn.Module:
+  """A copy whose ``apply`` names its weights by paths in a larger model."""
+
+  def apply(variables, *args, method=None, **kwargs):
+    method = _retraced(model, method, path)
+    return model.apply(variables, *args, method=method, **kwargs)
+
+  copied = model.clone()
+  object.__setattr__(copied, 'apply', apply)  # Modules are frozen.
+  return copied
 
 
 _OURS = ('feedback', 'feedback_weights', 'params')
@@ -486,7 +510,7 @@ def layer_rules(model: nn.Module, *args, **kwargs) -> list[transform.Row]:
 
   def call(function, arrays, **options):
     args, kwargs = rebuilt(arrays)
-    method = _retraced(kwargs.pop('method', None))
+    method = _retraced(model, kwargs.pop('method', None))
     return function(*args, method=method, **options, **kwargs)
 
   def init(key, arrays):
@@ -562,7 +586,7 @@ def layer_alignment(
     args, kwargs: arguments of ``apply``.
   """
   rest = {name: value for name, value in variables.items() if name != 'params'}
-  kwargs['method'] = _retraced(kwargs.get('method'))
+  kwargs['method'] = _retraced(model, kwargs.get('method'))
   changing = union_filters(mutable, ())
 
   def evaluate(params):

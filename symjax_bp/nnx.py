@@ -675,6 +675,10 @@ def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:
     # Unlike all others, for what JAX traced before is not seen again.
     prefix = f'{path}/' if path else '', object()
     object.__setattr__(module, _PREFIX, prefix)
+  for path, module in nnx.iter_modules(model):
+    if type(module) is nnx.bridge.ToNNX:
+      inner = linen.at_path(module.to_nnx__module, _joined(*path))
+      module.to_nnx__module = inner
   return model, args, kwargs
 
 

@@ -314,16 +314,16 @@ JitDense = nn.jit(linen.Dense)
 
 
 class Jitted(nn.Module):
-  rule: sbp.FeedbackRule
+  second: nn.Module
 
   @nn.compact
   def __call__(self, x):
-    x = JitDense(5, feedback=self.rule, name='first')(x)
-    return JitDense(5, feedback=self.rule, name='second')(x)
+    x = JitDense(5, feedback=self.second.feedback, name='first')(x)
+    return self.second(x)
 
 
 def test_nn_jit_keeps_no_trace_of_another_rule_and_hides_no_layer():
-  usf = Jitted(sbp.usf())
+  usf = Jitted(JitDense(5, feedback=sbp.usf()))
   models = {
     sbp.usf(): usf,
     sbp.nusf(): linen.with_feedback(usf, sbp.nusf()),
@@ -534,3 +534,8 @@ def test_a_linen_model_in_an_nnx_model():
   assert differ(kernels(inner), kernels(plain))
   assert_same_bits(kernels(sbp.nnx.without_feedback(inner)), kernels(plain))
   assert_same_bits(kernels(make(inner)), kernels(make(plain)))
+  paths = ['layers/0/layers_0/kernel', 'layers/0/layers_2/kernel']
+  for model in (inner, sbp.nnx.with_feedback(inner, sbp.usf())):
+    rows = sbp.nnx.layer_rules(model, X)
+    assert [row.path for row in rows if row.rule][:2] == paths
+    assert [*sbp.nnx.layer_alignment(model, jnp.sum, X)][:2] == paths
