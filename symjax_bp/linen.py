@@ -16,7 +16,8 @@ returns V.
 
 For modules with feedback inside ``nn.scan`` and ``nn.vmap``, map the collection
 and the key stream: ``variable_axes={'feedback': 0}``,
-``split_rngs={'feedback': True}``. ``with_feedback`` around them needs neither.
+``split_rngs={'feedback': True}``; for V, ``'feedback_weights': 0`` as well.
+``with_feedback`` around them needs none of these.
 """
 
 import dataclasses
@@ -409,8 +410,10 @@ def with_feedback(
   """``symjax_bp.with_feedback`` for a Linen model, which stays unchanged.
 
   In a method of another module the result takes the name of the model, so its
-  parameters are where they are without feedback. A model that shares a
-  submodule with the module around it is a ValueError.
+  parameters are where they are without feedback. (Flax gives layers made in
+  that method, such as those in ``nn.Sequential([nn.Dense(3)])``, to the module
+  around it; here they are the model's own.) A model that shares a submodule
+  with the module around it is a ValueError.
 
   >>> import jax, jax.numpy as jnp, symjax_bp
   >>> mlp = nn.Sequential([nn.Dense(3), nn.relu, nn.Dense(2)])
@@ -554,10 +557,24 @@ def feedback_weights(
     model: an asymmetric model.
     variables: its variables.
     args, kwargs: arguments of ``apply``.
+
+  Raises:
+    ValueError: if a lift around a layer does not hand its V out.
   """
   mutable = union_filters(kwargs.pop('mutable', False), 'feedback_weights')
-  _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
-  return transform.by_path(changed.get('feedback_weights', {}))
+  kwargs['method'] = _retraced(model, kwargs.get('method'))
+  with transform.recorded() as rows:
+    _, changed = model.apply(variables, *args, mutable=mutable, **kwargs)
+  V = transform.by_path(changed.get('feedback_weights', {}))
+  missing = sorted({row.path for row in rows if row.rule} - V.keys())
+  if missing:
+    raise ValueError(
+      f'V of {missing} has no place: add '
+      "variable_axes={'feedback_weights': 0} to nn.scan or nn.vmap, "
+      "'feedback_weights' to the collections of another lift, or put "
+      'with_feedback around it, as around a module of NNX.'
+    )
+  return V
 
 
 def layer_alignment(

@@ -285,6 +285,10 @@ def test_lifts_that_would_lose_or_change_feedback_are_refused():
   message = r"layer'.*variable_axes={'feedback': 0}"
   with pytest.raises(ValueError, match=message):
     Lifted('scan', ('params',)).init(KEY, X)
+  model = Lifted('scan', ('params', 'feedback'))
+  variables = model.init(KEY, X)
+  with pytest.raises(ValueError, match=r"layer/kernel'\] has no place: add"):
+    linen.feedback_weights(model, variables, X)
   for norm, options in (
     (nn.WeightNorm, {}),
     (nn.SpectralNorm, {'update_stats': False}),
