@@ -617,20 +617,6 @@ _LOCAL: dict[str, Callable[[Product, Any, jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _LocalGradient:
-  """The gradient of a weighted sum of local losses; hashable."""
-
-  factors: tuple[tuple[str, float], ...]
-
-  def __call__(self, op, xs, W, V, g, dW, extra):
-    terms = [
-      jnp.asarray(factor, W.dtype) * _LOCAL[name](op, xs, W, V)
-      for name, factor in self.factors
-    ]
-    return sum(terms[1:], terms[0]), None
-
-
 @dataclasses.dataclass(frozen=True, repr=False)
 class local_loss(_Learned):
   r"""Feedback learned by local losses, after Kunin et al. (2020).
@@ -664,10 +650,13 @@ class local_loss(_Learned):
       )
     self._set('factors', tuple(factors.items()))
 
-  @property
-  def learning(self):
+  def learning(self, op, xs, W, V, g, dW, extra):
     """The gradient of the losses."""
-    return _LocalGradient(self.factors)
+    terms = [
+      jnp.asarray(factor, W.dtype) * _LOCAL[name](op, xs, W, V)
+      for name, factor in self.factors
+    ]
+    return sum(terms[1:], terms[0]), None
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
