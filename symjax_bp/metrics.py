@@ -273,24 +273,21 @@ def layer_alignment(
       'loss has no weight with feedback: compute it with what with_feedback '
       'returned.'
     )
-  slots = {
+  empty = {
     path: {'sums': jnp.zeros(8), 'gram': jnp.zeros((size, size))}
     for path, size in features.items()
   }
 
   def gradients(plain):
-    def observer(path, op, W, V, eqn):
-      V = jnp.where(plain, lax.stop_gradient(W), V)
-      return V, functools.partial(_measure, axis), slots_in_use[path]
-
     def observed_loss(arrays, slots):
-      nonlocal slots_in_use
-      slots_in_use = slots
+      def observer(path, op, W, V, eqn):
+        V = jnp.where(plain, lax.stop_gradient(W), V)
+        return V, functools.partial(_measure, axis), slots[path]
+
       with observed(observer):
         return loss(rebuilt(arrays))
 
-    slots_in_use: Any = None
-    return jax.grad(observed_loss, argnums=(0, 1))(arrays, slots)
+    return jax.grad(observed_loss, argnums=(0, 1))(arrays, empty)
 
   # Two backward passes: with V, and with W in its place.
   updates, measured = jax.vmap(gradients, axis_name=axis)(
