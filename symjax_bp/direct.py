@@ -256,8 +256,8 @@ class DirectFunction:
         concordance=jnp.nan,
         angle=jnp.nan,
         norm_ratio=jnp.nan,
-        update_angle=_angle(updates, true_updates, parts),
-        error_angle=_angle(g, true_g, keys),
+        update_angle=metrics.angle_at(parts, updates, true_updates),
+        error_angle=metrics.angle_at(keys, g, true_g),
         effective_rank=metrics.effective_rank(
           features.reshape(-1, math.prod(features.shape[-len(axes) :]))
         ),
@@ -322,12 +322,6 @@ def _inject_backward(learns, operands, g):
 
 
 _inject.defvjp(_inject_forward, _inject_backward)
-
-
-def _angle(a: dict, b: dict, keys: Sequence[Any]) -> jax.Array:
-  """The angle between some arrays of each dictionary, taken as one vector."""
-  vectors = (jnp.concatenate([of[k].ravel() for k in keys]) for of in (a, b))
-  return metrics.alignment_angle(*vectors)
 
 
 def with_direct_feedback(

@@ -9,7 +9,7 @@ V is None (``weights`` of a function). All work under ``jax.jit``.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -294,26 +294,28 @@ def layer_alignment(
     jnp.array([False, True])
   )
 
-  def row(path: str) -> Alignment:
+  own, true = ({p: dW[i] for p, dW in updates.items()} for i in (0, 1))
+  rows = {}
+  for path in features:
     sums, gram = (measured[path][name][0] for name in ('sums', 'gram'))
     WW, VV, *_, same, count = sums
-    update = [
-      jnp.concatenate([updates[part][i].ravel() for part in parts[path]])
-      for i in (0, 1)
-    ]
-    return Alignment(
+    rows[path] = Alignment(
       concordance=same / count,
       angle=_angle_of_sums(*sums[:3]),
       norm_ratio=jnp.sqrt(VV / WW),
-      update_angle=alignment_angle(*update),
+      update_angle=angle_at(parts_of(path, own), own, true),
       error_angle=_angle_of_sums(*sums[3:6]),
       effective_rank=_rank_of(gram) if gram.size else jnp.float32(jnp.nan),
     )
-
-  parts = {path: parts_of(path, updates) for path in features}
-  return {path: row(path) for path in features}
+  return rows
 
 
 def parts_of(path: str, params: dict[str, Any]) -> list[str]:
   """The parameters of a weight; several if it was put together of them."""
   return [path] if path in params else path.split(' + ')
+
+
+def angle_at(keys: Sequence[Any], a: dict, b: dict) -> jax.Array:
+  """The angle between some arrays of each dictionary, taken as one vector."""
+  vectors = (jnp.concatenate([of[k].ravel() for k in keys]) for of in (a, b))
+  return alignment_angle(*vectors)
