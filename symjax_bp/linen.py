@@ -122,7 +122,7 @@ def _call(
     states |= _made_now(scope, f, params, states, call)
     _check_unmapped(scope, call.plan(states))
     if scope.is_mutable_collection('feedback_weights'):
-      V = f.weights_by_path(params, states, call.fans())
+      V = f.weights_by_path(params, states, call.rows())
       _put(scope, 'feedback_weights', V)
     return call.evaluate()
 

@@ -659,13 +659,10 @@ def feedback_weights(
     args, kwargs: optional arguments to call the model with: they make V
       exact for rules that depend on the product (NuSF).
   """
-  fans = None
-  if args or kwargs:
-    rows = layer_rules(model, *args, **kwargs)
-    fans = {row.path: row.fan for row in rows if row.rule}
+  rows = layer_rules(model, *args, **kwargs) if args or kwargs else None
   rules, states = attached(model)
   f = transform.FeedbackFunction(lambda params: None, _known(rules))
-  return f.weights_by_path(_parameters(model), states, fans)
+  return f.weights_by_path(_parameters(model), states, rows)
 
 
 def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:

@@ -760,10 +760,6 @@ class Call:
       rows.append(Row(path, shape, rule, how, use and _fan(use)))
     return rows
 
-  def fans(self) -> dict[str, Fan | None]:
-    """Sizes of the first product of each weight with feedback."""
-    return {row.path: row.fan for row in self.rows() if row.rule}
-
   def V(self, op: Product, weight: Value, step: Step) -> jax.Array:
     """The feedback weights of a product."""
     rule: Any = self.rules[step.weight.paths[0]]
@@ -863,27 +859,28 @@ class FeedbackFunction:
       A tree parallel to ``params``, with None for parameters without feedback.
     """
     states = self._states(params, feedback)
-    fans = None
+    rows = None
     if args or kwargs:
-      fans = Call(self, params, args, kwargs).plan(states).fans()
-    return _parallel(params, self.weights_by_path(params, states, fans))
+      rows = Call(self, params, args, kwargs).plan(states).rows()
+    return _parallel(params, self.weights_by_path(params, states, rows))
 
   def weights_by_path(
     self,
     params: Any,
     states: Mapping[str, Any],
-    fans: Mapping[str, Fan | None] | None = None,
+    rows: Sequence[Row] | None = None,
   ) -> dict[str, jax.Array]:
-    """{path: V}; of the paths of ``fans`` alone, if given."""
+    """{path: V}; of the weights with feedback in ``rows`` alone, if given."""
+    fans = {row.path: row.fan for row in rows or () if row.rule}
     V = {}
     for path, W, rule in self._weights(params):
       if rule.keeps_state and path not in states:
         continue
-      if fans is None or path in fans:
+      if rows is None or path in fans:
         stored, W = states.get(path), lax.stop_gradient(jnp.asarray(W))
         state = self.state_of(path, rule, stored) if rule.keeps_state else None
         R = rule.expand(W, state)
-        V[path] = rule.weights(W, R, fans[path] if fans else None)
+        V[path] = rule.weights(W, R, fans.get(path))
     return V
 
   def mirror(
