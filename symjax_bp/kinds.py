@@ -499,22 +499,18 @@ class _Analysis:
 
   def use_in_product(self, eqn: Any, weight: Kind, at: int) -> None:
     self.log.uses.append(Use(weight.paths, 'product', eqn, at))
-    dtype = eqn.invars[at].aval.dtype
+    dtype, problem = eqn.invars[at].aval.dtype, ''
     if not jnp.issubdtype(dtype, jnp.floating):
-      self.refuse(
-        eqn,
-        weight,
+      problem = (
         f'meets data in a product as {dtype}, but feedback needs a real '
-        'floating dtype',
+        'floating dtype'
       )
     elif weight.rule is None:
-      self.refuse(
-        eqn,
-        weight,
-        'is used in a product, but matches none of the rules',
-      )
+      problem = 'is used in a product, but matches none of the rules'
     elif weight.needs_R and not weight.has_R:
-      self.refuse(eqn, weight, 'cannot take its feedback R along')
+      problem = 'cannot take its feedback R along'
+    if problem:
+      self.refuse(eqn, weight, problem)
 
   def unclear(self, eqn: Any, kinds: Sequence[Kind]) -> Kind:
     return _merge(
