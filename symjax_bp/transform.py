@@ -359,8 +359,10 @@ def _step(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
   else:
     # lax broadcasts axes of size 1 by itself, as under vmap.
     R = jnp.broadcast_to(_kept(step, inputs), jnp.shape(results[0]))
-    if action == 'mask':
-      R = _mask(R, next(x for x, R in inputs if R is None))
+    if action == 'mask':  # R is 0 where a constant masks the weight.
+      factor = next(x for x, R in inputs if R is None)
+      kept = (jnp.asarray(factor) != 0).astype(R.dtype)
+      R *= jnp.broadcast_to(kept, R.shape)
     Rs = [R] * len(results)
   triples = zip(results, Rs, step.outputs, strict=True)
   return [Value(x, R if kind.has_R else None) for x, R, kind in triples]
@@ -398,12 +400,6 @@ def _move(eqn: Any, inputs: Sequence[Value]) -> list[Any]:
   if eqn.primitive.name == 'pad':
     arrays[1] = jnp.zeros_like(arrays[1])
   return _bind(eqn, arrays)
-
-
-def _mask(R: Any, factor: Any) -> Any:
-  """R is 0 where a weight is masked by a constant."""
-  kept = (jnp.asarray(factor) != 0).astype(R.dtype)
-  return R * jnp.broadcast_to(kept, R.shape)
 
 
 def _enter(step: Step, inputs: list[Value], multiply: Multiply) -> list[Value]:
@@ -598,7 +594,7 @@ class Call:
   uses: list[kinds.Use]
   _plan: Plan
   _values: list[Value]
-  _results: list[int]  # Where arrays stand in the result.
+  _results: Mapping[int, Any]  # Shapes, by where arrays stand in the result.
   _finish: Static
 
   def __init__(
@@ -619,15 +615,15 @@ class Call:
     }
     self._arrays = arrays
 
-    def flat(*arrays):
-      parts = numbers | dict(zip(self._arrays, arrays, strict=True))
-      given, positional, named = rebuilt(parts)
+    def flat(arrays):
+      given, positional, named = rebuilt(numbers | arrays)
       results = f.function(given, *positional, **named)
       parts, self._finish = separate(results, _is_data)
-      self._results = list(parts)
-      return list(parts.values())
+      return parts
 
-    self._closed = jax.make_jaxpr(flat)(*self._arrays.values())
+    self._closed, self._results = jax.make_jaxpr(flat, return_shape=True)(
+      arrays
+    )
 
   def plan(
     self, states: Mapping[str, Any] | None, *, mirrored: bool = False
