@@ -80,9 +80,8 @@ def _call(
     )
   scope = bound.scope.rewound()
   above = scope.flags.get('feedback')
-  if rules is not None or above is None:
-    # A flag, because nn.jit keeps its traces by the flags of a scope.
-    _set_flag(scope, 'feedback', True)
+  # A flag, because nn.jit keeps its traces by the flags of a scope.
+  _set_flag(scope, 'feedback', True)
 
   def run(scope, *args, **kwargs):
     return getattr(plain.copy(parent=scope), method)(*args, **kwargs)
@@ -99,8 +98,9 @@ def _call(
 
   def interpret(scope_fn, repack, groups, rngs, *args, **kwargs):
     ((variables,),) = groups
+    hidden = ['feedback', 'feedback_weights', 'params']
     # Decoders take another input once the collection 'cache' is there.
-    hidden = (*_OURS, 'cache') if initializing else _OURS
+    hidden += ['cache'] * initializing
     rest = {k: v for k, v in variables.items() if k not in hidden}
 
     def function(params, rest, rngs, args, kwargs):
@@ -190,9 +190,6 @@ def at_path(model: nn.Module, path: str) -> nn.Module:
   copied = model.clone()
   object.__setattr__(copied, 'apply', apply)  # Modules are frozen.
   return copied
-
-
-_OURS = ('feedback', 'feedback_weights', 'params')
 
 
 def _check_unmapped(scope: Any, call: transform.Call) -> None:
