@@ -252,14 +252,13 @@ class _Opened:
     self._graph, params, self._feedback, rest = split
     found, self._params = jax.tree_util.tree_flatten_with_path(params)
     value = jax.tree_util.GetAttrKey('value')  # What a variable holds.
-    keys = [[key for key in each[1:] if key != value] for each, _ in found]
-    self._paths = [transform.path_of(each) for each in keys]
+    self._paths, self.constants = [], []
+    for keys, _ in found:
+      path = transform.path_of([key for key in keys[1:] if key != value])
+      self._paths.append(path)
+      if value not in keys:
+        self.constants.append(path)
     self.params = dict(zip(self._paths, (x for _, x in found), strict=True))
-    self.constants = [
-      path
-      for path, (each, _) in zip(self._paths, found, strict=True)
-      if value not in each
-    ]
     arrays = {i: x for i, x in parts.items() if i not in self.nodes}
     self.others = rest, arrays
 
@@ -378,8 +377,7 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   bridge = _bridge_to_linen()
   if bridge and bridge.scope.flags.get('feedback'):
     # The bridge makes the model for one call, and a rule around it wins.
-    for _, module in list(nnx.iter_modules(model)):
-      _remove(module)
+    _detach(model)
   rules, states = ({}, {}) if _INSIDE in vars(model) else attached(model)
   if not rules:
     return function.__get__(model, type(model))(*args, **kwargs)
@@ -403,11 +401,8 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
   if bridge:
     prefix = ''.join(f'{name}/' for name in bridge.path) + prefix
   f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
-  arrays = (
-    transform.Call(f, opened.params, (opened.others,), {})
-    .plan(states)
-    .evaluate()
-  )
+  call = transform.Call(f, opened.params, (opened.others,), {})
+  arrays = call.plan(states).evaluate()
   changes, is_stream = calls
   y = changes.carry_out(arrays)
   return iter(y) if is_stream else y
@@ -473,8 +468,8 @@ def _attach(model: Any, rules: transform.Rules, key: jax.Array | None) -> None:
   known = rules.resolve(_parameters(model))
   made: dict[str, dict[str, Feedback]] = {}
   module: Any
+  _detach(model)
   for _, module in list(nnx.iter_modules(model)):
-    _remove(module)
     cls = _asymmetric(type(module))
     if not isinstance(cls, _AsymmetricMeta):
       continue
@@ -522,16 +517,18 @@ def _variables(rule: Any, key: Any, path: str, W: Any) -> dict[str, Feedback]:
   return variables
 
 
-def _remove(module: Any) -> None:
-  """Makes one module plain, in place."""
-  if isinstance(type(module), _AsymmetricMeta):
-    for name, _ in _stores(module):
-      delattr(module, name)
-    if _is_made(type(module)):
-      object.__setattr__(module, '__class__', type(module)._plain_class)
-  is_bridge = isinstance(module, nnx.bridge.ToNNX)
-  if is_bridge and isinstance(module.to_nnx__module, linen.WithFeedback):
-    module.to_nnx__module = module.to_nnx__module.detached.model
+def _detach(model: Any) -> None:
+  """Makes the modules of a model plain, in place."""
+  module: Any
+  for _, module in list(nnx.iter_modules(model)):
+    if isinstance(type(module), _AsymmetricMeta):
+      for name, _ in _stores(module):
+        delattr(module, name)
+      if _is_made(type(module)):
+        object.__setattr__(module, '__class__', type(module)._plain_class)
+    is_bridge = isinstance(module, nnx.bridge.ToNNX)
+    if is_bridge and isinstance(module.to_nnx__module, linen.WithFeedback):
+      module.to_nnx__module = module.to_nnx__module.detached.model
 
 
 class _Layer:
@@ -618,8 +615,7 @@ def with_feedback(
 def without_feedback(model: Model) -> Model:
   """Returns a copy of a model that plain backpropagation trains."""
   twin = nnx.clone(model)
-  for _, module in list(nnx.iter_modules(twin)):
-    _remove(module)
+  _detach(twin)
   return twin
 
 
