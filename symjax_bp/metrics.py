@@ -184,8 +184,7 @@ def _rank_of(gram: jax.Array) -> jax.Array:
 
 def _angle_of_sums(aa, bb, dd) -> jax.Array:
   """Degrees between a and b from |a|^2, |b|^2 and |a - b|^2."""
-  a, b, c = jnp.sqrt(jnp.maximum(aa, bb)), jnp.sqrt(jnp.minimum(aa, bb)), dd
-  c = jnp.sqrt(c)
+  a, b, c = map(jnp.sqrt, (jnp.maximum(aa, bb), jnp.minimum(aa, bb), dd))
   # Kahan's formula for a triangle with sides a >= b and c, exact for needles.
   mu = jnp.where(b >= c, c - (a - b), b - (a - c))
   ratio = ((a - b) + c) * mu / ((a + (b + c)) * ((a - c) + b))
