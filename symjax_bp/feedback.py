@@ -64,15 +64,11 @@ _SCALES: dict[str, Callable[[Fan], float]] = {
 }
 
 
-def _traced(value: Any) -> bool:
-  return isinstance(value, jax.Array)
-
-
 def _check_number(
   name: str, value: Any, low: float, high: float, allowed: str
 ) -> Any:
   """Returns a number in (low, high) or [low, high]; arrays pass unchecked."""
-  if _traced(value):
+  if isinstance(value, jax.Array):
     return value
   try:
     number = float(value)
@@ -157,7 +153,7 @@ class FeedbackRule:
       value = getattr(self, field.name)
       if field.name in without or not field.repr:
         continue
-      if _traced(value):
+      if isinstance(value, jax.Array):
         parts.append(f'{field.name}=...')
       elif value != field.default:
         parts.append(f'{field.name}={value!r}')
@@ -245,7 +241,7 @@ class FeedbackRule:
       )
     V = jnp.asarray(V).astype(W.dtype)
     scale = _SCALES[scale](fan) if isinstance(scale, str) else scale
-    if not _traced(scale) and scale == 1:
+    if not isinstance(scale, jax.Array) and scale == 1:
       return V
     return V * jnp.asarray(scale, W.dtype)
 
@@ -293,10 +289,7 @@ class nusf(FeedbackRule):
   [[ 0.5 -0.5]]
   """
 
-  @property
-  def needs_fan(self):
-    """Always."""
-    return True
+  needs_fan: ClassVar[bool] = True
 
   def unscaled(self, W, R, fan):
     """V = sign(W) / fan_in."""
@@ -336,7 +329,7 @@ class frsf(FeedbackRule):
     """
     wide = _wide_dtype(W)
     u, p = 1 - jax.random.uniform(key, W.shape, wide), self.p_flip
-    if _traced(p):
+    if isinstance(p, jax.Array):
       p = jnp.asarray(p, wide)
       keep, p = 1 - p, jnp.where(p > 0, p, 1)
       flipped = u > keep
