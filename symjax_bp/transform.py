@@ -94,17 +94,15 @@ class Rules:
     Raises:
       ValueError: if an expression is found in none of the paths.
     """
-    paths = sorted(paths)
-    for pattern in (*dict(self.pairs), *self.exclude):
+    paths, excluded = sorted(paths), tuple((p, None) for p in self.exclude)
+    for pattern, _ in self.pairs + excluded:
       if not any(re.search(pattern, path) for path in paths):
         raise ValueError(
           f'{pattern!r} matches no parameter; their paths are {paths}.'
         )
     rules = {}
     for path in paths:
-      if any(re.search(pattern, path) for pattern in self.exclude):
-        rules[path] = None
-      for pattern, rule in self.pairs:
+      for pattern, rule in excluded + self.pairs:
         if re.search(pattern, path):
           rules.setdefault(path, rule)
     return rules
