@@ -35,7 +35,6 @@ from experiments.report.tables import (
   Entry,
   Grid,
   Line,
-  by_rate,
   compared,
   grids,
   settings,
@@ -433,7 +432,10 @@ def _inline(picture: 'Picture') -> markupsafe.Markup:
 def rates(results: Results, line: Line, conditions: Sequence[str]) -> Frame:
   """Cells of a row by condition and rate, darker for a higher error."""
   assert line.row is not None  # a row of ours
-  found = by_rate(results, line.row).rename(columns={'best': 'error'})
+  keys = ['condition', 'plan', 'rate']
+  found = results.runs_of(line.row).groupby(keys, as_index=False).agg(
+    error=('best', 'mean'), diverged=('diverged', 'any')
+  )  # fmt: skip
   # Of several batch plans the better one.
   found = found.sort_values('error').drop_duplicates(['condition', 'rate'])
   found = found[found.condition.isin(conditions)]

@@ -258,14 +258,6 @@ def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
   return list(cells.values())
 
 
-def by_rate(results: Results, row: Row) -> Frame:
-  """Means over the seeds of a row by condition, batch plan and rate."""
-  keys = ['condition', 'plan', 'rate']
-  return results.runs_of(row).groupby(keys, as_index=False).agg(
-    best=('best', 'mean'), diverged=('diverged', 'any')
-  )  # fmt: skip
-
-
 def settings(results: Results) -> dict[str, Frame]:
   """By dataset: protocols with other settings beside the default ones.
 
