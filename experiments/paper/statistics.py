@@ -76,8 +76,6 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
   return float(spearman(np.asarray(x, float), np.asarray(y, float)))
 
 
-def rank_interval(x: Sequence[float], y: Sequence[float]) -> Interval | None:
-  """95 % bootstrap interval of `rank_correlation`, pairs drawn together."""
-  if rank_correlation(x, y) is None:
-    return None
+def rank_interval(x: Sequence[float], y: Sequence[float]) -> Interval:
+  """95 % bootstrap interval of a `rank_correlation`, pairs drawn together."""
   return _bootstrap((x, y), spearman)

@@ -102,9 +102,9 @@ class Judgement:
     )
 
   @property
-  def effect(self) -> float | None:
-    """Mean over datasets."""
-    return sum(self._effects) / len(self._effects) if self.findings else None
+  def effect(self) -> float:
+    """Mean over datasets, of which there must be findings."""
+    return sum(self._effects) / len(self._effects)
 
   @property
   def interval(self) -> Interval | None:
@@ -115,16 +115,14 @@ class Judgement:
 
   @property
   def where(self) -> str:
-    """Such as 'MNIST' or '12 of 15 datasets'; '' without findings."""
-    if len(self.findings) < 2:
-      return ''.join(finding.label for finding in self.findings)
+    """Such as 'MNIST' or '12 of 15 datasets'; needs findings."""
+    if len(self.findings) == 1:
+      return self.findings[0].label
     count = len(self._by_dataset)
     return f'{self.held} of {count} dataset{"" if count == 1 else "s"}'
 
   def amount(self, unit: str) -> str:
-    """Such as 'mean 1.20 points [0.51, 1.86]'; '' without findings."""
-    if self.effect is None:
-      return ''
+    """Such as 'mean 1.20 points [0.51, 1.86]'; needs findings."""
     first, *others = self.findings
     amount = _amount(self.effect, self.interval, unit)
     return f'mean {amount}' if others else amount + first.fewer_seeds

@@ -124,8 +124,8 @@ def fold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
 
 def _check(record: Record, where: str) -> None:
   """Checks that the study file will give back what the folder says."""
-  classes, images = _counts(record)
   try:
+    classes, images = _counts(record)
     same = (
       run_id(record.config) == record.run_id
       and result(record.metrics, classes=classes, train_images=images)
@@ -152,10 +152,7 @@ def _numbers(record: Record) -> Any:
 def _counts(record: Record) -> tuple[int, int]:
   """Classes and training images of a finished run."""
   found = record.result or {}
-  try:
-    return round(100 / (100 - found['chance_error'])), found['train_images']
-  except _BROKEN:
-    return 0, 0
+  return round(100 / (100 - found['chance_error'])), found['train_images']
 
 
 def _columns(
