@@ -138,6 +138,9 @@ class Cell:
     return f'{self.present}/{self.expected} {what}'
 
 
+NO_RUNS = Cell(None, None, present=0, expected=0, diverged=0, settled=False)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Results:
   """All contents of a report.

@@ -129,7 +129,7 @@ def _text_grid(grid: Grid, width: int) -> list[str]:
   if max(map(len, parts)) > width:
     parts = []
     for line, frame in found:
-      having = [entry.cell is not None for entry in line.of(grid.columns)]
+      having = [entry.cell.expected > 0 for entry in line.of(grid.columns)]
       rows = _lines(frame[having], width - 2)
       parts += [line.label, *(f'  {row}' for row in rows)]
   parts += [
@@ -150,7 +150,7 @@ def _text_line(line: Line, conditions: Sequence[str]) -> Frame:
       _BEST: [_both(entry) for entry in entries],
       '95 %': [interval(entry) for entry in entries],
       'held-out': [_held_out(entry) for entry in entries],
-      'incomplete': [e.cell.mark if e.cell else '' for e in entries],
+      'incomplete': [entry.cell.mark for entry in entries],
     },
     index=[entry.condition for entry in entries],
   )
@@ -236,7 +236,7 @@ def markdown(
     other=[
       (line, entry)
       for line, entry in compared(shown)
-      if entry.cell and entry.cell.settled and _differs(entry)
+      if entry.cell.settled and _differs(entry)
     ],
     both=_both,
     held_out=_held_out,

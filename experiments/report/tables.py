@@ -11,6 +11,7 @@ from experiments.paper import statistics
 from experiments.paper.conclusions import POINTS
 from experiments.paper.conditions import COLUMNS, TABLES, Table, find_table
 from experiments.report.frame import (
+  NO_RUNS,
   Cell,
   Frame,
   Results,
@@ -33,7 +34,7 @@ class Entry:
   """
 
   condition: str
-  cell: Cell | None
+  cell: Cell
   paper: float | None
   flagged: bool
   flag: str
@@ -43,12 +44,12 @@ class Entry:
   @property
   def best(self) -> Selection | None:
     """Our best test error, selected as in the paper."""
-    return self.cell.best if self.cell else None
+    return self.cell.best
 
   @property
   def held_out(self) -> Selection | None:
     """Our held-out test error."""
-    return self.cell.held_out if self.cell else None
+    return self.cell.held_out
 
   @property
   def agrees(self) -> bool:
@@ -108,7 +109,7 @@ class Line:
     if flagged := [entry for entry in shared if entry.flagged]:
       same = sum(entry.agrees for entry in flagged)
       parts.append(f'same marks {same} of {len(flagged)}')
-    if marked := sum(bool(e.cell and e.cell.mark) for e in shared):
+    if marked := sum(bool(e.cell.mark) for e in shared):
       parts.append(f'{marked} of {len(shared)} cells incomplete')
     return parts
 
@@ -137,7 +138,7 @@ class Grid:
     return [
       name
       for at, name in enumerate(self.table.columns)
-      if any(line.entries[at].cell for line in self.rows)
+      if any(line.entries[at].cell.expected for line in self.rows)
     ]
 
 
@@ -206,7 +207,7 @@ def _fill(
     line = _line(results, table, row.name, row)
     if line.ours and (
       row.name in published
-      or any(e.cell for e in line.entries if e.condition in columns)
+      or any(e.cell.expected for e in line.entries if e.condition in columns)
     ):
       lines.append(line)
   ours = {line.dataset for line in lines}
@@ -220,7 +221,7 @@ def _line(
   results: Results, table: Table, dataset: str, row: Row | None
 ) -> Line:
   cells = {
-    name: results.cells.get((*row.key, name)) if row else None
+    name: results.cells.get((*row.key, name), NO_RUNS) if row else NO_RUNS
     for name in (table.baseline, *table.columns)
   }
   base, published = cells[table.baseline], paper.errors()
@@ -232,20 +233,16 @@ def _line(
       name,
       ours,
       theirs,
-      base is not None and base.best is not None and name != table.baseline,
-      flag(_best(ours), _best(base)),
-      flag(_held_out(ours), _held_out(base)),
+      base.best is not None and name != table.baseline,
+      flag(_mean(ours.best), _mean(base.best)),
+      flag(_mean(ours.held_out), _mean(base.held_out)),
       flag(theirs, base_paper),
     ))  # fmt: skip
   return Line(row, dataset, entries)
 
 
-def _best(cell: Cell | None) -> float | None:
-  return cell.best.mean if cell and cell.best else None
-
-
-def _held_out(cell: Cell | None) -> float | None:
-  return cell.held_out.mean if cell and cell.held_out else None
+def _mean(selection: Selection | None) -> float | None:
+  return selection.mean if selection else None
 
 
 def compared(found: Iterable[Grid]) -> list[tuple[Line, Entry]]:
@@ -318,7 +315,7 @@ def as_frame(results: Results) -> Frame:
     for grid in (*grids(results, TABLES), *own)
     for line in grid.lines
     for entry in line.entries
-    if entry.cell or entry.paper is not None
+    if entry.cell.expected or entry.paper is not None
   ]
   return pd.DataFrame(rows)
 
@@ -336,10 +333,10 @@ def _csv_row(table: str, line: Line, entry: Entry) -> dict[str, Any]:
     'dataset': line.row.label if line.row else line.dataset,
     'protocol': line.row.protocol if line.row else '',
     'condition': entry.condition,
-    'best_test_error': _best(cell),
+    'best_test_error': _mean(best),
     'low': low,
     'high': high,
-    'held_out_test_error': _held_out(cell),
+    'held_out_test_error': _mean(held),
     'held_out_low': held_low,
     'held_out_high': held_high,
     'paper': entry.paper,
@@ -347,9 +344,9 @@ def _csv_row(table: str, line: Line, entry: Entry) -> dict[str, Any]:
     'flag_held_out': entry.flag_held_out,
     'flag_paper': entry.flag_paper,
     'seeds': len(best.values) if best else 0,
-    'runs': cell.present if cell else 0,
-    'expected_runs': cell.expected if cell else 0,
-    'diverged_runs': cell.diverged if cell else 0,
+    'runs': cell.present,
+    'expected_runs': cell.expected,
+    'diverged_runs': cell.diverged,
     'best_rate': None if rate is None else f'{rate:g}',
     'best_epoch': None if epoch is None else f'{epoch}',
     'in_paper': 'yes' if line.dataset in paper.datasets() else 'no',
