@@ -2,7 +2,6 @@
 
 import base64
 import dataclasses
-import functools
 import hashlib
 import itertools
 import re
@@ -273,11 +272,9 @@ def html(
   def detail(row: Row, name: str) -> _Detail:
     return details[row.protocol, row.label, first_name(name)]
 
-  shared = _shared(results, claims)
-  shared['commands'] = [*map(as_typed, shared['commands'])]
   return _render(
     'report.html.jinja',
-    **shared,
+    **_shared(results, claims),
     grids=shown,
     glossary=plain.glossary(
       dict.fromkeys(name for grid in shown for name in grid.columns)
@@ -289,13 +286,13 @@ def html(
     claims=_by_protocol(claims),
     details=details.values(),
     detail=detail,
-    of_runs=lambda runs: map(as_typed, commands.of_runs(runs)),
-    command=lambda run: as_typed(commands.of_run(run)),
+    of_runs=commands.of_runs,
+    of_run=commands.of_run,
     chosen=_chosen,
     marks=MARKS,
     inline=_inline,
-    parts=functools.partial(_parts, results),
-    rates=functools.partial(rates, results),
+    parts=_parts,
+    rates=rates,
     script=markupsafe.Markup(script),
     digest=digest,
   )
@@ -487,6 +484,6 @@ def _render(template: str, **values: Any) -> str:
     lstrip_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters |= {'md': _markdown, 'code': _code}
+  environment.filters.update(md=_markdown, code=_code, as_typed=as_typed)
   values |= {'how': HOW, 'number': number, 'interval': interval}
   return environment.get_template(template).render(values).rstrip() + '\n'
