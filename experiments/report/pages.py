@@ -67,7 +67,6 @@ _LEGEND = {
 _BEST = 'best'
 _WIDTH = 120
 _TEMPLATES = Path(__file__).with_name('templates')
-_SCRIPT = _TEMPLATES / 'page.js'
 
 
 def text_tables(
@@ -266,7 +265,7 @@ def html(
   """
   details = _details(results)
   shown = grids(results)
-  script = _SCRIPT.read_text(encoding='utf-8')
+  script = (_TEMPLATES / 'page.js').read_text(encoding='utf-8')
   digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
   def detail(row: Row, name: str) -> _Detail:

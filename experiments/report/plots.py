@@ -360,20 +360,17 @@ def curves(results: Results, grid: Grid, line: Line) -> Picture:
       found[entry.condition] = curve, mine.diverged.any()
   title = 'Test error by epoch, best rate'
   about = f'{_short(line.title, 60)}, {grid.name}'
-  groups: dict[str, list[str]] = {}
-  for condition in found:
+  groups: dict[str, dict[str, Any]] = {}
+  for condition, curve in found.items():
     setting = ''
     if len(found) > _LOOKS:  # a panel for each norm and update
       column = find_exactly(condition)
       setting = setting_of(column.conditions[0]) if column else 'other'
-    groups.setdefault(setting, []).append(condition)
+    groups.setdefault(setting, {})[condition] = curve
   with style(name):
     size = 7.5, max(2.6, 0.22 * max(map(len, groups.values()), default=0))
     figure, all_axes = panels(f'{title}\n{about}', len(groups), size, 1)
-    for axes, (setting, conditions) in zip(
-      all_axes, groups.items(), strict=True
-    ):
-      shown = {condition: found[condition] for condition in conditions}
+    for axes, (setting, shown) in zip(all_axes, groups.items(), strict=True):
       at = error_axis(axes, [e for curve, _ in shown.values() for e in curve])
       for place, (condition, (curve, diverged)) in enumerate(shown.items()):
         crossed = {'marker': 'x', 'markersize': 7} if diverged else {}
