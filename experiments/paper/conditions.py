@@ -273,9 +273,7 @@ def find(name: str, own: Iterable[str] = ()) -> Column:
   Raises:
     ValueError: if there is none; names the nearest.
   """
-  by_lower = {known.lower(): known for known in COLUMNS}
-  column = _read(name, own)
-  if name.lower() not in by_lower and column is not None:
+  if column := _read(name, own):
     return COLUMNS.get(column.name, column)
   return COLUMNS[_nearest('condition', name, COLUMNS)]
 
