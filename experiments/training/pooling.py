@@ -81,23 +81,11 @@ def _code(layer: Pool, row, column) -> jax.Array:
 
 def _windows(x: jax.Array, layer: Pool, fill: float) -> list[jax.Array]:
   """The pixels of every window: ``size**2`` strided slices of the image."""
-  end = (0, layer.padding, 0)
-  x = jax.lax.pad(
-    x, jnp.asarray(fill, x.dtype), ((0, 0, 0), end, end, (0, 0, 0))
-  )
-  batch, height, width, channels = x.shape
+  end = 0, layer.padding
+  x = jnp.pad(x, ((0, 0), end, end, (0, 0)), constant_values=fill)
+  rows, columns = (n - layer.size + 1 for n in x.shape[1:3])
   return [
-    jax.lax.slice(
-      x,
-      (0, i, j, 0),
-      (
-        batch,
-        height - layer.size + i + 1,
-        width - layer.size + j + 1,
-        channels,
-      ),
-      (1, layer.stride, layer.stride, 1),
-    )
+    x[:, i : i + rows : layer.stride, j : j + columns : layer.stride]
     for i in range(layer.size)
     for j in range(layer.size)
   ]
@@ -152,18 +140,10 @@ def _unpool(
       row, column = rest + stride * down, rest + stride * right
       inside = (row < size)[:, None] & (column < size)[None]
       code = _code(layer, row[:, None], column[None])
+      top, left = back - down, back - right
       entries = [
         jnp.broadcast_to(
-          jax.lax.slice(
-            array,
-            (0, back - down, back - right, 0),
-            (
-              batch,
-              back - down + blocks[0],
-              back - right + blocks[1],
-              channels,
-            ),
-          )[:, :, None, :, None],
+          array[:, top : top + blocks[0], None, left : left + blocks[1], None],
           sixfold,
         )
         for array in framed_windows
