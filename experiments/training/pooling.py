@@ -7,7 +7,6 @@ the right and at the bottom.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +30,18 @@ def pool(x: jax.Array, layer: Pool) -> jax.Array:
     x: ``(batch, height, width, channels)``.
     layer: what to do.
   """
-  if layer.kind == 'max':
-    windows = _windows(x, layer, -jnp.inf)
-    return functools.reduce(lambda a, b: jnp.where(b > a, b, a), windows)
-  share = _share(x.shape, layer, x.dtype)
-  # A sum comes last, not a product with a constant: XLA:CPU would recompute the
-  # whole pooling at every use of the product.
-  return functools.reduce(
-    jnp.add, [pixel * share for pixel in _windows(x, layer, 0.0)]
-  )
+  return _forward(x, layer)[0]
 
 
 def _forward(x, layer):
   # An array of no images carries the shape.
   like = jnp.zeros((0, *x.shape[1:]), x.dtype)
   if layer.kind == 'average':
-    return pool(x, layer), (like, None)
+    share = _share(x.shape, layer, x.dtype)
+    # A sum comes last, not a product with a constant: XLA:CPU would recompute
+    # the whole pooling at every use of the product.
+    shares = [pixel * share for pixel in _windows(x, layer, 0.0)]
+    return functools.reduce(jnp.add, shares), (like, None)
   best, *others = _windows(x, layer, -jnp.inf)
   place = jnp.zeros(best.shape, jnp.int16)
   for number, pixel in enumerate(others, 1):
@@ -58,16 +53,57 @@ def _forward(x, layer):
 
 
 def _backward(layer, residuals, g):
+  """Sums over the windows in which a pixel is; the transpose of pooling.
+
+  Pixels are numbered ``stride * block + rest`` along both axes, and a window
+  begins with each block: a pixel is in the windows that began with its block
+  and with those before, as far as a window reaches.
+  """
   like, place = residuals
-  windows = g, place
+  height, width, channels = like.shape[1:]
+  batch, *counts = g.shape[:3]
+  stride, size = layer.stride, layer.size
+  back = -(-size // stride) - 1
+  blocks = -(-height // stride), -(-width // stride)
+  sixfold = (batch, blocks[0], stride, blocks[1], stride, channels)
+
+  def framed(entries):
+    """Entries of the windows, with 0 around them where no window begins."""
+    ends = [n - m for n, m in zip(blocks, counts, strict=True)]
+    edges = [(back, end, 0) for end in ends]
+    outside = jnp.asarray(0, entries.dtype)
+    return jax.lax.pad(entries, outside, ((0, 0, 0), *edges, (0, 0, 0)))
+
+  def before(entries, down, right):
+    """The entries of the windows that began so many blocks before a pixel."""
+    top, left = back - down, back - right
+    part = entries[
+      :, top : top + blocks[0], None, left : left + blocks[1], None
+    ]
+    return jnp.broadcast_to(part, sixfold)
+
+  def spread(values):
+    return jnp.broadcast_to(values[None, None, :, None, :, None], sixfold)
+
   if place is None:
-    windows = (g * _share((g.shape[0], *like.shape[1:]), layer, g.dtype),)
-
-  def term(code, inside, g, place=None):
-    chosen = inside if place is None else place == code
-    return jnp.where(chosen, g, jnp.zeros((), g.dtype))
-
-  return (_unpool(layer, like.shape, windows, term),)
+    g = g * _share((batch, height, width, channels), layer, g.dtype)
+  else:
+    place = framed(place)
+  g = framed(g)
+  total = jnp.zeros(sixfold, g.dtype)
+  rest = jnp.arange(stride)
+  for down in range(back + 1):
+    for right in range(back + 1):
+      row, column = rest + stride * down, rest + stride * right
+      if place is None:
+        chosen = spread((row < size)[:, None] & (column < size)[None])
+      else:
+        code = _code(layer, row[:, None], column[None])
+        chosen = before(place, down, right) == spread(code)
+      zero = jnp.zeros((), g.dtype)
+      total += jnp.where(chosen, before(g, down, right), zero)
+  full = (batch, blocks[0] * stride, blocks[1] * stride, channels)
+  return (total.reshape(full)[:, :height, :width],)
 
 
 pool.defvjp(_forward, _backward)
@@ -95,63 +131,4 @@ def _share(shape, layer: Pool, dtype) -> jax.Array:
   """One over the number of pixels that exist in each window."""
   one = jnp.ones((1, *shape[1:3], 1), dtype)
   count = functools.reduce(jnp.add, _windows(one, layer, 0.0))
-  rows, columns = count.shape[1:3]
-  return jnp.broadcast_to(1 / count, (shape[0], rows, columns, shape[3]))
-
-
-def _unpool(
-  layer: Pool,
-  shape: tuple[int, ...],
-  windows: tuple[jax.Array, ...],
-  term: Callable[..., jax.Array],
-) -> jax.Array:
-  """Sums over the windows in which a pixel is; the transpose of pooling.
-
-  Pixels are numbered ``stride * block + rest`` along both axes, and a window
-  begins with each block: a pixel is in the windows that began with its block
-  and with those before, as far as a window reaches.
-
-  Args:
-    layer: what is transposed.
-    shape: of the image, ``(any, height, width, channels)``.
-    windows: arrays ``(batch, rows, columns, channels)`` with an entry per
-      window; the first one gives the dtype.
-    term: (code of the pixel, whether it is in the window, entries) -> what the
-      window adds to the pixel.
-  """
-  height, width, channels = shape[1:]
-  stride, size = layer.stride, layer.size
-  back = -(-size // stride) - 1
-  blocks = -(-height // stride), -(-width // stride)
-
-  def framed(entries):
-    ends = [n - m for n, m in zip(blocks, entries.shape[1:3], strict=True)]
-    edges = [(back, end, 0) for end in ends]
-    outside = jnp.asarray(0, entries.dtype)
-    return jax.lax.pad(entries, outside, ((0, 0, 0), *edges, (0, 0, 0)))
-
-  framed_windows = [framed(entries) for entries in windows]
-  batch = windows[0].shape[0]
-  sixfold = (batch, blocks[0], stride, blocks[1], stride, channels)
-  total = jnp.zeros(sixfold, windows[0].dtype)
-  rest = jnp.arange(stride)
-  for down in range(back + 1):
-    for right in range(back + 1):
-      row, column = rest + stride * down, rest + stride * right
-      inside = (row < size)[:, None] & (column < size)[None]
-      code = _code(layer, row[:, None], column[None])
-      top, left = back - down, back - right
-      entries = [
-        jnp.broadcast_to(
-          array[:, top : top + blocks[0], None, left : left + blocks[1], None],
-          sixfold,
-        )
-        for array in framed_windows
-      ]
-
-      def spread(values):
-        return jnp.broadcast_to(values[None, None, :, None, :, None], sixfold)
-
-      total += term(spread(code), spread(inside), *entries)
-  full = (batch, blocks[0] * stride, blocks[1] * stride, channels)
-  return total.reshape(full)[:, :height, :width]
+  return jnp.broadcast_to(1 / count, (shape[0], *count.shape[1:3], shape[3]))
