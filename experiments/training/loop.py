@@ -5,6 +5,7 @@ several times slower inside a compiled loop there. Elsewhere it is one
 ``lax.scan``. The numbers are the same.
 """
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -126,31 +127,23 @@ def epochs(
       return
 
 
+@dataclasses.dataclass(frozen=True)
 class Trainer:
-  """Trains epochs, of one run or of several at once."""
+  """Trains epochs, of one run or of several at once.
 
-  def __init__(
-    self,
-    functions: Program,
-    mesh: Mesh | None,
-    protocol: Protocol,
-    scan: bool | None,
-    stopping: Callable[[], bool],
-  ):
-    """Compiles nothing yet.
+  Attributes:
+    functions: those of several runs take arrays with a leading axis of runs.
+    mesh: devices to divide mini-batches over.
+    protocol: of all runs.
+    scan: as for ``epochs``.
+    stopping: as for ``epochs``.
+  """
 
-    Args:
-      functions: those of several runs take arrays with a leading axis of runs.
-      mesh: devices to divide mini-batches over.
-      protocol: of all runs.
-      scan: as for ``epochs``.
-      stopping: as for ``epochs``.
-    """
-    self._functions = functions
-    self._mesh = mesh
-    self._aligns = protocol.layer_metrics
-    self._scan = jax.default_backend() != 'cpu' if scan is None else scan
-    self._stopping = stopping
+  functions: Program
+  mesh: Mesh | None
+  protocol: Protocol
+  scan: bool | None
+  stopping: Callable[[], bool]
 
   def epoch(
     self, state: State, arrays: Arrays, rows: Rows, rate: Any
@@ -169,14 +162,15 @@ class Trainer:
     Raises:
       Stopped: if ``stopping()`` is true.
     """
-    train = self._scanned if self._scan else self._looped
+    scan = jax.default_backend() != 'cpu' if self.scan is None else self.scan
+    train = self._scanned if scan else self._looped
     state, scores = train(state, arrays, rows.trained, rate)
     measured: Measured = {'train': scores}
     measured |= self._evaluated(state['params'], arrays, rows)
-    if self._aligns:
-      index = devices.split(self._mesh, rows.trained[0])
-      measured['layers'] = self._functions.align(state, arrays, index)
-    measured['finite'] = self._functions.finite(state['params'])
+    if self.protocol.layer_metrics:
+      index = devices.split(self.mesh, rows.trained[0])
+      measured['layers'] = self.functions.align(state, arrays, index)
+    measured['finite'] = self.functions.finite(state['params'])
     return state, jax.device_get(measured)
 
   def _looped(self, state, arrays: Arrays, order, rate):
@@ -184,36 +178,34 @@ class Trainer:
     scores = []
     for index in order:
       (index,) = self._split(index)
-      state, step_scores = self._functions.step(state, arrays, index, rate)
+      state, step_scores = self.functions.step(state, arrays, index, rate)
       scores.append(step_scores)
     return state, np.sum(jax.device_get(scores), axis=0, dtype=np.float32)
 
   def _scanned(self, state, arrays: Arrays, order, rate):
     """An epoch as one compiled loop."""
     (order,) = self._split(order)
-    return self._functions.scan(state, arrays, order, rate)
+    return self.functions.scan(state, arrays, order, rate)
 
   def _evaluated(self, params, arrays: Arrays, rows: Rows) -> Measured:
     """Sums of losses and errors over test and held-out images."""
     # Replicated: they are few, and may be of any size.
-    batches = devices.replicate(self._mesh, [*rows.calibration])
-    variables = self._functions.statistics(params, arrays, batches)
+    batches = devices.replicate(self.mesh, [*rows.calibration])
+    variables = self.functions.statistics(params, arrays, batches)
     measured = {}
     for name, evaluated in rows.evaluated.items():
       images = arrays.test if name == 'test' else arrays.train
       measured[name] = sum(
-        self._functions.evaluate(
-          variables, arrays, images, *self._split(*batch)
-        )
+        self.functions.evaluate(variables, arrays, images, *self._split(*batch))
         for batch in zip(*evaluated, strict=True)
       )
     return measured
 
   def _split(self, *rows: np.ndarray) -> list[Any]:
     """Divides rows over the devices, unless a stop was requested."""
-    if self._stopping():
+    if self.stopping():
       raise Stopped
-    return [devices.split(self._mesh, each) for each in rows]
+    return [devices.split(self.mesh, each) for each in rows]
 
 
 def line_of(epoch: int, rows: Rows, measured: Measured, seconds: float) -> Line:
