@@ -11,7 +11,6 @@ rounding.
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,24 +129,23 @@ def _mapped(setup: Setup) -> Program:
   second where there is one of mini-batches.
   """
   functions = program(setup)
-  arrays = Arrays(train=None, test=None, mean=0)  # type: ignore[arg-type]
-  step = jax.vmap(functions.step, (0, arrays, 0, 0))
-  scan = jax.vmap(functions.scan, (0, arrays, 1, 0))
+  axes = Arrays(train=None, test=None, mean=0)  # type: ignore[arg-type]
+  step = jax.vmap(functions.step, (0, axes, 0, 0))
+  scan = jax.vmap(functions.scan, (0, axes, 1, 0))
+
+  def align(state, arrays, index):
+    # One after the other: jaxlib 0.10.2 compiles jax.vmap of it to wrong
+    # numbers on a CPU, for 6 runs of the network for TIMIT.
+    return jax.lax.map(
+      lambda one: functions.align(one[0], arrays._replace(mean=one[1]), one[2]),
+      (state, arrays.mean, index),
+    )
+
   return functions._replace(
     step=jax.jit(step, donate_argnums=0),
     scan=jax.jit(scan, donate_argnums=0),
-    evaluate=jax.jit(jax.vmap(functions.evaluate, (0, arrays, None, 0, 0))),
-    statistics=jax.vmap(functions.statistics, (0, arrays, 0)),
-    align=jax.jit(functools.partial(_aligned, functions.align)),
+    evaluate=jax.jit(jax.vmap(functions.evaluate, (0, axes, None, 0, 0))),
+    statistics=jax.vmap(functions.statistics, (0, axes, 0)),
+    align=jax.jit(align),
     finite=jax.jit(jax.vmap(functions.finite)),
-  )
-
-
-def _aligned(align, state, arrays: Arrays, index) -> dict[str, Any]:
-  """``align`` of several runs."""
-  # One after the other: jaxlib 0.10.2 compiles jax.vmap of it to wrong numbers
-  # on a CPU, for 6 runs of the network for TIMIT.
-  return jax.lax.map(
-    lambda one: align(one[0], arrays._replace(mean=one[1]), one[2]),
-    (state, arrays.mean, index),
   )
