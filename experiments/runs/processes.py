@@ -16,7 +16,13 @@ from experiments.datasets import DatasetError
 from experiments.paper.protocol import Run
 from experiments.runs.files import StoreError
 from experiments.runs.launch import Launcher
-from experiments.runs.train import Listener, Options, Outcome, train_runs
+from experiments.runs.train import (
+  Forwarder,
+  Listener,
+  Options,
+  Outcome,
+  train_runs,
+)
 from experiments.training import machine
 
 _POLL = 0.2  # seconds between checks for a stop request
@@ -181,7 +187,7 @@ def _work(pipe: Any, place: Place, options: Options) -> None:
     os.sched_setaffinity(0, place.cores)
   machine.configure()
   threading.Thread(target=_end_with_the_driver, daemon=True).start()
-  listener = cast(Listener, _Sender(pipe))
+  listener = cast(Listener, Forwarder(pipe.send))
   while True:
     run = pipe.recv()
     try:
@@ -196,13 +202,3 @@ def _end_with_the_driver() -> None:
   assert driver is not None
   driver.join()
   os._exit(1)
-
-
-class _Sender:
-  """A listener that sends what it receives through a pipe."""
-
-  def __init__(self, pipe: Any):
-    self._pipe = pipe
-
-  def __getattr__(self, name: str) -> Any:
-    return lambda *arguments: self._pipe.send((name, arguments))

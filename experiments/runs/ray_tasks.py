@@ -19,9 +19,16 @@ from experiments.paper.protocol import Run
 from experiments.runs.files import StoreError
 from experiments.runs.launch import Launcher
 from experiments.runs.store import RunFolder
-from experiments.runs.train import Listener, Options, Outcome, train_runs
+from experiments.runs.train import (
+  Forwarder,
+  Listener,
+  Options,
+  Outcome,
+  train_runs,
+)
 from experiments.training import machine
 
+_Call = tuple[str, tuple]  # of a listener: method and arguments
 _POLL = 0.5  # seconds between checks for a stop request
 # Ray's own switch to a cluster of this host alone: it listens on loopback.
 _ONE_HOST = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
@@ -77,12 +84,10 @@ def on_ray(
         for task in ready:
           run = tasks.pop(task)
           seen.pop(run.run_id, None)  # a retry starts anew
-          outcome, messages = _outcome(ray, task, stop())
-          for message in messages:
-            listener.message(message)
-          result = RunFolder(options.results, run.run_id).result()
-          if outcome.status == 'done' and result is not None:
-            listener.run_finished(run, result)
+          outcome, calls = _outcome(ray, task, stop())
+          for name, arguments in calls:
+            if name in ('message', 'run_finished'):  # epochs have been shown
+              getattr(listener, name)(*arguments)
           yield run, outcome
     finally:
       token.unlink(missing_ok=True)
@@ -178,10 +183,10 @@ def _runtime(address: str | None, platforms: str) -> dict[str, Any]:
 
 def _outcome(
   ray: Any, task: Any, stopping: bool
-) -> tuple[Outcome, Sequence[str]]:
-  """The outcome of a task, and messages for the user."""
+) -> tuple[Outcome, Sequence[_Call]]:
+  """The outcome of a task, and what its listener received."""
   try:
-    outcome, messages = ray.get(task)
+    outcome, calls = ray.get(task)
   except ray.exceptions.RayTaskError as error:
     raise error.cause from None
   except ray.exceptions.RayError as error:
@@ -190,7 +195,7 @@ def _outcome(
     reason = str(error).splitlines()[0]
     return Outcome('failed', f'its worker has died ({reason})'), ()
   if outcome.status != 'unseen':
-    return outcome, messages
+    return outcome, calls
   if stopping:  # which has removed the lock
     return Outcome('stopped'), ()
   raise StoreError(outcome.error)
@@ -198,7 +203,7 @@ def _outcome(
 
 def _task(
   run: Run, options: Options, token: Path
-) -> tuple[Outcome, Sequence[str]]:
+) -> tuple[Outcome, Sequence[_Call]]:
   """Trains a run in a Ray worker, which has not imported JAX before."""
   import ray
 
@@ -215,27 +220,13 @@ def _task(
   threading.Thread(target=watch, daemon=True).start()
   with _own_cores(assigned.get('CPU', 0.0)):
     machine.configure()  # memory, and a compilation cache on that host
-    listener = _Messages()
+    calls: list[_Call] = []
+    listener = cast(Listener, Forwarder(calls.append))
     try:
-      ((_, outcome),) = train_runs(
-        [run], options, cast(Listener, listener), stop.is_set
-      )
-      return outcome, listener.messages
+      ((_, outcome),) = train_runs([run], options, listener, stop.is_set)
+      return outcome, calls
     finally:
       done.set()
-
-
-class _Messages:
-  """A listener that keeps messages; the driver reads epochs in the folder."""
-
-  def __init__(self):
-    self.messages: list[str] = []
-
-  def message(self, text: str) -> None:
-    self.messages.append(text)
-
-  def __getattr__(self, name: str) -> Any:
-    return lambda *_: None
 
 
 @functools.cache

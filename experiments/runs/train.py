@@ -74,6 +74,16 @@ class Listener(Protocol):
     """Something the user should know."""
 
 
+class Forwarder:
+  """A listener that sends on what it receives, as (method, arguments)."""
+
+  def __init__(self, send: Callable[[tuple[str, tuple]], Any]):
+    self._send = send
+
+  def __getattr__(self, name: str) -> Any:
+    return lambda *arguments: self._send((name, arguments))
+
+
 class _Pace:
   """Decides when a checkpoint is due: as often as a share of time allows."""
 
