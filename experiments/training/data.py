@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.datasets import Dataset, DatasetError, Loader, splits
-from experiments.paper.protocol import Run
+from experiments.paper.protocol import Data, Run
 from experiments.training import devices
 
 _ROWS_AT_ONCE = 1000  # bounds the memory of a sum over images
@@ -76,28 +76,22 @@ def device_data(run: Run, load: Loader, mesh: Mesh | None = None) -> DeviceData:
   Raises:
     DatasetError: if the dataset is missing, broken, or not the run's.
   """
-  uploaded = _upload(
-    run.dataset.name, run.dataset.digest, run.protocol.train_size, load, mesh
-  )
+  uploaded = _upload(run.dataset, run.protocol.train_size, load, mesh)
   return split(uploaded, run, mesh)
 
 
 @functools.lru_cache(maxsize=1)
 def _upload(
-  name: str,
-  digest: str,
-  train_size: int | None,
-  load: Loader,
-  mesh: Mesh | None,
+  dataset: Data, train_size: int | None, load: Loader, mesh: Mesh | None
 ) -> Uploaded:
   _upload.cache_clear()  # one dataset at a time: frees its memory,
   _split.cache_clear()
   jax.clear_caches()  # and that of the programs compiled for it
-  data = load(name, train_size)
-  if data.digest != digest:
+  data = load(dataset.name, train_size)
+  if data.digest != dataset.digest:
     raise DatasetError(
-      f'{name}: {data.source} has changed since this command started; repeat '
-      'the command.'
+      f'{dataset.name}: {data.source} has changed since this command started; '
+      'repeat the command.'
     )
   load.forget()
   return put(data, mesh)
