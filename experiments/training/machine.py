@@ -16,6 +16,7 @@ random numbers or the precision of a run are set here, because a run's identity
 does not contain them.
 """
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -166,21 +167,16 @@ def warn_if_busy() -> None:
 
 
 def _processor() -> str:
-  try:
-    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines()
-  except OSError:
-    lines = []
-  names = [line for line in lines if line.startswith('model name')]
-  if names:
-    return names[0].partition(':')[2].strip()
+  with contextlib.suppress(OSError):
+    for line in Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines():
+      if line.startswith('model name'):
+        return line.partition(':')[2].strip()
   return platform.processor() or platform.machine()
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:
   found = {}
   for package in packages:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-      pass
   return found
