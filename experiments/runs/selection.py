@@ -131,7 +131,6 @@ class Selection:
   ) -> Iterator[Run]:
     """The runs on one dataset, after checking that they fit it."""
     from experiments import datasets
-    from experiments.datasets import WEIGHT_LAYERS
 
     source = self._source
     own = plugins.load(source)
@@ -153,7 +152,7 @@ class Selection:
     known = data.spec.name in datasets.SPECS
     network = self.network or ('' if known else data.spec.architecture)
     given = protocol.initial_stds
-    layers = WEIGHT_LAYERS[data.spec.architecture]
+    layers = datasets.WEIGHT_LAYERS[data.spec.architecture]
     if self.network is None and len(given) > layers:
       raise ValueError(
         f'initial_std is {given}, one for each of {len(given)} layers, but the '

@@ -63,8 +63,8 @@ def load(source: str) -> Plugin:
       raise ValueError(
         f'the plugin fails with {type(error).__name__}: {error}.'
       ) from error
-  kinds = [names.get(kind, {}) for kind in _KINDS]
-  for name, kind in zip(_KINDS, kinds, strict=True):
+  kinds = {name: names.get(name, {}) for name in _KINDS}
+  for name, kind in kinds.items():
     if not isinstance(kind, Mapping) or not all(
       isinstance(key, str) for key in kind
     ):
@@ -72,15 +72,15 @@ def load(source: str) -> Plugin:
         f'{name} of the plugin is {kind!r}, but must be a dictionary with '
         'names as keys.'
       )
-  if source and not any(kinds):
+  if source and not any(kinds.values()):
     raise ValueError(
       f'the plugin defines none of the dictionaries {", ".join(_KINDS)}.'
     )
-  for name, kind in zip(_KINDS, kinds, strict=True):
+  for name, kind in kinds.items():
     for key, value in kind.items():
-      for problem in _problems(name, key, value, kinds[0]):
+      for problem in _problems(name, key, value, kinds['RULES']):
         raise ValueError(f'{name}[{key!r}] of the plugin {problem}.')
-  return Plugin(*kinds)
+  return Plugin(*kinds.values())
 
 
 def _problems(

@@ -26,7 +26,6 @@ from symjax_bp.linen import calibrate
 
 State = dict[str, Any]  # params, feedback, optimizer, updates; all arrays
 _KEPT_PROGRAMS = 8  # in memory; runs come in an order that needs one or two
-_DEFAULTS = dataclasses.asdict(Protocol())
 # Fields of the protocol that change no compiled function,
 _OF_THE_LOOP = (
   'epochs', 'train_size', 'holdout', 'base_rate', 'calibration_batches',
@@ -37,7 +36,8 @@ _OF_THE_UPDATE = ('momentum', 'weight_decay', 'reduction', 'batch_norm_groups')
 
 
 def _defaults(protocol: Protocol, names: tuple[str, ...]) -> Protocol:
-  return dataclasses.replace(protocol, **{n: _DEFAULTS[n] for n in names})
+  defaults = {name: getattr(Protocol, name) for name in names}
+  return dataclasses.replace(protocol, **defaults)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,8 +229,7 @@ def _in_groups(setup: Setup, logits: Callable[..., Any]) -> Callable[..., Any]:
   return grouped
 
 
-def _losses(logits, y):
-  return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+_losses = optax.softmax_cross_entropy_with_integer_labels
 
 
 def _scores(logits, y):
