@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,8 +128,11 @@ OPERATIONS = {
 }
 
 
-def normal(seed: int, shape, dtype=jnp.float32) -> jax.Array:
-  """Standard normal numbers: the same for every dtype up to rounding."""
+def normal(seed: int, shape, dtype=float) -> jax.Array:
+  """Standard normal numbers: the same for every dtype up to rounding.
+
+  By default in double precision where that is enabled, and in float32 else.
+  """
   values = np.random.default_rng(seed).standard_normal(shape)
   return jnp.asarray(values, dtype)
 
@@ -138,7 +142,7 @@ def scanned(W, x):
   return lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]
 
 
-def operands(operation: Operation, dtype=jnp.float32, lead=(0, 0, 0)):
+def operands(operation: Operation, dtype=float, lead=(0, 0, 0)):
   """x, W, V and g of an operation, each with ``lead`` extra leading axes."""
   shapes = (operation.x, operation.W, operation.W)
   x, W, V = (
@@ -167,25 +171,14 @@ def cotangents(operation, x, W, V, g):
 
 def assert_same_bits(actual, expected) -> None:
   """Trees of equal structure, dtypes and bits."""
-  jax.tree.map(_assert_leaf_same_bits, actual, expected)
-
-
-def _assert_leaf_same_bits(actual, expected) -> None:
-  assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
-  np.testing.assert_array_equal(
-    np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-  )
+  chex.assert_trees_all_equal_dtypes(actual, expected)
+  chex.assert_trees_all_equal(actual, expected)
 
 
 def assert_close(actual, expected, atol=1e-10) -> None:
   """Trees of equal structure and dtypes, close for double precision."""
-  check = functools.partial(_assert_leaf_close, atol=atol)
-  jax.tree.map(check, actual, expected)
-
-
-def _assert_leaf_close(actual, expected, atol) -> None:
-  assert actual.dtype == expected.dtype, (actual.dtype, expected.dtype)
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+  chex.assert_trees_all_equal_dtypes(actual, expected)
+  chex.assert_trees_all_close(actual, expected, rtol=0, atol=atol)
 
 
 def differ(actual, expected) -> bool:

@@ -55,7 +55,7 @@ class Network(nn.Module):
 @functools.cache
 def start():
   """What is trained, what is not, and a mini-batch."""
-  x = normal(0, (BATCH, 6, 6, 2), jnp.float64)
+  x = normal(0, (BATCH, 6, 6, 2))
   y = jnp.arange(BATCH) % CLASSES
   model = sbp.with_feedback(Network(), RULES)
   variables = jax.jit(model.init)(jax.random.key(0), x)

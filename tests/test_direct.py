@@ -10,7 +10,6 @@ from jax import lax
 from symjax_bp import FeedbackError
 from symjax_bp.direct import with_direct_feedback
 from tests.cases import assert_close, normal
-from tests.zoo import normal as wide
 
 KEY = jax.random.key(0)
 
@@ -50,11 +49,11 @@ OPTIONS = [
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_an_mlp_has_the_gradients_of_the_equations(float64, options):
-  shapes = (4, 6), (6, 5), (5, 3)
   params = [
-    (wide(i, *shape), wide(i, 1, shape[1])) for i, shape in enumerate(shapes)
+    (normal(i, (n, m)), normal(i, (1, m)))
+    for i, (n, m) in enumerate([(4, 6), (6, 5), (5, 3)])
   ]
-  x, target = wide(10, 7, 4), wide(11, 7, 3)
+  x, target = normal(10, (7, 4)), normal(11, (7, 3))
   f = with_direct_feedback(mlp, **options)
   feedback = f.init(KEY, params, x)
   error = options.get('error', 'error')
@@ -123,8 +122,8 @@ def scanned(layer, x, Ws):
 
 def test_scan_and_checkpoint_are_the_unrolled_network(float64):
   """The layers of one parameter share its B; a key is no data."""
-  params = {'W': wide(0, 3, 4, 4), 'head': wide(1, 4, 2)}
-  x, target, key = wide(2, 7, 4), wide(3, 7, 2), jax.random.key(5)
+  params = {'W': normal(0, (3, 4, 4)), 'head': normal(1, (4, 2))}
+  x, target, key = normal(2, (7, 4)), normal(3, (7, 2)), jax.random.key(5)
   f, g = (with_direct_feedback(network(each)) for each in (unrolled, scanned))
   feedback = f.init(KEY, params, x, key)
   assert jax.tree.map(jnp.shape, feedback) == {'W': (4, 2), 'head': (4, 2)}
@@ -137,8 +136,8 @@ def test_scan_and_checkpoint_are_the_unrolled_network(float64):
 
 def test_vmap_over_examples_is_a_batch(float64):
   """As in Equinox. JAX then has the batch behind the features."""
-  W = [wide(0, 3, 5), wide(1, 5, 2)]
-  x, target = wide(2, 5, 3), wide(3, 5, 2)
+  W = [normal(0, (3, 5)), normal(1, (5, 2))]
+  x, target = normal(2, (5, 3)), normal(3, (5, 2))
   batched = lambda W, x: jnp.tanh(x @ W[0]) @ W[1]
   one = lambda W, x: W[1].T @ jnp.tanh(W[0].T @ x)
   mapped = lambda W, x: jax.vmap(lambda x: one(W, x))(x)
@@ -248,9 +247,9 @@ def test_options_and_arguments_that_do_not_fit_are_named():
 
 
 def test_an_excluded_weight_gets_the_error_of_the_layer_above(float64):
-  W = [wide(i, 4, 4) for i in range(3)]
+  W = [normal(i, (4, 4)) for i in range(3)]
   three = lambda W, x: jnp.tanh(jnp.tanh(x @ W[0]) @ W[1]) @ W[2]
-  x, target = wide(4, 3, 4), wide(5, 3, 4)
+  x, target = normal(4, (3, 4)), normal(5, (3, 4))
   f = with_direct_feedback(three, '1')
   feedback = f.init(KEY, W, x)
   assert list(feedback) == ['2']
@@ -266,8 +265,8 @@ def test_alignment_is_that_of_errors_and_updates(float64):
     h = jnp.tanh(x @ params['W'])
     return jnp.tanh(h @ params['U']) @ params['W'][:3].T
 
-  W, x, target = wide(0, 4, 5), wide(2, 6, 4), wide(3, 6, 3)
-  params = {'W': W, 'U': wide(1, 5, 5)}
+  W, x, target = normal(0, (4, 5)), normal(2, (6, 4)), normal(3, (6, 3))
+  params = {'W': W, 'U': normal(1, (5, 5))}
   f = with_direct_feedback(tied)
   feedback = f.init(KEY, params, x)
 

@@ -12,7 +12,7 @@ from jax import lax
 import symjax_bp
 from symjax_bp import feedback, metrics
 from tests import small_models as small
-from tests.cases import assert_same_bits, normal, scanned
+from tests.cases import assert_close, assert_same_bits, normal, scanned
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
 
@@ -87,19 +87,12 @@ LEARNED = {
 
 
 @pytest.mark.parametrize('rule', LEARNED, ids=repr)
-def test_gradients_reach_the_state_by_the_chain_rule(rule):
-  with jax.enable_x64(True):
-    W, x = (
-      normal(i, s, jnp.float64) for i, s in enumerate([(2, 3, 1, 6), (24, 4)])
-    )
-    dW, found, R = gradients(convolution, rule, W, x)
+def test_gradients_reach_the_state_by_the_chain_rule(float64, rule):
+  W, x = normal(0, (2, 3, 1, 6)), normal(1, (24, 4))
+  dW, found, R = gradients(convolution, rule, W, x)
   R = jax.tree.map(np.asarray, R)
   expected = LEARNED[rule](np.asarray(dW).reshape(6, 6), R)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10),
-    found,
-    expected,
-  )
+  assert_close(found, expected)
 
 
 def test_dW_does_not_know_that_V_learns():
@@ -250,16 +243,13 @@ LOSSES = {
 
 
 @pytest.mark.parametrize('name', LOSSES)
-def test_local_losses_have_their_gradients(name):
-  with jax.enable_x64(True):
-    W, x = (
-      normal(i, s, jnp.float64) for i, s in enumerate([(2, 3, 1, 6), (24, 4)])
-    )
-    rule = feedback.local_loss(factors={name: 0.5})
-    _, dV, stored = gradients(convolution, rule, W, x)
-    V, loss = stored['learned'], LOSSES[name]
-    expected = jax.jit(jax.grad(lambda V: loss(V, W, x, convolution) / 2))(V)
-    np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
+def test_local_losses_have_their_gradients(float64, name):
+  W, x = normal(0, (2, 3, 1, 6)), normal(1, (24, 4))
+  rule = feedback.local_loss(factors={name: 0.5})
+  _, dV, stored = gradients(convolution, rule, W, x)
+  V, loss = stored['learned'], LOSSES[name]
+  expected = jax.jit(jax.grad(lambda V: loss(V, W, x, convolution) / 2))(V)
+  np.testing.assert_allclose(dV, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_local_losses_add_up():

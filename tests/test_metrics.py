@@ -189,19 +189,15 @@ MODELS = {
 
 
 @pytest.mark.parametrize('model', MODELS)
-def test_alignment_is_that_of_the_equations(model):
+def test_alignment_is_that_of_the_equations(float64, model):
   function, shape, used = MODELS[model]
-  with jax.enable_x64(True):
-    x, target, W = (
-      normal(seed, shape, jnp.float64)
-      for seed, shape in enumerate([(6, 4), (6, 4), shape])
-    )
-    params = [*W] if model == 'layers' else W
-    f = symjax_bp.with_feedback(function, symjax_bp.rndf())
-    feedback = f.init(jax.random.key(0), params)
-    loss = loss_of(f, feedback, x, target)
-    found = jax.jit(lambda p: metrics.layer_alignment(loss, p))(params)
-    V = f.weights(params, feedback)
+  x, target, W = map(normal, range(3), [(6, 4), (6, 4), shape])
+  params = [*W] if model == 'layers' else W
+  f = symjax_bp.with_feedback(function, symjax_bp.rndf())
+  feedback = f.init(jax.random.key(0), params)
+  loss = loss_of(f, feedback, x, target)
+  found = jax.jit(lambda p: metrics.layer_alignment(loss, p))(params)
+  V = f.weights(params, feedback)
   x, target = np.asarray(x), np.asarray(target)
   Ws, Vs = (used(np.asarray(A)) for A in (params, V))
   errors, updates = numpy_backward(Ws, Vs, x, target)

@@ -1,7 +1,5 @@
 """dx is the transpose at V, dW never sees V, V gets zero, also transformed."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -166,9 +164,6 @@ def test_a_kernel_of_another_rank_is_refused():
 # --- Transformed --------------------------------------------------------------
 
 
-wide = functools.partial(normal, dtype=jnp.float64)
-
-
 SUBSETS = [tuple(map(int, f'{number:03b}')) for number in range(1, 8)]
 
 
@@ -176,7 +171,7 @@ SUBSETS = [tuple(map(int, f'{number:03b}')) for number in range(1, 8)]
 @pytest.mark.parametrize('name', ['dense', 'conv 2d, groups'])
 def test_vmap_over_any_subset_is_a_loop(float64, name):
   operation = OPERATIONS[name]
-  *stacked, g = operands(operation, jnp.float64, lead=(1, 1, 1))
+  *stacked, g = operands(operation, lead=(1, 1, 1))
   one = jax.jit(lambda *xWV: expected_cotangents(operation, *xWV, g))
 
   def pick(i, mapped):
@@ -238,7 +233,7 @@ def test_no_more_products_than_plain_jax(name, with_dx):
 
 def test_shard_map_may_split_W_and_not_V(float64):
   """Output features on 4 devices, with the same V for the part of each."""
-  x, W, V = wide(0, (5, 4)), wide(1, (4, 4)), wide(2, (4, 1))
+  x, W, V = normal(0, (5, 4)), normal(1, (4, 4)), normal(2, (4, 1))
   loss = lambda x, W, V: (primitives.dense(x, W, V) ** 2).sum()
 
   def per_device(x, W, V):
@@ -258,7 +253,7 @@ def test_shard_map_may_split_W_and_not_V(float64):
 
 @pytest.mark.parametrize('split', ['V', 'x, W'])
 def test_W_and_V_may_lie_differently_on_an_explicit_mesh(float64, split):
-  xWV = wide(0, (6, 4)), wide(1, (4, 8)), wide(2, (4, 8))
+  xWV = normal(0, (6, 4)), normal(1, (4, 8)), normal(2, (4, 8))
   loss = lambda x, W, V: (primitives.dense(x, W, V) ** 2).sum()
   gradients = jax.grad(loss, argnums=(0, 1, 2))
   expected = gradients(*xWV)
@@ -279,7 +274,7 @@ def test_W_and_V_may_lie_differently_on_an_explicit_mesh(float64, split):
 
 def test_every_reverse_pass_uses_V(float64):
   """The second reverse pass through y = x W sends dx through V as well."""
-  x, W, V = wide(0, (3,)), wide(1, (3, 2)), wide(2, (3, 2))
+  x, W, V = normal(0, (3,)), normal(1, (3, 2)), normal(2, (3, 2))
   squared = lambda x: (primitives.dense(x, W, V) ** 2).sum()  # dx = 2 V y
   assert_close(jax.jacrev(jax.grad(squared))(x), 2 * V @ V.T)
 

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import symjax_bp as sbp
 from tests import zoo
-from tests.cases import assert_close, assert_same_bits
-from tests.zoo import KEY, normal
+from tests.cases import assert_close, assert_same_bits, normal
+from tests.zoo import KEY
 
 WHOLE, SPLIT = PartitionSpec(), PartitionSpec('data')
 
@@ -45,9 +45,9 @@ RULES = {'W': sbp.rndf(1.0), 'U': sbp.brsf(0.5)}
 def setup(function=plain):
   """A function with feedback, arguments, and V."""
   f = sbp.with_feedback(function, RULES)
-  params = {'W': normal(1, 3, 4), 'U': normal(2, 3, 3)}
+  params = {'W': normal(1, (3, 4)), 'U': normal(2, (3, 3))}
   feedback = f.init(KEY, params)
-  x = normal(3, 8, 3)
+  x = normal(3, (8, 3))
   return f, (params, feedback, x), f.weights(params, feedback)
 
 
@@ -238,7 +238,7 @@ def test_arguments_and_results_of_every_type():
     return {'y': y, 'mode': mode, 'train': train, 'none': nothing}, [3]
 
   f = sbp.with_feedback(function, sbp.usf())
-  W, x = normal(1, 3, 2), {'data': normal(2, 4, 3)}
+  W, x = normal(1, (3, 2)), {'data': normal(2, (4, 3))}
   args, kwargs = (x, True), {'mode': 'tanh', 'key': KEY}
   actual, expected = f(W, None, *args, **kwargs), function(W, *args, **kwargs)
   assert actual[0].pop('y').tolist() == expected[0].pop('y').tolist()
@@ -254,7 +254,7 @@ def test_arguments_may_have_any_name():
     return x @ W + key + params + feedback + self
 
   f = sbp.with_feedback(function, sbp.rndf())
-  W, x = normal(1, 3, 2), normal(2, 4, 3)
+  W, x = normal(1, (3, 2)), normal(2, (4, 3))
   names = dict.fromkeys(('key', 'params', 'feedback', 'self'), 0.5)
   R = f.init(KEY, W, x, **names)
   assert_same_bits(f.weights(W, R, x, **names), f.weights(W, R))
@@ -373,8 +373,8 @@ def test_what_cannot_have_feedback_is_refused_and_can_be_excluded(name):
   function, rules, offenders, primitive = REFUSED[name]
   call = lambda params, x: function(params['W'], params['U'], x)
   f = sbp.with_feedback(call, rules)
-  params = {name: normal(i, 3, 3) for i, name in enumerate('WU')}
-  feedback, x = f.init(KEY, params), normal(2, 4, 3)
+  params = {name: normal(i, (3, 3)) for i, name in enumerate('WU')}
+  feedback, x = f.init(KEY, params), normal(2, (4, 3))
   for refused in (
     f,
     jax.jit(f),
@@ -424,7 +424,7 @@ def test_what_is_no_expression_is_refused():
 def test_a_state_that_is_missing_foreign_or_of_another_shape_is_refused():
   f, (params, feedback, x), _ = setup()
   other = sbp.with_feedback(plain, sbp.rndf(0.1)).init(KEY, params)
-  larger = f.init(KEY, {**params, 'W': normal(1, 3, 5)})
+  larger = f.init(KEY, {**params, 'W': normal(1, (3, 5))})
   for state, message in (
     (None, "feedback of 'W', 'U' is missing"),
     ({**feedback, 'U': None}, "feedback of 'U' is missing"),
@@ -468,7 +468,7 @@ DRAWN = (sbp.brsf(0.3), *KEPT)
 def test_V_as_reported_is_V_as_used():
   """Also in a scan, where each layer has a V of its own (case F6)."""
   fs = asymmetric(through_stack, DRAWN)
-  W, x = normal(1, 3, 4, 4), normal(2, 4)
+  W, x = normal(1, (3, 4, 4)), normal(2, (4,))
   with jax.default_prng_impl('unsafe_rbg'):
     states = [f.init(jax.random.key(1), W) for f in fs]
     every = [f.weights(W, state) for f, state in zip(fs, states, strict=True)]
@@ -481,7 +481,7 @@ def test_V_as_reported_is_V_as_used():
 @pytest.mark.accelerator
 def test_brsf_draws_again_if_and_only_if_that_weight_changes():
   f = sbp.with_feedback(lambda params, x: x @ params['W'], sbp.brsf())
-  params = {'W': normal(1, 3, 4), 'U': normal(2, 4, 4)}
+  params = {'W': normal(1, (3, 4)), 'U': normal(2, (4, 4))}
   feedback = f.init(KEY, params)
   V = jax.jit(lambda params: f.weights(params, feedback))
   first = V(params)
@@ -498,7 +498,7 @@ def test_brsf_draws_again_if_and_only_if_that_weight_changes():
 def test_tied_weights_in_closed_form():
   """The decoder's V is the transpose of the encoder's."""
   f = sbp.with_feedback(lambda W, x: jnp.tanh(x @ W) @ W.T, sbp.kolen_pollack())
-  W, x, g = normal(1, 3, 5), normal(2, 4, 3), normal(3, 4, 3)
+  W, x, g = normal(1, (3, 5)), normal(2, (4, 3)), normal(3, (4, 3))
   feedback = f.init(KEY, W)
   loss = lambda W, feedback, x: (f(W, feedback, x) * g).sum()
   dW, dR, dx = jax.jit(jax.grad(loss, (0, 1, 2)))(W, feedback, x)
@@ -521,9 +521,9 @@ MASKS = {
 @pytest.mark.parametrize('mask', MASKS)
 def test_V_is_0_where_the_weight_is_masked(mask):
   fs = asymmetric(lambda W, x: x @ MASKS[mask](W), KEPT)
-  W = normal(1, 4, 3)
+  W = normal(1, (4, 3))
   states = [f.init(KEY, W) for f in fs]
-  found = used(fs, W, states, normal(2, 4))
+  found = used(fs, W, states, normal(2, (4,)))
   for f, state, V in zip(fs, states, found, strict=True):
     assert_same_bits(V, MASK * f.weights(W, state))
 
@@ -542,9 +542,9 @@ SCALED = {
 @pytest.mark.parametrize('name', SCALED)
 def test_a_scale_of_a_weight_gives_no_R(name):
   fs = asymmetric(lambda p, x: x @ SCALED[name](p['W'], p['g']), KEPT)
-  params = {'W': normal(1, 3, 3), 'g': normal(2, 1, 3) + 9}
+  params = {'W': normal(1, (3, 3)), 'g': normal(2, (1, 3)) + 9}
   params['g'] = params['g'].reshape(-1) if 'column' in name else params['g']
-  x = normal(3, 3)
+  x = normal(3, (3,))
   states = [f.init(KEY, params) for f in fs]  # The R of g is not used.
   found = used(fs, params, states, x)
   for f, rule, state, V in zip(fs, KEPT, states, found, strict=True):
@@ -571,9 +571,9 @@ def test_noise_per_example_meets_one_R(meet):
     return jax.vmap(one)(keys, x)
 
   f = sbp.with_feedback(function, sbp.rndf())
-  W, x, keys = normal(1, 4, 3), normal(2, 5, 4), jax.random.split(KEY, 5)
+  W, x, keys = normal(1, (4, 3)), normal(2, (5, 4)), jax.random.split(KEY, 5)
   R = f.init(KEY, W, keys, x)
-  V, g = f.weights(W, R), normal(3, 5, 3)
+  V, g = f.weights(W, R), normal(3, (5, 3))
   dx = jax.grad(lambda x: (f(W, R, keys, x) * g).sum())(x)
   kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, W.shape))(keys)
   V = V[None] * kept.astype(V.dtype) if meet is jnp.multiply else V[None]
@@ -602,7 +602,7 @@ def test_the_fan_in_of_nusf_is_that_of_the_product(name):
 
       def total(params, *args):
         y = jax.tree.leaves(f(params, None, *args))[0]
-        return jnp.sum(y * normal(9, *y.shape))
+        return jnp.sum(y * normal(9, y.shape))
 
       return jax.grad(total, len(model.args))(model.params, *model.args)
 
@@ -617,8 +617,8 @@ def test_init_with_arguments_leaves_out_weights_with_other_uses():
 
   f = sbp.with_feedback(function, sbp.rndf())
   shapes = {'E': (4, 3), 'W': (3, 3), 'gain': (1, 3)}
-  params = {name: normal(1, *shape) for name, shape in shapes.items()}
-  every, x = f.init(KEY, params), normal(2, 4, 3)
+  params = {name: normal(1, shape) for name, shape in shapes.items()}
+  every, x = f.init(KEY, params), normal(2, (4, 3))
   some = f.init(KEY, params, x)
   assert all(every.values())
   assert some == {**dict.fromkeys(params), 'W': some['W']}
@@ -634,7 +634,7 @@ def test_what_meets_constants_alone_is_in_the_table():
     return h @ params['U'], ((params['P'].T @ params['P']) ** 2).sum()
 
   f = sbp.with_feedback(function, sbp.usf())
-  params = {name: normal(i, 3, 3) for i, name in enumerate('WUP')}
+  params = {name: normal(i, (3, 3)) for i, name in enumerate('WUP')}
   uses = {row.path: row.use for row in f.rows(params, KEY)}
   assert uses == {'W': 'input', 'U': 'product', 'P': 'returned'}
   total = lambda f: jax.grad(lambda params: sum(map(jnp.sum, f(params))))
@@ -647,7 +647,7 @@ def test_what_meets_constants_alone_is_in_the_table():
 
 def test_paths_that_read_alike_have_draws_of_their_own():
   """Case F7."""
-  W = normal(1, 4, 4)
+  W = normal(1, (4, 4))
   params = {'layer1': {'10': W}, 'layer11': {'0': W}, 'layer': {'110': W}}
   f = sbp.with_feedback(lambda params, x: x, sbp.rndf())
   V = jax.tree.leaves(f.weights(params, f.init(KEY, params)))

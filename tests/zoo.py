@@ -23,6 +23,8 @@ import numpy as np
 from flax import nnx
 from jax import ad_checkpoint, lax
 
+from tests.cases import normal
+
 KEY = jax.random.key(0)
 stop = lax.stop_gradient
 
@@ -47,13 +49,7 @@ class Model(NamedTuple):
   exclude: tuple[str, ...] = ()
 
 
-def normal(seed: int, *shape: int, mean=0.0, sigma=1.0) -> jax.Array:
-  """Normal numbers in double precision."""
-  values = np.random.default_rng(seed).standard_normal(shape)
-  return jnp.asarray(mean + sigma * values, jnp.float64)
-
-
-def _filled(shapes, **distribution):
+def _filled(shapes, mean=0.0, sigma=1.0):
   """Arrays for what eval_shape returned: initializers take long to compile."""
 
   def fill(seed, leaf):
@@ -63,7 +59,7 @@ def _filled(shapes, **distribution):
       return jax.random.split(KEY, leaf.shape)
     if jnp.issubdtype(leaf.dtype, jnp.integer):
       return jnp.zeros(leaf.shape, leaf.dtype)
-    return normal(seed, *leaf.shape, **distribution)
+    return mean + sigma * normal(seed, leaf.shape)
 
   leaves, tree = jax.tree.flatten(shapes)
   return jax.tree.unflatten(tree, map(fill, range(len(leaves)), leaves))
@@ -73,7 +69,7 @@ _STATE = {'mean': 1.0, 'sigma': 0.1}  # Variances are positive.
 
 
 def _input(x):
-  return (normal(0, *x) if isinstance(x, tuple) else jnp.asarray(x),)
+  return (normal(0, x) if isinstance(x, tuple) else jnp.asarray(x),)
 
 
 def through(op, x, W, V):
