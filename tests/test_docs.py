@@ -1,4 +1,4 @@
-"""The front page cannot rot: its examples run, and it names what exists."""
+"""Documents cannot rot: examples run, and names, links and headings exist."""
 
 import doctest
 import re
@@ -11,6 +11,12 @@ import symjax_bp
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 GUIDE = (ROOT / 'symjax_bp' / 'README.md').read_text()
+
+
+FOLDERS = (
+  '.', 'symjax_bp', 'experiments', 'experiments/docs', 'experiments/tutorials',
+)  # fmt: skip
+DOCUMENTS = [path for each in FOLDERS for path in (ROOT / each).glob('*.md')]
 
 
 @pytest.mark.parametrize('name', ['README.md', 'symjax_bp/README.md'])
@@ -28,6 +34,28 @@ def test_names_on_the_front_page_exist():
     value = symjax_bp
     for part in name.split('.'):
       value = getattr(value, part)
+
+
+def _anchors(text: str) -> set[str]:
+  """The anchors of headings, as GitHub makes them."""
+  return {
+    re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-')
+    for heading in re.findall(r'^#+ (.+)$', text, re.MULTILINE)
+  }
+
+
+@pytest.mark.parametrize('path', sorted(DOCUMENTS), ids=str)
+def test_links_lead_somewhere(path):
+  text = re.sub(r'```.*?```', '', path.read_text(), flags=re.DOTALL)
+  for link in re.findall(r'\]\(([^)\s]+)\)', text):
+    if link.startswith('https://'):
+      continue
+    name, _, anchor = link.partition('#')
+    target = (path.parent / name).resolve() if name else path
+    assert target.is_relative_to(ROOT.resolve()), link
+    assert target.exists(), link
+    if anchor:
+      assert anchor in _anchors(target.read_text()), link
 
 
 def test_the_two_commands_set_everything_up():
