@@ -137,6 +137,20 @@ def normal(seed: int, shape, dtype=float) -> jax.Array:
   return jnp.asarray(values, dtype)
 
 
+def wide(arrays):
+  """The numbers of arrays, in double precision."""
+  flat = [np.ravel(np.asarray(a, np.float64)) for a in jax.tree.leaves(arrays)]
+  return np.concatenate(flat)
+
+
+def numpy_angle(a, b):
+  """Degrees between two arrays, or two lists of arrays."""
+  a, b = (v / np.linalg.norm(v) for v in map(wide, (a, b)))
+  return np.degrees(
+    2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
+  )
+
+
 def scanned(W, x):
   """A layer for each matrix of W."""
   return lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]

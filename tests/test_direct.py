@@ -9,7 +9,8 @@ from jax import lax
 
 from symjax_bp import FeedbackError
 from symjax_bp.direct import with_direct_feedback
-from tests.cases import assert_close, normal
+from tests.cases import assert_close, normal, numpy_angle
+from tests.nnx_models import CNN
 
 KEY = jax.random.key(0)
 
@@ -149,52 +150,39 @@ def test_vmap_over_examples_is_a_batch(float64):
 # --- An unmodified model of Flax --------------------------------------------
 
 
-class NNX(nnx.Module):
-  def __init__(self, rngs):
-    self.conv = nnx.Conv(2, 3, (3, 3), strides=2, rngs=rngs)
-    self.first = nnx.Linear(27, 5, rngs=rngs)
-    self.last = nnx.Linear(5, 2, rngs=rngs)
-
-  def __call__(self, x):
-    x = nnx.relu(self.conv(x))
-    return self.last(nnx.relu(self.first(x.reshape(len(x), -1))))
-
-
-def conv(x, p):
-  y = lax.conv_general_dilated(
-    x, p['kernel'], (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-  )
-  return nnx.relu(y + p['bias'].reshape(1, 1, 1, -1)).reshape(len(x), -1)
-
-
-def linear(x, p):
-  return x @ p['kernel'] + p['bias'].reshape(1, -1)
-
-
-LAYERS = (conv, lambda x, p: nnx.relu(linear(x, p)), linear)
+# The layers of nnx_models.CNN.
+LAYERS = (
+  lambda model, x: nnx.max_pool(nnx.relu(model.conv(x)), (2, 2), (2, 2)),
+  lambda model, h: nnx.relu(model.layers[0](h.reshape(len(h), -1))),
+  lambda model, h: model.layers[1](h),
+)
 
 
 def test_an_unmodified_model_of_flax():
   """Each layer's own gradient, by JAX, from the projected error."""
-  graph, params = nnx.split(NNX(nnx.Rngs(0)))
+  graph, params = nnx.split(CNN(nnx.Rngs(0)))
   function = lambda params, x: nnx.merge(graph, params)(x)
   params = nnx.to_pure_dict(params)
-  x, target = normal(1, (4, 6, 6, 2)), normal(2, (4, 2))
+  x, target = normal(1, (4, 6, 6, 2)), normal(2, (4, 3))
   f = with_direct_feedback(function)
   feedback = f.init(jax.random.key(1), params, x)
   found, _ = gradients(f, feedback, params, x, target)
+  error = function(params, x) - target
+  B = [feedback[f'layers/{i}/kernel'] for i in range(2)]
+  # The first one's has the shape of the pooled image.
+  errors = (error @ B[0].T).reshape(4, 3, 3, 4), error @ B[1].T, error
 
   @jax.jit
-  def expected(params, feedback, h):
-    error, names, updates = function(params, h) - target, list(params), {}
-    errors = [error @ feedback[f'{name}/kernel'].T for name in names[1:]]
-    for name, layer, d in zip(names, LAYERS, [*errors, error], strict=True):
-      h, pullback = jax.vjp(layer, h, params[name])
-      updates[name] = pullback(d)[1]
-    return updates
+  @jax.grad
+  def expected(params):
+    model, h, total = nnx.merge(graph, params), x, 0.0
+    for layer, d in zip(LAYERS, errors, strict=True):
+      h = layer(model, lax.stop_gradient(h))
+      total += (h * d).sum()
+    return total
 
   # Sums of fewer than 100 products of float32, which are not above 100.
-  assert_close(found, expected(params, feedback, x), atol=1e4 * 2**-24)
+  assert_close(found, expected(params), atol=1e4 * 2**-24)
 
 
 # --- Errors -----------------------------------------------------------------
@@ -284,20 +272,14 @@ def test_alignment_is_that_of_errors_and_updates(float64):
   own2 = (e @ feedback['W'].T) * (1 - h2**2)
   own1 = (e @ feedback['U'].T) * (1 - h1**2)
 
-  def angle(a, b):
-    a, b = (np.concatenate([np.ravel(v) for v in of]) for of in (a, b))
-    cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-    return np.degrees(np.arccos(cosine))
-
+  # The second use of W adds to its update.
+  last = jnp.zeros_like(W).at[:3].set(e.T @ h2)
   wanted = {
     'W': (
-      angle([own1, e], [true1, e]),
-      angle(
-        [(x.T @ own1).at[:3].add(e.T @ h2)],
-        [(x.T @ true1).at[:3].add(e.T @ h2)],
-      ),
+      numpy_angle([own1, e], [true1, e]),
+      numpy_angle(x.T @ own1 + last, x.T @ true1 + last),
     ),
-    'U': (angle([own2], [true2]), angle([h1.T @ own2], [h1.T @ true2])),
+    'U': (numpy_angle(own2, true2), numpy_angle(h1.T @ own2, h1.T @ true2)),
   }
   assert set(rows) == set(wanted)
   for path, angles in wanted.items():

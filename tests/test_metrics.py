@@ -7,18 +7,7 @@ import pytest
 
 import symjax_bp
 from symjax_bp import metrics
-from tests.cases import assert_same_bits, normal, scanned
-
-
-def wide(array):
-  return np.asarray(array, np.float64).ravel()
-
-
-def numpy_angle(a, b):
-  a, b = (v / np.linalg.norm(v) for v in map(wide, (a, b)))
-  return np.degrees(
-    2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
-  )
+from tests.cases import assert_same_bits, normal, numpy_angle, scanned, wide
 
 
 def numpy_ratio(W, V):
