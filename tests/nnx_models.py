@@ -208,6 +208,7 @@ MODELS = {
   'containers': (containers, X),
   'no pytree': (NoPytree, X),
   'mixin': (Mixed, X),
+  'statistics and keys': (Noisy, X),
   'jitted method': (Methods, X),
   'tied': (Autoencoder, X),
   'low rank': (lambda rngs: nnx.Sequential(*[LowRank(3, rngs)] * 2), X),

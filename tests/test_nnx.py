@@ -7,7 +7,6 @@ import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -63,57 +62,12 @@ def test_layers_are_those_of_flax_but_for_dx(name):
   assert (dx != other_dx).any()
 
 
-@nnx.jit
-def step(model, optimizer, x):
-  loss = lambda model: ((model(x) - 1) ** 2).mean()
-  value, grads = nnx.value_and_grad(loss)(model)
-  optimizer.update(model, grads)
-  return value
-
-
-def train(model, steps=3, tx=None):
-  """Losses of some steps; the model is changed."""
-  optimizer = nnx.Optimizer(model, tx or optax.sgd(0.05, 0.9), wrt=nnx.Param)
-  return [step(model, optimizer, X) for _ in range(steps)]
-
-
 jitted_gradient = nnx.jit(gradient)
 
 
 def mlp(rule, **kwargs):
   kwargs = {'rngs': nnx.Rngs(feedback=1), **kwargs}
   return asymmetric.with_feedback(MLP(nnx.Rngs(0)), rule, **kwargs)
-
-
-@pytest.mark.optimized
-def test_a_symmetric_model_learns_exactly_as_plain_flax():
-  """Statistics, dropout masks and keys too; the original is not changed."""
-  plain = Noisy(nnx.Rngs(0))
-  before = state(plain)
-  symmetric = asymmetric.with_feedback(plain, sbp.symmetric())
-  random = asymmetric.with_feedback(plain, sbp.rndf(), rngs=nnx.Rngs(1))
-  models = [symmetric, asymmetric.without_feedback(random), nnx.clone(plain)]
-  actual, twin, expected = map(train, models)
-  assert_same_bits(actual, expected)
-  assert_same_bits(twin, expected)
-  assert_same_bits(*map(state, models[::2]))
-  assert_same_bits(state(plain), before)
-  assert expected[-1] < expected[0]
-
-
-def test_optimizers_leave_V_alone():
-  model = mlp({'body': sbp.frsf(), 'head': sbp.brsf()})
-  before, W, V = state(model, Feedback), params(model), feedback_weights(model)
-  # Decay would shrink what has no gradient.
-  tx = sbp.optim.batch_manhattan(0.1, weight_decay=0.1)
-  train(model, 2, tx=tx)
-  assert_same_bits(state(model, Feedback), before)
-  after = feedback_weights(model)
-  for name in ('body', 'head'):
-    W_after, path = params(model)[name]['kernel'], f'{name}/kernel'
-    assert (W_after != W[name]['kernel']).all()
-    same = abs(after[path]) == abs(V[path])
-    assert same.all() if name == 'body' else not same.any()
 
 
 def through_pure_dict(model):
@@ -217,7 +171,7 @@ def test_with_feedback_follows_its_key_and_advances_no_other_stream():
   assert not (a['body/kernel'] == b['body/kernel']).any()
 
 
-def test_redraw_by_a_key():
+def test_redraws():
   """The same inside and outside of jit; each weight has a V of its own."""
   key = jax.random.key(3, impl='rbg')
   tied = asymmetric.with_feedback(
@@ -233,7 +187,10 @@ def test_redraw_by_a_key():
   assert_same_bits(feedback_weights(jitted), V)
   a, b = (abs(V[path]) for path in ('0/dec/kernel', '1/kernel'))
   assert not (a == b).any()
-  assert not (abs(feedback_weights(tied)['1/kernel']) == b).any()
+  first = abs(feedback_weights(tied)['1/kernel'])
+  tied[1].kernel[...] *= 2  # Without a key, a change of W draws again.
+  again = abs(feedback_weights(tied)['1/kernel'])
+  assert not (first == b).any() and not (first == again).any()
 
 
 @nnx.jit
