@@ -10,18 +10,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
-from flax.training.train_state import TrainState
 
 import symjax_bp as sbp
 from symjax_bp import linen
 from tests.cases import assert_same_bits, differ, normal
 from tests.linen_models import (
-  CNN,
-  IMAGES,
   KEY,
   MODELS,
   RNGS,
@@ -61,50 +57,6 @@ def test_all_but_the_backward_pass_is_plain_flax(name):
   assert sorted(row.shape for row in rows) == sorted(R.shape for R in states)
   values = [np.ravel(R)[:4] for R in states]
   assert len(np.unique(values, axis=0)) == len(rows), 'draws of their own'
-
-
-def train(model, variables, x):
-  """Each step's variables, all of which the optimizer gets, and loss."""
-  optimizer = optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, 0.9))
-  state = TrainState.create(
-    apply_fn=model.apply, params=variables, tx=optimizer
-  )
-
-  @jax.jit
-  def step(state):
-    def loss(variables):
-      logits, labels = state.apply_fn(variables, x), jnp.array([0, 1, 2, 1])
-      return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(4), labels])
-
-    value, gradients = jax.value_and_grad(loss)(state.params)
-    return state.apply_gradients(grads=gradients), value
-
-  history = []
-  for _ in range(4):
-    state, value = step(state)
-    history.append((state.params, value))
-  return history
-
-
-def test_a_model_with_V_equal_to_W_trains_as_plain_flax_step_by_step():
-  """Kolen-Pollack too: the gradient, momentum and decay of V are those of W."""
-  model, x = CNN(), IMAGES
-  variables = model.init(KEY, x)
-  plain = train(model, variables, x)
-  assert plain[-1][1] < plain[0][1]
-  symmetric = linen.with_feedback(model, sbp.symmetric())
-  assert_same_bits(train(symmetric, variables, x), plain)
-
-  as_feedback = lambda params: {
-    name: {'kernel:kolen_pollack()': {'learned': layer['kernel']}}
-    for name, layer in params.items()
-  }
-  variables['feedback'] = as_feedback(variables['params'])
-  learning = linen.with_feedback(model, sbp.kolen_pollack())
-  states = train(learning, variables, x)
-  for (state, _), (expected, _) in zip(states, plain, strict=True):
-    assert_same_bits(without_feedback(state), expected)
-    assert_same_bits(state['feedback'], as_feedback(state['params']))
 
 
 class Noisy(nn.Module):
