@@ -136,6 +136,7 @@ def test_multi_steps_takes_the_sign_of_the_mean_gradient():
 
 
 NAMES = ('learning_rate', 'momentum', 'weight_decay')
+MASK = 'weight_decay_mask'
 ALLOWED = r'must be a number in \[0, (inf|1\.0)\), a scalar array or a schedule'
 MASKS = (1, 'kernel', {'a': 1}, {'a': 'kernel'}, {'a': np.ones(2, bool)})
 
@@ -147,25 +148,10 @@ MASKS = (1, 'kernel', {'a': 1}, {'a': 'kernel'}, {'a': np.ones(2, bool)})
     (ValueError, ('momentum',), (1.0, 2), ALLOWED),
     (TypeError, NAMES, (None, 'fast', True, 1j, [0.1], np.True_), ALLOWED),
     (TypeError, NAMES, (np.ones(1), jnp.ones(1)), ALLOWED),
-    (
-      ValueError,
-      ('setting',),
-      (4, -1, True, 1.0, '1', None, [1]),
-      r'0 \(SGD\)',
-    ),
+    (ValueError, ('setting',), (4, -1, True, 1.0, '1', None, [1]), r'0 \(SGD'),
     (TypeError, ('setting',), (jnp.array(1),), "static_args='setting'"),
-    (
-      TypeError,
-      ('weight_decay_mask',),
-      (*MASKS, False, np.True_),
-      'static_args',
-    ),
-    (
-      TypeError,
-      ('weight_decay_mask',),
-      [lambda _, m=m: m for m in MASKS],
-      'True',
-    ),
+    (TypeError, (MASK,), (*MASKS, False, np.True_), 'static_args'),
+    (TypeError, (MASK,), [lambda _, m=m: m for m in MASKS], 'True'),
   ],
 )
 def test_errors(error, names, values, message):
