@@ -42,9 +42,9 @@ def reference(params, V, x):
 RULES = {'W': sbp.rndf(1.0), 'U': sbp.brsf(0.5)}
 
 
-def setup(function=plain):
+def setup():
   """A function with feedback, arguments, and V."""
-  f = sbp.with_feedback(function, RULES)
+  f = sbp.with_feedback(plain, RULES)
   params = {'W': normal(1, (3, 4)), 'U': normal(2, (3, 3))}
   feedback = f.init(KEY, params)
   x = normal(3, (8, 3))
@@ -99,14 +99,6 @@ def ahead_of_time(g):
   return call
 
 
-def disabled_jit(g):
-  def call(*args):
-    with jax.disable_jit():
-      return g(*args)
-
-  return call
-
-
 def sharded(kind):
   def transform(g):
     def call(params, feedback, x):
@@ -134,7 +126,7 @@ def shard_map(g):
 
 TRANSFORMATIONS = {
   'eager': lambda g: g,
-  'disable_jit': disabled_jit,
+  'disable_jit': lambda g: jax.disable_jit()(g),
   'checkpoint': lambda g: jax.jit(jax.checkpoint(g)),
   'ahead of time': ahead_of_time,
   'export': exported,
@@ -153,35 +145,10 @@ TRANSFORMATIONS = {
 
 @pytest.mark.parametrize('name', TRANSFORMATIONS)
 def test_the_gradient_can_be_transformed(name):
+  """Transformations inside of the function are in the zoo."""
   f, args, V = setup()
   expected = gradient_of(lambda params, _, x: reference(params, V, x))(*args)
   assert_close(TRANSFORMATIONS[name](gradient_of(f))(*args), expected)
-
-
-def inside_shard_map(params, x):
-  return jax.shard_map(
-    plain, mesh=mesh_of(), in_specs=(WHOLE, SPLIT), out_specs=SPLIT
-  )(params, x)
-
-
-@jax.custom_jvp
-def identity(W):
-  return W * 1
-
-
-identity.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
-
-
-def of_identity(params, x):
-  return plain(jax.tree.map(identity, params), x)
-
-
-@pytest.mark.parametrize('function', [inside_shard_map, of_identity])
-def test_feedback_follows_into_the_function(function):
-  """Other loops and calls are in the zoo."""
-  f, args, V = setup(function)
-  expected = gradient_of(lambda params, _, x: reference(params, V, x))
-  assert_close(jax.jit(gradient_of(f))(*args), jax.jit(expected)(*args))
 
 
 @pytest.mark.accelerator

@@ -10,6 +10,7 @@ import pytest
 
 import symjax_bp as sbp
 from tests import zoo
+from tests.cases import assert_same_bits
 
 # Rounded in other places, and written with products of its own.
 UNREFERENCED = {'bfloat16', 'eqx GRU'}
@@ -88,9 +89,7 @@ def test_gradients_are_those_of_plain_jax_and_of_the_reference(name):
   # One program, in which what is the same is compiled once.
   run = jax.jit(lambda *args: [gradients(f, *args) for f in functions])
   plain, same, *usf = map(by_path, run(model.params, *model.args))
-  assert plain.keys() == same.keys()
-  for path, value in plain.items():
-    np.testing.assert_array_equal(same[path], value, path)
+  assert_same_bits(same, plain)
   if usf:
     expected, actual = usf
     assert actual.keys() == expected.keys()

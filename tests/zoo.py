@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import ad_checkpoint, lax
+from jax.sharding import AxisType, PartitionSpec
 
 from tests.cases import normal
 
@@ -246,33 +247,31 @@ LINEN = {
 def _patched(function):
   """The reference of a function that calls layers of NNX or Equinox."""
 
-  def nnx_method(original):
+  def opened(module):
+    """Its parameters, and how it is made of others."""
+    if isinstance(module, nnx.Module):
+      graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+      return params, lambda params: nnx.merge(graphdef, params, rest)
+    params, rest = eqx.partition(module, eqx.is_inexact_array)
+    return params, lambda params: eqx.combine(params, rest)
+
+  def patched(original):
     def method(self, x, **_):
-      graphdef, params, rest = nnx.split(self, nnx.Param, ...)
-      op = lambda x, params: original(nnx.merge(graphdef, params, rest), x)
-      return _layer(op, x, params)
+      params, closed = opened(self)
+      return _layer(lambda x, params: original(closed(params), x), x, params)
 
     return method
 
-  def eqx_method(original):
-    def method(self, x, **_):
-      params, rest = eqx.partition(self, eqx.is_inexact_array)
-      op = lambda x, params: original(eqx.combine(params, rest), x)
-      return _layer(op, x, params)
-
-    return method
-
-  linear = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
-  patches: list[Any] = [(nnx.Embed, 'attend', nnx_method)]
-  for kind in (*linear, nnx.Conv, nnx.ConvTranspose):
-    patches.append((kind, '__call__', nnx_method))
-  for kind in (eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose):
-    patches.append((kind, '__call__', eqx_method))
+  layers = (
+    nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose,
+    eqx.nn.Linear, eqx.nn.Conv, eqx.nn.ConvTranspose,
+  )  # fmt: skip
+  methods = [(nnx.Embed, 'attend'), *((each, '__call__') for each in layers)]
 
   def reference(*args):
     with contextlib.ExitStack() as stack:
-      for kind, name, method in patches:
-        new = method(getattr(kind, name))
+      for kind, name in methods:
+        new = patched(getattr(kind, name))
         stack.enter_context(mock.patch.object(kind, name, new))
       return function(*args)
 
@@ -427,6 +426,14 @@ def quantized(W):
 quantized.defvjp(lambda W: (quantized(W), None), lambda _, g: (g,))
 
 
+@jax.custom_jvp
+def identity(W):
+  return W * 1
+
+
+identity.defjvp(lambda primals, tangents: (primals[0], tangents[0]))
+
+
 def _standardized(W):
   W = W - W.mean(0, keepdims=True)
   return W * lax.rsqrt(jnp.square(W).mean(0, keepdims=True) + 1e-5)
@@ -494,6 +501,18 @@ def _checkpointed(product, W, x):
   return jax.checkpoint(inner, policy=policy)(W, x)
 
 
+def _sharded(product, W, x):
+  """Examples on eight devices, W on each."""
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  whole, split = PartitionSpec(), PartitionSpec('data')
+  return jax.shard_map(
+    lambda W, x: product(jnp.tanh(product(x, W)), W.T),
+    mesh=mesh,
+    in_specs=(whole, split),
+    out_specs=split,
+  )(W, x)
+
+
 def _while(product, W, x):
   """The loop runs forwards alone: it has no reverse mode."""
   step = lambda carry: (carry[0] + 1, jnp.tanh(carry[1] @ W))
@@ -541,6 +560,44 @@ def _decayed(product, params, x):
   return (y * params['gain']).sum() + 1e-3 * (params['W'] ** 2).sum()
 
 
+def _mean_of_tokens(product, params, x):
+  """Data choose the rows, four of them twice."""
+  tokens = x.argmax(1)[:, None] + np.array([[0, 1], [2, 3], [4, 4], [5, 6]])
+  h = params['E'][tokens].mean(1)
+  return product(jnp.tanh(product(h, params['W'])), params['U'])
+
+
+def _clipped(product, W, x):
+  limit = jnp.abs(x).mean()
+  return product(x, jnp.clip(W, -limit, limit))
+
+
+def _buffered(product, params, x):
+  """Data are kept in a mutable array."""
+  array = jax.new_ref(jnp.zeros_like(x))
+  array[...] = jnp.tanh(product(x, params['W']))
+  return product(jnp.tanh(product(array[...], params['U'])), params['W'])
+
+
+def _broadcast(product, W, x):
+  def by_hand(x, W):
+    each = jnp.broadcast_to(x[:, None], (4, 3, 3)).transpose(0, 2, 1)
+    return (each * W[None]).sum(1)
+
+  return product(x, W, by_hand)
+
+
+def _printed(product, W, x):
+  jax.debug.callback(lambda *_: None, W, x)
+  return product(x, W)
+
+
+def _spectral(product, params, x):
+  W = params['W']
+  h = jnp.tanh(product(x, W / jnp.linalg.norm(W @ jnp.ones(3))))
+  return product(h, params['U'] * params['E'][x[0].argmax(), 0])
+
+
 _EXPERTS = {'experts': (4, 3, 5), 'gate': (3, 4)}
 
 CHAINS = {
@@ -549,6 +606,7 @@ CHAINS = {
   'scaled by constants': lambda W: (2 * W - 1) / 3,
   'rolled and gathered': lambda W: jnp.roll(W, 1, 0)[np.array([2, 0, 1])],
   'set into zeros': lambda W: jnp.zeros((3, 5), W.dtype).at[:, 1:4].set(W),
+  'identity (custom_jvp)': identity,
   'relu (custom_jvp)': nn.relu,
   'softmax': functools.partial(nn.softmax, axis=0),
   'quantized (custom_vjp)': quantized,
@@ -584,12 +642,25 @@ FUNCTIONS = {
   ),
   'cond and switch': (_branches, {'a': (3, 3), 'b': (3, 3)}, (4, 3)),
   'checkpoint': (_checkpointed, (3, 5), (4, 3)),
+  'shard_map': (_sharded, (3, 5), (8, 3)),
   'while_loop': (_while, (3, 3), (4, 3)),
   'weight first and by hand': (_by_hand, (3, 5), (4, 3)),
   'ragged_dot': (_ragged, (2, 3, 3), (4, 3)),
   'LoRA, merged': (
     _merged, {'W': (3, 3), 'A': (3, 1), 'B': (1, 3)}, (4, 3),
     {'A': 'excluded', 'B': 'excluded'}, {'exclude': ('A', 'B')},
+  ),
+  'mean of tokens': (
+    _mean_of_tokens, {'W': (3, 3), 'U': (3, 3), 'E': (9, 3)}, (4, 3),
+    {'E': 'looked up'},
+  ),
+  'clipped': (_clipped, (3, 3), (4, 3)),
+  'mutable array': (_buffered, {'W': (3, 3), 'U': (3, 3)}, (4, 3)),
+  'broadcast by hand': (_broadcast, (3, 3), (4, 3)),
+  'printed': (_printed, (3, 3), (4, 3)),
+  'spectral norm': (
+    _spectral, {'W': (3, 3), 'U': (3, 3), 'E': (9, 3)}, (4, 3),
+    {'W': 'scale, product', 'E': 'looked up, scale'},
   ),
   'experts, gathered': (
     _gathered, _EXPERTS, (6, 3), {'experts': 'looked up, product'}
