@@ -4,7 +4,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 from flax import nnx
 
 from symjax_bp import nnx as asymmetric
@@ -59,9 +58,6 @@ def with_gradient(form, x, g, **options):
     functools.partial(form, **options), x, has_aux=True
   )
   return y, vjp(g)[0], dict(statistics)
-
-
-FORMS = pytest.mark.parametrize('form', [linen_form, nnx_form])
 
 
 def mini_batches(count, seed=0):

@@ -49,8 +49,8 @@ class Operation:
   product: primitives.Product
 
 
-def _dot(x, W, dimension_numbers, at=1) -> Operation:
-  options = {'dimension_numbers': dimension_numbers}
+def _dot(x, W, dimension_numbers, at=1, **options) -> Operation:
+  options |= {'dimension_numbers': dimension_numbers}
   product = primitives.Product.create(lax.dot_general, options, at=at)
   public = functools.partial(primitives.dot_general, **options)
   return _operation(product, x, W, public if at == 1 else None)
@@ -87,9 +87,12 @@ def _operation(product, x, W, public, *others) -> Operation:
   return Operation(public or asymmetric, plain, x, W, product)
 
 
+_MATMUL = (((1,), (0,)), ((), ()))
+_SUMS = {'preferred_element_type': jnp.float32}
 OPERATIONS = {
-  'dense': _dot((5, 4), (4, 3), (((1,), (0,)), ((), ()))),
-  'dense, 2 output axes': _dot((5, 4), (4, 3, 2), (((1,), (0,)), ((), ()))),
+  'dense': _dot((5, 4), (4, 3), _MATMUL),
+  'dense, float32 sums': _dot((5, 4), (4, 3), _MATMUL, **_SUMS),
+  'dense, 2 output axes': _dot((5, 4), (4, 3, 2), _MATMUL),
   'dense, 2 contracted axes': _dot(
     (5, 4, 3), (4, 3, 2), (((1, 2), (0, 1)), ((), ()))
   ),
@@ -101,6 +104,7 @@ OPERATIONS = {
   'conv 1d': _conv((2, 9, 3), (3, 3, 4)),
   'conv 1d, stride 2': _conv((2, 9, 3), (3, 3, 4), 2, 'VALID'),
   'conv 2d': _conv((2, 8, 7, 3), (3, 3, 3, 4)),
+  'conv 2d, float32 sums': _conv((2, 8, 7, 3), (3, 3, 3, 4), **_SUMS),
   'conv 2d, same lower, stride 2': _conv(
     (2, 8, 7, 3), (2, 2, 3, 4), 2, 'SAME_LOWER'
   ),
@@ -151,8 +155,15 @@ def numpy_angle(a, b):
   )
 
 
+def chain(layers, x):
+  """A layer for each matrix."""
+  for W in layers:
+    x = jnp.tanh(x @ W)
+  return x
+
+
 def scanned(W, x):
-  """A layer for each matrix of W."""
+  """The same for a stack of matrices."""
   return lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]
 
 

@@ -13,7 +13,6 @@ from symjax_bp import nnx as asymmetric
 from symjax_bp.linen import BatchNorm, calibrate
 from tests.batch_norms import (
   EPSILON,
-  FORMS,
   ROUNDING,
   linen_form,
   nnx_form,
@@ -33,7 +32,7 @@ INITIAL = {
 }
 
 
-@FORMS
+@pytest.mark.parametrize('form', [linen_form, nnx_form])
 @pytest.mark.parametrize(
   ('shape', 'axis'), [((6, 5), 0), ((4, 3, 6, 6), 1), ((2, 3, 4, 5, 2), -1)]
 )

@@ -7,7 +7,14 @@ import pytest
 
 import symjax_bp
 from symjax_bp import metrics
-from tests.cases import assert_same_bits, normal, numpy_angle, scanned, wide
+from tests.cases import (
+  assert_same_bits,
+  chain,
+  normal,
+  numpy_angle,
+  scanned,
+  wide,
+)
 
 
 def numpy_ratio(W, V):
@@ -135,12 +142,6 @@ def test_effective_rank_is_the_participation_ratio(dtype):
 
 
 # --- Alignment of all layers ------------------------------------------------
-
-
-def chain(layers, x):
-  for W in layers:
-    x = jnp.tanh(x @ W)
-  return x
 
 
 def numpy_backward(layers, feedback, x, target):

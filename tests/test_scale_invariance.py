@@ -10,15 +10,9 @@ import optax
 import pytest
 
 import symjax_bp
-from tests.cases import assert_same_bits, normal
+from tests.cases import assert_same_bits, chain, normal
 
 SHAPES = ((6, 12), (12, 8), (8, 3))
-
-
-def mlp(params, x):
-  for W in params[:-1]:
-    x = jnp.tanh(x @ W)
-  return x @ params[-1]
 
 
 def train(rule, optimizer, scales):
@@ -27,7 +21,7 @@ def train(rule, optimizer, scales):
   params = [normal(i, shape) / 3 for i, shape in enumerate(SHAPES)]
 
   def run(scale):
-    f = symjax_bp.with_feedback(mlp, rule(scale=scale))
+    f = symjax_bp.with_feedback(chain, rule(scale=scale))
     feedback = f.init(jax.random.key(0), params)
 
     def step(carry, _):
