@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import symjax_bp as sbp
 from symjax_bp.linen import BatchNorm
-from tests.cases import normal
+from tests.cases import assert_close, assert_same_bits, normal
 
 RULES = {  # of a layer each
   'Conv_0': sbp.usf(),
@@ -144,10 +144,6 @@ def shard_map_step(devices, axis_name):
   return jax.jit(step)
 
 
-def close(actual, expected):
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=ROUNDING)
-
-
 def same_everywhere(array, expected, devices):
   """What all devices have, the same bits."""
   parts = [np.asarray(part.data) for part in array.addressable_shards]
@@ -174,12 +170,13 @@ def test_a_step_is_that_of_one_device(form, devices, axis_name):
       step(trained, state, fixed, *batch),
       (update(trained, state, g), g, V),
     )
-    jax.tree.map(np.testing.assert_array_equal, used, V)
-    jax.tree.map(close, gradient, g)
+    assert_same_bits(used, V)
+    assert_close(gradient, g, ROUNDING)
     # Made of the summed gradient, and of nothing else.
-    jax.tree.map(close, done, update(trained, state, gradient))
+    assert_close(done, update(trained, state, gradient), ROUNDING)
     learned = gradient['feedback']['Dense_4']['kernel:kolen_pollack()']
-    close(learned['learned'], gradient['params']['Dense_4']['kernel'])
+    dW = gradient['params']['Dense_4']['kernel']
+    assert_close(learned['learned'], dW, ROUNDING)
     trained, state = done
 
 

@@ -678,6 +678,15 @@ _KINDS = (
 NAMES = [name for _, table in _KINDS for name in table]
 
 
+def squares(outputs) -> jax.Array:
+  """The sum of the squares of all numbers that a model returns."""
+  return sum(
+    jnp.sum(leaf.astype(float) ** 2)
+    for leaf in jax.tree.leaves(outputs)
+    if jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
+
+
 @functools.cache
 def model(name: str) -> Model:
   """A model in double precision, which must be enabled."""
