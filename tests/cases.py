@@ -167,31 +167,10 @@ def scanned(W, x):
   return lax.scan(lambda x, W: (jnp.tanh(x @ W), None), x, W)[0]
 
 
-def operands(operation: Operation, dtype=float, lead=(0, 0, 0)):
-  """x, W, V and g of an operation, each with ``lead`` extra leading axes."""
-  shapes = (operation.x, operation.W, operation.W)
-  x, W, V = (
-    normal(seed, (3,) * extra + shape, dtype)
-    for seed, (shape, extra) in enumerate(zip(shapes, lead, strict=True))
-  )
-  y = jax.eval_shape(
-    operation.plain,
-    jax.ShapeDtypeStruct(operation.x, dtype),
-    jax.ShapeDtypeStruct(operation.W, dtype),
-  )
-  return x, W, V, normal(9, y.shape, y.dtype)
-
-
-def expected_cotangents(operation, x, W, V, g):
-  """dx at V and dW at W, each by JAX's own gradient of the plain operation."""
-  dx = jax.vjp(lambda x: operation.plain(x, V), x)[1](g)[0]
-  dW = jax.vjp(lambda W: operation.plain(x, W), W)[1](g)[0]
-  return dx, dW, jnp.zeros_like(V)
-
-
-def cotangents(operation, x, W, V, g):
-  """dx, dW and dV of the operation with feedback."""
-  return jax.vjp(operation.asymmetric, x, W, V)[1](g)
+def operands(operation: Operation, lead=()):
+  """x, W and V of an operation, each with these leading axes."""
+  shapes = operation.x, operation.W, operation.W
+  return [normal(seed, lead + shape) for seed, shape in enumerate(shapes)]
 
 
 def assert_same_bits(actual, expected) -> None:

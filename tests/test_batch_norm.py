@@ -36,10 +36,9 @@ INITIAL = {
 @pytest.mark.parametrize(
   ('shape', 'axis'), [((6, 5), 0), ((4, 3, 6, 6), 1), ((2, 3, 4, 5, 2), -1)]
 )
-def test_training_is_the_closed_form_in_float64(form, shape, axis):
+def test_training_is_the_closed_form_in_float64(float64, form, shape, axis):
   x, g = (np.float64(random_array(shape, seed)) for seed in range(2))
-  with jax.enable_x64(True):
-    y, dx, statistics = with_gradient(form, x, g, axis=axis)
+  y, dx, statistics = with_gradient(form, x, g, axis=axis)
   mean, std = numpy_statistics(x, axis)
   axes = tuple(i for i in range(x.ndim) if i != axis % x.ndim)
   centered = (x - mean) / std
@@ -269,15 +268,14 @@ DEVICES, SHAPE = 4, (8, 3, 3, 5)
 @pytest.mark.parametrize(
   'form, transform', [(linen_form, jax.vmap), (nnx_form, jax.pmap)]
 )
-def test_devices_are_the_whole_batch(form, transform):
+def test_devices_are_the_whole_batch(float64, form, transform):
   """Whole steps by jit, pmap and shard_map are in test_data_parallel.py."""
-  with jax.enable_x64(True):
-    x, g = (jnp.asarray(random_array(SHAPE, k), jnp.float64) for k in (0, 1))
-    function = functools.partial(with_gradient, form, axis_name='batch')
-    y, dx, statistics = transform(function, axis_name='batch')(
-      *(a.reshape(DEVICES, -1, *SHAPE[1:]) for a in (x, g))
-    )
-    expected, gradient, whole = with_gradient(form, x, g)
+  x, g = (jnp.float64(random_array(SHAPE, k)) for k in (0, 1))
+  function = functools.partial(with_gradient, form, axis_name='batch')
+  y, dx, statistics = transform(function, axis_name='batch')(
+    *(a.reshape(DEVICES, -1, *SHAPE[1:]) for a in (x, g))
+  )
+  expected, gradient, whole = with_gradient(form, x, g)
   # 72 additions of numbers up to 100, each rounded by 1e-16.
   np.testing.assert_allclose(y.reshape(SHAPE), expected, rtol=0, atol=1e-11)
   np.testing.assert_allclose(dx.reshape(SHAPE), gradient, rtol=0, atol=1e-11)

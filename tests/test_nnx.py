@@ -230,14 +230,12 @@ def test_a_stack_of_our_own_layers_is_redrawn():
   assert not (first == check_stack(model, plain)).any()
 
 
-def test_V_is_drawn_in_the_dtype_of_the_parameters():
-  with jax.enable_x64(True):
-    layer = asymmetric.Linear(
-      3, 4, feedback=sbp.frsf(0.25), use_bias=False, param_dtype='float64',
-      dtype='float32', rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    x = jnp.ones(3, 'float32')
-    used = jax.jit(jax.jacrev(layer))(x).T
-    V = feedback_weights(layer)['kernel']
-    assert (V.dtype, used.dtype) == ('float64', 'float32')
-    np.testing.assert_array_equal(V.astype(used.dtype), used)
+def test_V_is_drawn_in_the_dtype_of_the_parameters(float64):
+  layer = asymmetric.Linear(
+    3, 4, feedback=sbp.frsf(0.25), use_bias=False, param_dtype='float64',
+    dtype='float32', rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  used = jax.jit(jax.jacrev(layer))(jnp.ones(3, 'float32')).T
+  V = feedback_weights(layer)['kernel']
+  assert (V.dtype, used.dtype) == ('float64', 'float32')
+  np.testing.assert_array_equal(V.astype(used.dtype), used)
