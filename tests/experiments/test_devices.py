@@ -10,11 +10,10 @@ from experiments.training import loop as train
 from experiments.training.step import Setup, program
 from tests.experiments import tiny
 
-_PLAN = ((None, 72),)  # three of 216 images; 2, 4 and 8 divide it
 
-
-def _run(condition, **protocol):
-  return tiny.with_plan(tiny.run(condition, **protocol), _PLAN)
+def _run(condition, size=72, **protocol):
+  """With three mini-batches of 216 images; 2, 4 and 8 divide them."""
+  return tiny.run(f'{condition}-{size}', **protocol)
 
 
 def _placed(run, count):
@@ -47,11 +46,10 @@ def _trained(run, count, state=None, first=1, scan=None):
 )
 def test_several_devices_are_one(condition, count, scan):
   """Even in a run that goes on with another number of them."""
-  run = _run(condition, layer_metrics=scan)
-  if '+BM' in condition:
-    # Rounding decides the sign of a gradient that is nearly 0, and the updates
-    # after it follow. So one update an epoch, and each from the same state.
-    run = tiny.with_plan(run, ((None, 216),))
+  # Rounding decides the sign of a gradient that is nearly 0, and the updates
+  # after it follow. So one update an epoch, and each from the same state.
+  size = 216 if '+BM' in condition else 72
+  run = _run(condition, size, layer_metrics=scan)
   expected, expected_lines = _trained(run, 1)
   first, lines = _trained(run, count, scan=scan)
   second, more = _trained(run, count, expected[0], first=2, scan=scan)

@@ -145,9 +145,3 @@ def assert_close(lines, others, tolerance=1e-3) -> None:
         np.testing.assert_allclose, rtol=tolerance, atol=one, err_msg=name
       )
       jax.tree.map(close, line[name], other[name])
-
-
-def with_plan(run: protocol.Run, plan) -> protocol.Run:
-  """The run with other mini-batches."""
-  condition = dataclasses.replace(run.condition, batch_plan=plan)
-  return dataclasses.replace(run, condition=condition)
