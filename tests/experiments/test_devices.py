@@ -1,5 +1,6 @@
 """A run over several devices is that of one, whatever its condition."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from experiments.training import data as device
 from experiments.training import devices, step
 from experiments.training import loop as train
-from experiments.training.step import Setup, program
+from experiments.training.step import Setup
 from tests.experiments import tiny
 
 
@@ -83,25 +84,14 @@ def test_a_step_in_groups_is_the_mean_of_the_gradients_of_the_groups(name):
   """Momentum and decay are 0 and the rate is 1: the step is the gradient."""
   options = dict(momentum=0.0, weight_decay=0.0)
   grouped = _run(name, batch_norm_groups=4, **options)
-  placed = _placed(grouped, 1)
-  index = device.mini_batches(grouped, 1, placed.trained)[0]
-
-  def params_after(run, rows):
-    functions = program(Setup.of(run, placed))
-    state, _ = functions.step(
-      train.start(run, placed), placed.arrays, rows, np.float32(1)
-    )
-    return state['params']
-
+  index = device.mini_batches(grouped, 1, _placed(grouped, 1).trained)[0]
   parts = [
-    params_after(_run(name, **options), rows) for rows in index.reshape(4, -1)
+    tiny.first_step(_run(name, **options), rows, 1.0)
+    for rows in index.reshape(4, -1)
   ]
   mean = jax.tree.map(lambda *each: np.mean(each, 0), *parts)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    params_after(grouped, index),
-    mean,
-  )
+  whole = tiny.first_step(grouped, index, 1.0)
+  chex.assert_trees_all_close(whole, mean, rtol=1e-4, atol=1e-6)
 
 
 def test_the_default_is_what_divides_every_mini_batch(monkeypatch):

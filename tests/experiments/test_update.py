@@ -1,5 +1,6 @@
 """One update: what it changes, at which rate, with which feedback."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def test_what_is_frozen_does_not_move():
   for part in ('Bottom', 'Top'):
     run = tiny.run(f'BN {part}', weight_decay=0.1)
     before = train.start(run, tiny.placed(run))['params']
-    after = _first_step(run)
+    after = tiny.first_step(run)
     moved = {
       layer for layer in before if not tiny.equal(before[layer], after[layer])
     }
@@ -30,7 +31,7 @@ def test_what_is_frozen_does_not_move():
 
 def test_weight_decay_spares_batch_norm_alone():
   decayed, plain = (
-    _first_step(tiny.run('BN', weight_decay=decay)) for decay in (0.5, 0.0)
+    tiny.first_step(tiny.run('BN', weight_decay=decay)) for decay in (0.5, 0.0)
   )
   run = tiny.run('BN')
   before = train.start(run, tiny.placed(run))['params']
@@ -46,24 +47,13 @@ def test_weight_decay_spares_batch_norm_alone():
   }  # fmt: skip
 
 
-def _first_step(run, rate=0.01):
-  placed = tiny.placed(run)
-  state, _ = program(Setup.of(run, placed)).step(
-    train.start(run, placed),
-    placed.arrays,
-    placed.trained[:100],
-    np.float32(rate),
-  )
-  return state['params']
-
-
 def test_a_summed_gradient_is_the_mean_times_the_batch():
-  summed = _first_step(tiny.run(reduction='sum', weight_decay=0.0), 0.0001)
-  mean = _first_step(tiny.run(weight_decay=0.0))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    summed,
-    mean,
+  summed = tiny.run(reduction='sum', weight_decay=0.0)
+  chex.assert_trees_all_close(
+    tiny.first_step(summed, rate=0.0001),
+    tiny.first_step(tiny.run(weight_decay=0.0)),
+    rtol=1e-4,
+    atol=1e-6,
   )
 
 
@@ -121,12 +111,8 @@ def test_the_start_is_that_of_the_model():
   initialize = jax.jit(model.init, static_argnums=2)
   variables = initialize(jax.random.key(3), jnp.zeros((1, 1845)), True)
   for part in ('params', 'feedback'):
-    jax.tree.map(
-      # Another program may round the product with 0.05 differently.
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-      state[part],
-      variables[part],
-    )
+    # Another program may round the product with 0.05 differently.
+    chex.assert_trees_all_close(state[part], variables[part], rtol=1e-6)
 
 
 class _Plain(nn.Module):
@@ -178,8 +164,4 @@ def test_a_symmetric_run_is_plain_flax_and_optax_step_by_step():
       state, placed.arrays, index, np.float32(1e-4)
     )
     assert float(scores[0]) / 30 == pytest.approx(float(value), rel=1e-4)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
-      dict(state['params']),
-      dict(params),
-    )
+    chex.assert_trees_all_close(state['params'], params, rtol=1e-3, atol=1e-5)

@@ -17,6 +17,7 @@ from experiments.datasets import Dataset, Loader
 from experiments.paper import conditions, protocol
 from experiments.training import data as device
 from experiments.training import loop
+from experiments.training.step import Setup, program
 
 CLASSES = 8  # XLA:CPU compiles random numbers in rows of 8 faster than of 10
 # Has a network 'small', which compiles in well under a second.
@@ -108,6 +109,16 @@ def train(run, on=None, scan=None):
     states.append(jax.tree.map(np.array, state))
     lines.append(line)
   return states, lines
+
+
+def first_step(run, rows=None, rate=0.01):
+  """The parameters after an update with some images: the first hundred."""
+  on = placed(run)
+  rows = on.trained[:100] if rows is None else rows
+  state, _ = program(Setup.of(run, on)).step(
+    loop.start(run, on), on.arrays, rows, np.float32(rate)
+  )
+  return state['params']
 
 
 @contextlib.contextmanager
