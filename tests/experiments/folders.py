@@ -12,7 +12,6 @@ from experiments.runs import checkpoints
 from experiments.runs.store import RunFolder
 from tests.experiments import tiny
 
-ENVIRONMENT = {'jax': '0.10.0', 'cores': '2'}
 RESULT = {'best_test_error': 50.0, 'diverged': False}
 
 

@@ -16,7 +16,6 @@ from experiments.training.models import (
   Full,
   Network,
   Pool,
-  multiply_adds,
   pool,
   rectified_once,
 )
@@ -105,27 +104,6 @@ def test_initial_weights_by_layer():
   assert found == pytest.approx(stds, rel=0.05)
   for leaves in params['params'].values():
     assert not np.any(leaves['bias'])
-
-
-def _multiply_adds(name, classes):
-  return multiply_adds(NETWORKS[name], SHAPES[name], classes)
-
-
-def test_multiply_adds_by_hand():
-  assert _multiply_adds('mnist', 10) == [
-    24 * 24 * 20 * 25,  # 288,000
-    8 * 8 * 50 * 25 * 20,  # 1,600,000
-    800 * 500,
-    500 * 10,
-  ]
-  assert _multiply_adds('general', 102) == [
-    56 * 56 * 48 * 81 * 3,  # 36,578,304
-    24 * 24 * 128 * 25 * 48,  # 88,473,600
-    18432 * 306,
-    306 * 204,
-    204 * 102,
-  ]
-  assert _multiply_adds('timit', 80) == [1845 * 512, 512 * 256, 256 * 80]
 
 
 def _pool_loop(x: np.ndarray, layer: Pool, g: np.ndarray | None = None):

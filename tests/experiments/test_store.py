@@ -16,28 +16,6 @@ from experiments.runs.store import RunFolder, StoreError
 from tests.experiments import folders, tiny
 
 
-def test_a_finished_run(tmp_path):
-  run = tiny.run()
-  folder = folders.interrupted(tmp_path)
-  assert folder.result() is None
-  folder.finish(folders.RESULT, folders.ENVIRONMENT)
-  with folder.claimed():
-    pass
-  assert folder.result() == folders.RESULT
-  assert sorted(os.listdir(folder.path)) == [
-    'config.json', 'environment.json', 'metrics.jsonl', 'result.json',
-  ]  # fmt: skip
-  assert store.load(tmp_path) == [
-    store.Record(
-      run.run_id,
-      run.config(),
-      [folders.line(1), folders.line(2), folders.line(3)],
-      folders.RESULT,
-      folders.ENVIRONMENT,
-    )
-  ]
-
-
 def test_writing_is_whole_or_not_at_all(tmp_path, monkeypatch):
   path = tmp_path / 'result.json'
   files.write_atomically(path, 'old')
