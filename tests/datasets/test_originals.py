@@ -1,7 +1,6 @@
 """Original archives become arrays, in whatever form a person has them."""
 
 import errno
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ from experiments.datasets import DatasetError
 from experiments.datasets.archives import members
 from tests.datasets import archives, originals
 from tests.datasets.archives import load
+from tests.experiments.command_line import python
 
 
 def _flowers17(data):
@@ -391,13 +391,7 @@ print(datasets.status('Scene67', sys.argv[1]).state)
 
 def test_a_full_disk_leaves_nothing_that_looks_ready(tmp_path, manual, prepare):
   originals.scene67().write(manual)
-  done = subprocess.run(
-    [sys.executable, '-c', _FULL, str(tmp_path)],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  *_, error, state = done.stdout.splitlines()
+  *_, error, state = python(_FULL, tmp_path).splitlines()
   assert 'Scene67: mit_indoor67 could not be prepared' in error
   assert 'File too large' in error or errno.errorcode[errno.EFBIG] in error
   assert state == 'downloadable'

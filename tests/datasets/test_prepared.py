@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from experiments import datasets
 from experiments.datasets import DatasetError
 from tests.datasets import archives, originals
+from tests.experiments.command_line import python
 
 
 def _load(root):
@@ -48,13 +48,8 @@ print(loaded('jax', 'tensorflow', 'tensorflow_datasets', 'sklearn', 'PIL',
 data = datasets.load('Scene67', data_dir=sys.argv[1], cache_dir=sys.argv[2])
 print(data.x_train.shape, data.digest, loaded('tensorflow', 'jax'))
 """
-  done = subprocess.run(
-    [sys.executable, '-W', 'error', '-c', script, str(whole), str(tmp_path)],
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert done.stdout == f'[]\n(9, 119, 119, 3) {_load(whole).digest} []\n'
+  wanted = f'[]\n(9, 119, 119, 3) {_load(whole).digest} []\n'
+  assert python(script, whole, tmp_path) == wanted
 
 
 def test_the_own_folder_of_tfds_is_looked_at_last(

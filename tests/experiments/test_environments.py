@@ -12,13 +12,11 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-import experiments
 from experiments import cli
 from experiments.bench import __main__ as bench
 from tests.experiments import tiny
-from tests.experiments.command_line import call
+from tests.experiments.command_line import ROOT, call
 
-_ROOT = Path(experiments.__file__).parents[1]
 _RUN = (
   'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
   '--train-size', '200', *tiny.NETWORK, '--results',
@@ -29,11 +27,10 @@ _NOBODY = (
 )  # fmt: skip
 
 
-def _program(*arguments, cwd=_ROOT, prefix=(), code=None, **environment):
-  kept = {'PATH': os.environ['PATH'], 'PYTHONPATH': str(_ROOT)}
-  program = ('-c', code) if code else ('-m', 'experiments')
+def _program(code, *arguments, cwd=ROOT, prefix=(), **environment):
+  kept = {'PATH': os.environ['PATH'], 'PYTHONPATH': str(ROOT)}
   return subprocess.run(
-    [*prefix, sys.executable, *program, *map(str, arguments)],
+    [*prefix, sys.executable, '-c', code, *map(str, arguments)],
     cwd=cwd,
     env=kept | environment,
     capture_output=True,
@@ -75,7 +72,7 @@ call('report', folder)
   ],
 )
 def test_list_and_help_import_no_jax(tmp_path, environment):
-  done = _program(cwd=tmp_path, code=_LIST_AND_HELP, **environment)
+  done = _program(_LIST_AND_HELP, cwd=tmp_path, **environment)
   assert done.returncode == 0
   assert done.stderr == b''
   assert b'uSF+BN+BM' in done.stdout
@@ -102,7 +99,7 @@ def test_a_run_and_its_report():
     for path in (folder, folder.parent):
       os.chmod(path, 0o777)
     done = _program(
-      *_RUN, folder, code=_RUN_AND_REPORT, prefix=prefix, **environment
+      _RUN_AND_REPORT, *_RUN, folder, prefix=prefix, **environment
     )
     assert done.returncode == 0, done.stderr
     assert rb'r\xe9sultats [x]' in done.stdout
@@ -127,7 +124,7 @@ def test_options_in_messages_and_guides_exist():
   named = {
     option
     for kind in ('py', 'md', 'toml')
-    for path in (_ROOT / 'experiments').rglob(f'*.{kind}')
+    for path in (ROOT / 'experiments').rglob(f'*.{kind}')
     for option in re.findall(
       r'(?<![\w-])--([a-z]{3,}(?:-[a-z]+)*)(?![\w])', path.read_text()
     )

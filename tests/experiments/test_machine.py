@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from experiments.training import machine
+from tests.experiments.command_line import python
 
 
 def test_flags_of_the_user_are_kept(monkeypatch):
@@ -72,15 +73,9 @@ for _ in range(4):
   large()
 print(faults() - before)
 """
-  faults = subprocess.run(
-    [sys.executable, '-c', script],
-    check=True,
-    capture_output=True,
-    text=True,
-    env={'PATH': os.environ['PATH']},
-  ).stdout
+  faults = int(python(script, env={'PATH': os.environ['PATH']}))
   pages = 4 * 2**23 * 8 // os.sysconf('SC_PAGE_SIZE')
-  assert int(faults) < pages / 100
+  assert faults < pages / 100
 
 
 def test_what_changes_numbers_is_set_whatever_the_user_has():
@@ -99,13 +94,8 @@ print(jax.config.jax_default_prng_impl, jax.config.jax_enable_x64,
     'JAX_THREEFRY_PARTITIONABLE': '0',
     'JAX_DEFAULT_MATMUL_PRECISION': 'bfloat16',
   }
-  messages, settings = subprocess.run(
-    [sys.executable, '-c', script],
-    check=True,
-    capture_output=True,
-    text=True,
-    env={'PATH': os.environ['PATH'], **theirs},
-  ).stdout.splitlines()
+  environment = {'PATH': os.environ['PATH'], **theirs}
+  messages, settings = python(script, env=environment).splitlines()
   assert settings == 'threefry2x32 False True float32'
   for name, value in theirs.items():
     assert f'{name} ' in messages

@@ -18,18 +18,17 @@ import filelock
 import psutil
 import pytest
 
-import experiments
 from experiments.runs import launch, store
 from experiments.runs.processes import in_processes, places
 from experiments.runs.ray_tasks import on_ray
 from experiments.runs.train import Options
 from tests.experiments import folders, halting, tiny
+from tests.experiments.command_line import ROOT
 from tests.experiments.listener import Listener, terminate
 
 # Ray forks to start its servers, as a driver does before it has loaded JAX.
 pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
 
-_ROOT = Path(experiments.__file__).parents[1]
 _EPOCHS = 10
 _OPTIONS = (
   '--condition', 'SGD', 'uSF+BN', '--rate', '1', '--train-size', '200',
@@ -58,7 +57,7 @@ def _start(
   environment.pop('XLA_FLAGS', None)
   return subprocess.Popen(
     [*program, 'run', *_OPTIONS, '--results', str(folder), *options],
-    cwd=_ROOT,
+    cwd=ROOT,
     env=environment | variables,
     text=True,
     stdout=stdout,
@@ -107,7 +106,7 @@ def test_signals_then_a_terminal(tmp_path, undisturbed):
   output = _finish(process, 130)
   assert 'stopped by SIGINT' in output
   python, *again = shlex.split(output.split('Resume with: ')[1])
-  assert python == 'python' or (_ROOT / python).exists()
+  assert python == 'python' or (ROOT / python).exists()
   assert again[:5] == ['-m', 'experiments', 'run', '--condition', 'SGD']
   assert str(tmp_path) in again
   (record,) = store.load(tmp_path)

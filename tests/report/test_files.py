@@ -5,9 +5,6 @@ import hashlib
 import html.parser
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -16,21 +13,8 @@ from experiments import report
 from experiments.report import frame, plots
 from experiments.report.frame import printable
 from experiments.runs import files
+from tests.experiments.command_line import python
 from tests.report.records import cell, everything, markup, record
-
-ROOT = Path(__file__).parents[2]
-
-
-def python(program, *args, **environment):
-  """What another Python process prints."""
-  return subprocess.run(
-    [sys.executable, '-c', program, *map(str, args)],
-    capture_output=True,
-    text=True,
-    check=True,
-    cwd=ROOT,
-    env={**os.environ, **environment},
-  ).stdout
 
 
 def contents(folder):
@@ -45,7 +29,7 @@ def test_order_and_hash_seed_change_no_byte(folder, tmp_path):
     'random.Random(1).shuffle(records);'
     'experiments.report.write_report(records, sys.argv[1])'
   )
-  python(program, tmp_path, PYTHONHASHSEED='7')
+  python(program, tmp_path, env=os.environ | {'PYTHONHASHSEED': '7'})
   assert len(contents(folder)) > 12
   assert contents(tmp_path) == contents(folder)
 
