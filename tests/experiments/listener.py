@@ -1,6 +1,6 @@
 """Listeners that remember the progress of runs, and act at an epoch."""
 
-import os
+import functools
 import signal
 
 
@@ -12,16 +12,9 @@ def crash():
   raise Crash
 
 
-def interrupt():
-  os.kill(os.getpid(), signal.SIGINT)
-
-
-def terminate():
-  os.kill(os.getpid(), signal.SIGTERM)
-
-
-def hang_up():
-  os.kill(os.getpid(), signal.SIGHUP)
+interrupt = functools.partial(signal.raise_signal, signal.SIGINT)
+terminate = functools.partial(signal.raise_signal, signal.SIGTERM)
+hang_up = functools.partial(signal.raise_signal, signal.SIGHUP)
 
 
 class Listener:
