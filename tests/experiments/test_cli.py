@@ -23,9 +23,16 @@ from tests.experiments.command_line import call
 main = functools.partial(call, cli.main)
 
 
-def _error(result) -> str:
+def _output(*arguments) -> str:
+  """The output of a command that succeeds."""
+  status, output, _ = main(*arguments)
+  assert status == 0
+  return output
+
+
+def _error(*arguments) -> str:
   """The one line of an expected error."""
-  status, _, errors = result
+  status, _, errors = main(*arguments)
   assert status == 2
   assert errors.startswith('error: ')
   assert errors.count('\n') == 1
@@ -76,20 +83,16 @@ def _error(result) -> str:
 )
 def test_run_refuses(tmp_path, arguments, message):
   results = tmp_path / 'results'
-  assert message in _error(
-    main('run', *arguments.split(), '--results', results)
-  )
+  assert message in _error('run', *arguments.split(), '--results', results)
   assert not results.exists()
 
 
 def test_results_that_are_not_there_or_cannot_be_written(tmp_path):
   none = tmp_path / 'none'
   for command in (['report', none], ['claims', none], ['fold', none, 'study']):
-    assert str(none) in _error(main(*command))
+    assert str(none) in _error(*command)
   (tmp_path / 'file').write_text('')
-  error = _error(
-    main('run', '--condition', 'SGD', '--results', tmp_path / 'file')
-  )
+  error = _error('run', '--condition', 'SGD', '--results', tmp_path / 'file')
   assert 'file' in error
   assert '--results' in error
 
@@ -99,8 +102,7 @@ def test_results_that_are_not_there_or_cannot_be_written(tmp_path):
   ['demo', 'run', 'plan', 'list', 'data', 'report', 'claims', 'fold'],
 )
 def test_help_shows_no_empty_defaults(command):
-  status, out, _ = main(command, '--help')
-  assert status == 0
+  out = _output(command, '--help')
   for noise in ('None', 'default: )', 'default: ,', '{['):
     assert noise not in out
   if command == 'run':
@@ -139,18 +141,11 @@ def test_lines_fit_the_terminal(monkeypatch, tmp_path, command, width):
   monkeypatch.setenv('COLUMNS', str(width))
   monkeypatch.setattr(sys, 'executable', '/env/bin/python')
   more = ['--condition', 'SGD', '--results', tmp_path]
-  status, out, _ = main(command, *(more if command == 'plan' else []))
-  assert status == 0
+  out = _output(command, *(more if command == 'plan' else []))
   names = out.split()
   assert ('brSF-100%+BN+BM' if command == 'list' else 'digits') in names
   longest = max(out.splitlines(), key=len)
   assert len(longest) <= max(width, max(map(len, names)) + 6)
-
-
-_SHORT = (
-  'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
-  '--train-size', '200', *tiny.NETWORK,
-)  # fmt: skip
 
 
 def test_a_failed_run_is_in_the_exit_status_and_the_report(tmp_path):
@@ -160,39 +155,35 @@ def test_a_failed_run_is_in_the_exit_status_and_the_report(tmp_path):
     "NETWORKS = {'small': small}"
   )
   options = ('--plugin', plugin, '--retries', '1', '--results', results)
-  status, out, _ = main(*_SHORT, *options)
+  status, out, _ = main(*tiny.COMMAND, *options)
   assert status == 1
   assert out.count('; it will be tried again') == 1
   assert 'FAILED: RuntimeError in line 1 of <plugin>: no <memory> for' in out
   assert '1 runs failed and are recorded with their errors' in out
-  status, _, _ = main('report', results)
-  assert status == 0
+  _output('report', results)
   page = (results / 'report' / 'report.html').read_text()
   assert 'no &lt;memory&gt; for this' in page
 
 
 def test_finished_runs_are_reported_folded_and_not_run_again(tmp_path):
   results, study = tmp_path / 'results', tmp_path / 'study.jsonl'
-  status, out, _ = main(*_SHORT, '--results', results)
-  assert status == 0
+  out = _output(*tiny.COMMAND, '--results', results)
   assert '[1/1] digits SGD, network small, rate x1, seed 0: best' in out
   assert 'SGD' in out.split('Table 2')[1]
   (run,) = [path for path in results.iterdir() if path.is_dir()]
   (run / 'checkpoints').mkdir()  # left by a process that was killed
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(launch, 'launch', lambda *_: pytest.fail('runs again'))
-    status, out, _ = main(*_SHORT, '--results', results)
-    assert status == 0
+    out = _output(*tiny.COMMAND, '--results', results)
     assert 'all 1 runs are finished' in out
-    status, out, _ = main(*_SHORT, '--results', results, '--shard', '3/4')
-    assert status == 0
+    out = _output(*tiny.COMMAND, '--results', results, '--shard', '3/4')
     assert 'shard 3/4 has no runs: nothing to do.' in out
   assert not (run / 'checkpoints').exists()
 
-  assert main('fold', results, study)[0] == 0
+  _output('fold', results, study)
   out = tmp_path / 'out'
-  status, shown, _ = main('report', study, '--markdown-only', '--out', out)
-  assert (status, 'Table 2' in shown) == (0, True)
+  shown = _output('report', study, '--markdown-only', '--out', out)
+  assert 'Table 2' in shown
   assert (out / 'RESULTS.md').exists()
   status, shown, error = main('report', results, '--out', study)
   assert (status, 'Table 2' in shown) == (2, True)
@@ -211,8 +202,7 @@ def test_the_demo_ends_with_the_answer_and_commands_that_work(
   monkeypatch.setattr(cli, '_DEMO_PROTOCOL', protocol)
   monkeypatch.setattr(sys, 'executable', str(tmp_path / '.venv/bin/python'))
   monkeypatch.chdir(tmp_path)
-  status, out, _ = main('demo', '--results', 'demo')
-  assert status == 0
+  out = _output('demo', '--results', 'demo')
   assert 'digits SGD: compiling, then training' in out
   page = re.search('Open the page: (.*)', out)[1]
   answer = re.search(r'digits \(1 epoch, .*\): backpropagation .*', out)[0]
@@ -252,8 +242,7 @@ def test_the_bar_of_all_runs_counts_parts_of_runs():
 
 def test_list(monkeypatch):
   monkeypatch.setenv('COLUMNS', '200')
-  status, out, _ = main('list')
-  assert status == 0
+  out = _output('list')
   for text in (
     'digits', 'Scene67', '4-C2', 'uSF+BN+BM3',
     'batch 100 or 100 for 3 epochs, then 500', 'last layer frozen',
@@ -268,19 +257,15 @@ def test_list(monkeypatch):
 
 def test_plan_writes_nothing(tmp_path):
   results = tmp_path / 'results'
-  status, out, _ = main(
+  out = _output(
     'plan', '--condition', 'SGD', 'uSF', '--rate', '1', '10', '--epochs', '2',
     '--results', results,
   )  # fmt: skip
-  assert status == 0
   assert '0 of 4 runs are finished' in out
   missing = re.search(r'4 runs missing: \S+ FLOP, about ([0-9]+) s on one', out)
   assert missing and 0 < int(missing[1]) < 60
   assert '--calibrate' in out
-  status, out, _ = main(
-    'plan', *_SHORT[1:], '--calibrate', '--results', results
-  )
-  assert status == 0
+  out = _output('plan', *tiny.COMMAND[1:], '--calibrate', '--results', results)
   head, line = out.splitlines()[1:3]
   assert head.split() == [
     'dataset', 'condition', 'runs', 'FLOP', 'GFLOP/s', 'time',
@@ -301,16 +286,14 @@ def test_the_cost_of_a_run_by_hand():
 
 
 def test_data():
-  status, out, _ = main('data', 'digits')
-  assert status == 0
+  out = _output('data', 'digits')
   assert out.startswith('digits: ')
-  status, out, _ = main('data', 'digits', '--show-split')
-  assert status == 0
+  out = _output('data', 'digits', '--show-split')
   assert out.count('\n') > 20
   assert 'row 0' in out
   assert 'MNIST was not found' not in out
-  assert "did you mean 'digits'" in _error(main('data', 'digit'))
-  assert 'say `data NAME`' in _error(main('data', 'mend', 'digits'))
+  assert "did you mean 'digits'" in _error('data', 'digit')
+  assert 'say `data NAME`' in _error('data', 'mend', 'digits')
 
 
 def test_an_interrupt_is_no_traceback(monkeypatch):

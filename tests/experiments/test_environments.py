@@ -17,10 +17,6 @@ from experiments.bench import __main__ as bench
 from tests.experiments import tiny
 from tests.experiments.command_line import ROOT, call
 
-_RUN = (
-  'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
-  '--train-size', '200', *tiny.NETWORK, '--results',
-)  # fmt: skip
 _NOBODY = (
   'setpriv', '--reuid', '54321', '--regid', '54321', '--clear-groups',
   '--inh-caps=-all', '--bounding-set=-all',
@@ -99,7 +95,12 @@ def test_a_run_and_its_report():
     for path in (folder, folder.parent):
       os.chmod(path, 0o777)
     done = _program(
-      _RUN_AND_REPORT, *_RUN, folder, prefix=prefix, **environment
+      _RUN_AND_REPORT,
+      *tiny.COMMAND,
+      '--results',
+      folder,
+      prefix=prefix,
+      **environment,
     )
     assert done.returncode == 0, done.stderr
     assert rb'r\xe9sultats [x]' in done.stdout

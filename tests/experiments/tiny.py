@@ -23,6 +23,11 @@ CLASSES = 8  # XLA:CPU compiles random numbers in rows of 8 faster than of 10
 # Has a network 'small', which compiles in well under a second.
 PLUGIN = Path(__file__).with_name('small_network.py')
 NETWORK = ('--plugin', str(PLUGIN), '--network', 'small')
+# Trains a run of the digits.
+COMMAND = (
+  'run', '--condition', 'SGD', '--rate', '1', '--epochs', '1',
+  '--train-size', '200', *NETWORK,
+)  # fmt: skip
 
 
 @functools.cache
