@@ -22,6 +22,7 @@ from experiments.runs import launch, store
 from experiments.runs.processes import in_processes, places
 from experiments.runs.ray_tasks import on_ray
 from experiments.runs.train import Options
+from experiments.training import machine
 from tests.experiments import folders, halting, tiny
 from tests.experiments.command_line import ROOT
 from tests.experiments.listener import Listener, terminate
@@ -41,6 +42,7 @@ _BAD = "def bad(*_): raise RuntimeError('no memory')\nNETWORKS = {'bad': bad}"
 # So many that a worker has not trained them all when it is killed.
 _RUNS = [tiny.small(epochs=60, seed=seed) for seed in (0, 1)]
 _FAILS = dataclasses.replace(_RUNS[0], network='bad', plugin=_BAD)
+_SHORT = tiny.small(epochs=3)
 _LONG = tiny.small(epochs=100_000)  # never done before a stop
 
 
@@ -252,7 +254,9 @@ def test_a_killed_worker_is_replaced_and_a_failing_run_recorded(
   assert {k: v for k, v in found.items() if k[0] != _FAILS.run_id} == alone
 
 
-def test_a_killed_ray_task_resumes(tmp_path):
+def test_ray_tasks_have_their_settings_and_resume_when_killed(
+  tmp_path, monkeypatch
+):
   class Killer(Listener):
     """Kills the task; stops the launch once it has resumed."""
 
@@ -269,26 +273,38 @@ def test_a_killed_ray_task_resumes(tmp_path):
       self.addresses += _addresses()
       super().run_failed(run, error, again)
 
+  flag = '--xla_cpu_enable_fast_math=false'
+  monkeypatch.setenv('XLA_FLAGS', flag)
+  # More than half of this host, so one at a time, but not all of it.
+  cpus = max((os.cpu_count() or 1) - 0.5, 1.0)
   options = _options(tmp_path)
-  launcher = on_ray(options, None, float(os.cpu_count() or 1))
-  listener = Killer(count=2, act=_kill_the_worker)
+  listener = Killer(count=_SHORT.protocol.epochs + 2, act=_kill_the_worker)
   with pytest.raises(launch.Interrupted):
-    launch.launch([_LONG], launcher, options, listener)
+    launch.launch(
+      [_SHORT, _LONG], on_ray(options, None, cpus), options, listener
+    )
   ((run_id, error, again),) = listener.of('failed')
   assert (run_id, again) == (_LONG.run_id, True)
   assert 'its worker has died' in error
-  first, resumed = [epoch for _, epoch in listener.of('started')]
+  first, resumed = [
+    epoch for name, epoch in listener.of('started') if name == _LONG.run_id
+  ]
   assert first < resumed
   # No other host can reach it.
   assert len(listener.addresses) > 5
   assert set(listener.addresses) <= {'127.0.0.1', '::1', '::ffff:127.0.0.1'}
   _assert_saved(tmp_path)
+  (short,) = [record for record in store.load(tmp_path) if record.result]
+  cores = min(len(machine.cores()), int(cpus))
+  assert short.environment['cores'] == str(cores)
+  assert flag in short.environment['XLA_FLAGS']
+  assert not list(tmp_path.glob('.launch*'))
 
 
 def _assert_saved(folder: Path) -> int:
   """The last epoch of the long run, which a stop has saved."""
   assert not _workers()
-  (record,) = store.load(folder)
+  (record,) = [r for r in store.load(folder) if r.run_id == _LONG.run_id]
   assert record.result is None
   done = len(record.metrics)
   saved = os.listdir(folder / _LONG.run_id / 'checkpoints')

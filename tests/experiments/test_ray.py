@@ -5,30 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.runs import launch, ray_tasks, store
+from experiments.runs import ray_tasks
 from experiments.runs.files import StoreError
 from experiments.runs.train import Options
-from experiments.training import machine
 from tests.experiments import tiny
-from tests.experiments.listener import Listener
-
-# Ray forks to start its servers, as a driver does before it has loaded JAX.
-pytestmark = pytest.mark.filterwarnings('ignore:os.fork')
-
-_RUNS = [tiny.small(epochs=6, seed=seed) for seed in (0, 1)]
-
-
-@pytest.mark.skipif(len(machine.cores()) < 2, reason='needs two cores')
-def test_a_task_keeps_to_its_cores_and_has_the_settings(tmp_path, monkeypatch):
-  flag = '--xla_cpu_enable_fast_math=false'
-  monkeypatch.setenv('XLA_FLAGS', flag)
-  options = Options(tmp_path, tiny.loader())
-  launcher = ray_tasks.on_ray(options, None)
-  assert launch.launch(_RUNS, launcher, options, Listener()).done == 2
-  for record in store.load(tmp_path):
-    assert record.environment['cores'] == '1'
-    assert flag in record.environment['XLA_FLAGS']
-  assert not list(tmp_path.glob('.launch*'))
 
 
 def test_more_than_this_host_has_is_refused():
@@ -41,7 +21,7 @@ def test_more_than_this_host_has_is_refused():
 
 def test_results_that_a_node_cannot_see_are_refused(tmp_path):
   options = Options(tmp_path, tiny.loader())
-  unseen = ray_tasks._task(_RUNS[0], options, tmp_path / 'no lock')
+  unseen = ray_tasks._task(tiny.run(), options, tmp_path / 'no lock')
   ray = SimpleNamespace(get=lambda _: unseen)
   with pytest.raises(StoreError, match='a Ray node cannot see the results fol'):
     ray_tasks._outcome(ray, None, False)
