@@ -9,7 +9,7 @@ import pytest
 
 from experiments import studies
 from experiments.runs.files import StoreError
-from tests.report.records import record, write_live
+from tests.report.records import record, with_layers, write_live
 
 MACHINE = {'cores': '2', 'processor': 'a <processor>'}
 
@@ -24,8 +24,7 @@ def some_records():
   ]
   for line in made[0].metrics:
     del line['holdout_error']
-  for line in made[3].metrics:
-    line['layers'] = {'conv': {'angle': 1.25, 'norm_ratio': None}}
+  with_layers(made[3:], {'conv': {'angle': 1.25, 'norm_ratio': None}})
   for key in ('holdout_error', 'held_out_test_error', 'held_out_epoch'):
     made[0].result[key] = None
   return [dataclasses.replace(run, environment=MACHINE) for run in made]

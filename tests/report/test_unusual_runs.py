@@ -8,7 +8,7 @@ from experiments import cli, report
 from experiments.paper.protocol import Protocol
 from experiments.report import frame
 from experiments.runs.selection import Selection
-from tests.report.records import cell, record, write_live
+from tests.report.records import cell, record, with_layers, write_live
 
 
 @pytest.mark.parametrize(
@@ -33,18 +33,14 @@ def test_rules_of_a_network_of_one_layer_are_compared_without_angles(tmp_path):
   records = []
   for name in ('SGD+BN', 'uSF+BN', 'DFA+BN', 'KP+BN'):
     records += cell(name, 5.0, layer_metrics=True)
-  for made in records:
-    for line in made.metrics:
-      line['layers'] = {'output': {'angle': 1.0, 'error_angle': 0.0}}
-  report.write_report(records, tmp_path)
+  layers = {'output': {'angle': 1.0, 'error_angle': 0.0}}
+  report.write_report(with_layers(records, layers), tmp_path)
   assert '| DFA |' in (tmp_path / 'RESULTS.md').read_text()
 
 
 def test_a_metric_may_have_any_name(tmp_path):
-  made = record('RndF', 5.0)
-  for line in made.metrics:
-    line['layers'] = {'conv': {'angle': 3.0, 'layer': 1.0, 'epoch': 9.0}}
-  report.write_report([made], tmp_path)
+  layers = {'conv': {'angle': 3.0, 'layer': 1.0, 'epoch': 9.0}}
+  report.write_report(with_layers([record('RndF', 5.0)], layers), tmp_path)
   assert '>conv<' in (tmp_path / 'report.html').read_text()
 
 
