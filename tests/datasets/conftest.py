@@ -7,6 +7,7 @@ import pytest
 from experiments import datasets
 from experiments.datasets import SPECS, archives
 from tests.datasets import originals
+from tests.datasets.archives import raw_arrays
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +18,11 @@ def _no_folder_of_the_user(monkeypatch, tmp_path_factory):
   base = tmp_path_factory.getbasetemp()
   monkeypatch.setattr(constants, 'DATA_DIR', str(base / 'no_tfds'))
   monkeypatch.setenv('XDG_CACHE_HOME', str(base / 'cache_home'))
+
+
+@pytest.fixture(name='arrays')
+def _arrays():
+  return raw_arrays()
 
 
 @pytest.fixture(name='manual')

@@ -106,8 +106,7 @@ def test_the_name_of_the_file_is_safe(tmp_path):
   assert all(name.isascii() and len(name) < 70 for name in files)
 
 
-def test_a_changed_dataset_is_decoded_again(tmp_path):
-  arrays = archives.raw_arrays()
+def test_a_changed_dataset_is_decoded_again(tmp_path, arrays):
   root = archives.image_folder(tmp_path / 'cifar10', arrays)
   before = load(tmp_path).x_train[0]
   first = root / 'train' / 'class 0' / '00000.png'

@@ -27,8 +27,7 @@ def _swapped(values):
     ('classes', np.flip),
   ],
 )
-def test_any_change_changes_it(tmp_path, key, change):
-  arrays = archives.raw_arrays()
+def test_any_change_changes_it(tmp_path, arrays, key, change):
   before = _digest(tmp_path, arrays)
   arrays[key] = change(arrays[key])
   assert _digest(tmp_path, arrays) != before

@@ -14,11 +14,6 @@ from tests.datasets import archives
 from tests.datasets.archives import load
 
 
-@pytest.fixture(name='arrays')
-def _arrays():
-  return archives.raw_arrays()
-
-
 @pytest.fixture(name='root')
 def _root(tmp_path, arrays):
   return archives.image_folder(tmp_path / 'cifar10', arrays)

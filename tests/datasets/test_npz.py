@@ -9,11 +9,6 @@ from tests.datasets import archives
 from tests.datasets.archives import load
 
 
-@pytest.fixture(name='arrays')
-def _arrays():
-  return archives.raw_arrays()
-
-
 def test_raw_arrays_arrive_as_they_are(tmp_path, arrays):
   archives.save(tmp_path / 'cifar10.npz', arrays)
   data = load(tmp_path)

@@ -26,8 +26,7 @@ def _flat(path, counts=(4, 6, 10)):
 
 
 @pytest.mark.parametrize('form', ['npz', 'joined', 'folder'])
-def test_its_spec_says_what_is_there(tmp_path, form):
-  arrays = archives.raw_arrays()
+def test_its_spec_says_what_is_there(tmp_path, arrays, form):
   if form == 'folder':
     archives.image_folder(tmp_path / 'my birds', arrays)
   else:
