@@ -9,7 +9,7 @@ from typing import Any
 from experiments.datasets.specs import SPECS
 from experiments.paper import published as paper
 from experiments.paper.conditions import find
-from experiments.paper.protocol import VERSION, Protocol, run_id
+from experiments.paper.protocol import Data, Protocol, Run
 from experiments.paper.results import result
 from experiments.runs.store import Record
 
@@ -47,25 +47,23 @@ def record(
   note: str = '',
   rule: str | None = None,
   train_images: int = 900,
+  network: str = '',
+  plugin: str = '',
   **protocol: Any,
 ) -> Record:
   """A finished run of a condition with the given best test error."""
   row = find(condition).conditions[plan]
   chance = of_guessing(dataset) if chance is None else chance
-  fields = dataclasses.asdict(Protocol(epochs=4)) | protocol
-  config = {
-    'version': VERSION,
-    'dataset': dataset,
-    'digest': digest,
-    'source': f'{dataset}.npz',
-    'note': note,
-    **dataclasses.replace(row, rule=rule or row.rule).config(),
-    'batch_plan': [list(step) for step in row.batch_plan],
-    'rate': rate,
-    'seed': seed,
-    **fields,
-  }
-  epochs = 1 if diverged else fields['epochs']
+  run = Run(
+    condition=dataclasses.replace(row, rule=rule or row.rule),
+    dataset=Data(dataset, digest, f'{dataset}.npz', note),
+    protocol=Protocol(**{'epochs': 4} | protocol),
+    rate=rate,
+    seed=seed,
+    network=network,
+    plugin=plugin,
+  )
+  epochs = 1 if diverged else run.protocol.epochs
   metrics = [
     {
       'epoch': epoch,
@@ -84,7 +82,7 @@ def record(
   given = {'held_out_test_error': held_out, 'holdout_error': holdout}
   found |= {key: value for key, value in given.items() if value is not None}
   found['best_test_error'], found['chance_error'] = error, chance
-  return Record(run_id(config), config, metrics, found)
+  return Record(run.run_id, run.config(), metrics, found)
 
 
 def cell(condition: str, error: float, **changes: Any) -> list[Record]:
