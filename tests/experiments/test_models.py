@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.datasets import SHAPES, SPECS, WEIGHT_LAYERS
+from experiments.datasets import SPECS, WEIGHT_LAYERS
 from experiments.paper.conditions import find
 from experiments.paper.protocol import Protocol
 from experiments.training.models import (
@@ -173,21 +173,6 @@ def test_the_pools_of_table_1():
     'svhn': [('max', 2, 2, 0)] * 2,
     'timit': [],
   }
-
-
-def test_batch_norm_comes_before_the_rectifier_and_not_last():
-  model = Network(NETWORKS['timit'], 80, batch_norm='plain')
-  random = np.random.default_rng(1)
-  x = random.normal(size=(32, *SHAPES['timit'])).astype(np.float32)
-  logits, state = jax.jit(
-    lambda x: model.init_with_output(jax.random.key(0), x, True)
-  )(x)
-  assert sorted(state['batch_stats']) == ['BatchNorm_0', 'BatchNorm_1']
-  # 256 rectified units of standard normal inputs: mean square 1 / 2 each, so
-  # logits of weights N(0, 0.01^2) have a variance of 256 / 2 * 0.01^2. If the
-  # rectifier came first, it would be twice that; normalized logits have 1.
-  variance = float(jnp.square(logits).mean())
-  assert 0.7 < variance / (128 * 0.01**2) < 1.4
 
 
 def test_rectified_once_is_relu_where_a_run_diverges_too():
