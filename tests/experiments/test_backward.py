@@ -14,6 +14,7 @@ from experiments.training.step import Setup, program
 from tests.experiments import tiny
 
 _BATCH = 100
+_LAYERS = ('Dense_0', 'Dense_1', 'output')
 
 
 def _relu(x):
@@ -43,7 +44,7 @@ def _passes(state, placed, index):
   x -= np.asarray(placed.arrays.mean, np.float64)
   layers = [
     jax.tree.map(lambda w: np.asarray(w, np.float64), state['params'][name])
-    for name in ('Dense_0', 'Dense_1', 'output')
+    for name in _LAYERS
   ]
   inputs = [x]
   for layer in layers:
@@ -56,23 +57,17 @@ def _passes(state, placed, index):
   return inputs[:3], (p - y) / len(y), y / len(y), kernels
 
 
-_PROJECTED = {
-  'DFA': lambda e, y: e,
-  'DRTP': lambda e, y: y,
-}
-
-
 def _angle(a, b):
   cosine = (a * b).sum() / np.linalg.norm(a) / np.linalg.norm(b)
   return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
 
 
-@pytest.mark.parametrize('name', _PROJECTED)
+@pytest.mark.parametrize('name', ['DFA', 'DRTP'])
 def test_direct_feedback_projects_the_output_error(name):
   state, functions, placed, index = _run(name, weight_decay=0.0)
   inputs, e, y, (_, W1, W2) = _passes(state, placed, index)
   B = {k: np.asarray(v, np.float64) for k, v in state['feedback'].items()}
-  projected = _PROJECTED[name](e, y)
+  projected = {'DFA': e, 'DRTP': y}[name]
   # The error at a layer's output, before its rectification.
   errors = [
     (projected @ B[f'{layer}/kernel'].T) * (h > 0)
@@ -80,9 +75,7 @@ def test_direct_feedback_projects_the_output_error(name):
   ]
   new = _step(state, functions, placed, index, 1.0)
   wanted = [*errors, e]
-  for layer, x, error in zip(
-    ('Dense_0', 'Dense_1', 'output'), inputs, wanted, strict=True
-  ):
+  for layer, x, error in zip(_LAYERS, inputs, wanted, strict=True):
     moved = state['params'][layer]['kernel'] - new['params'][layer]['kernel']
     dW = x.T @ error
     # Eight times the rounding of float32 numbers as large as W and dW.
@@ -93,7 +86,7 @@ def test_direct_feedback_projects_the_output_error(name):
   true.insert(0, (true[0] @ W1.T) * (inputs[1] > 0))
   aligned = functions.align(state, placed.arrays, index)
   for layer, x, error, true_error in zip(
-    ('Dense_0', 'Dense_1', 'output'), inputs, wanted, true, strict=True
+    _LAYERS, inputs, wanted, true, strict=True
   ):
     row = aligned[layer]
     assert np.isnan(row.angle)
