@@ -21,9 +21,7 @@ def _load(root):
 def _whole(tmp_path_factory):
   """A data folder in which Scene67 is prepared."""
   root = tmp_path_factory.mktemp('prepared')
-  manual = root / 'downloads' / 'manual'
-  manual.mkdir(parents=True)
-  originals.scene67().write(manual)
+  originals.scene67().write(root / 'downloads' / 'manual')
   list(datasets.prepare('Scene67', root, cache_dir=root / 'cache'))
   return root
 

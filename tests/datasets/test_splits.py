@@ -99,20 +99,10 @@ def test_samples_of_each_class(counts, draw, train, test):
   assert len({*split.train, *split.test}) == sum(train) + sum(test)
 
 
-@pytest.mark.parametrize(
-  ('counts', 'draw', 'message'),
-  [
-    (
-      [7, 8, 20, 6, 8],
-      Draw(classes=4, train=5, test=3),
-      "4 classes with at least 8 .* 3 of 5 have .*'class 03' has 6",
-    ),
-    ([30] + [40] * 101, _CALTECH101, 'at least 31 samples'),
-  ],
-)
-def test_too_few_samples_are_refused(counts, draw, message):
+def test_too_few_samples_are_refused():
+  message = "102 classes .* at least 31 .* 101 of 102 have .*'class 00' has 30"
   with pytest.raises(DatasetError, match=message):
-    draw_split(*_set(counts), draw, 0)
+    draw_split(*_set([30] + [40] * 101), _CALTECH101, 0)
 
 
 def test_two_samples_of_one_name_are_refused():
