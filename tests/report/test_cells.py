@@ -160,14 +160,6 @@ def test_commands_ask_for_as_many_cores_as_the_runs_had():
   assert command.endswith('--executor processes --workers 4')
 
 
-def test_two_copies_of_a_dataset_are_two_rows():
-  rows = read(
-    [record(digest='aaaa'), record(digest='bbbb', note='lossy copy')]
-  ).rows
-  assert [label for _, label in rows] == ['MNIST [aaaa]', 'MNIST [bbbb]']
-  assert rows['4 epochs', 'MNIST [bbbb]'].notes == ('lossy copy',)
-
-
 def test_rows_are_in_the_papers_order_others_last():
   names = ('zoo', 'TIMIT80', 'digits', 'CIFAR', 'MNIST')
   rows = read([record(dataset=name) for name in names]).rows
