@@ -258,7 +258,8 @@ class _Opened:
       self._paths.append(path)
       if value not in keys:
         self.constants.append(path)
-    self.params = dict(zip(self._paths, (x for _, x in found), strict=True))
+    leaves = (x for _, x in found)
+    self.params = transform.distinct(zip(self._paths, leaves, strict=True))
     arrays = {i: x for i, x in parts.items() if i not in self.nodes}
     self.others = rest, arrays
 
@@ -441,12 +442,12 @@ def _leaves(path: Sequence[Any], param: nnx.Param) -> Iterator[tuple[str, Any]]:
 
 def _parameters(model: nnx.Module) -> dict[str, Any]:
   """{path: array} of all parameters, each once."""
-  return {
-    name: leaf
+  return transform.distinct(
+    leaf
     for path, node in nnx.iter_graph(model)
     if isinstance(node, nnx.Param)
-    for name, leaf in _leaves(path, node)
-  }
+    for leaf in _leaves(path, node)
+  )
 
 
 def _own_params(module: nnx.Module) -> Iterator[tuple[Any, nnx.Param]]:
@@ -621,6 +622,8 @@ def without_feedback(model: Model) -> Model:
 
 def redraw(model: nnx.Module, key: jax.Array) -> None:
   """``symjax_bp.redraw`` for an NNX model, whose feedback it replaces.
+
+  From then on V changes at each ``redraw``, and no longer with W.
 
   >>> import jax, symjax_bp
   >>> layer = Linear(1, 3, feedback=symjax_bp.brsf(), rngs=nnx.Rngs(0))

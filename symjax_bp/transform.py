@@ -124,9 +124,14 @@ def path_of(keys: Any) -> str:
 
 def by_path(tree: Any) -> dict[str, Any]:
   """The leaves of a tree by their paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return distinct((path_of(keys), leaf) for keys, leaf in leaves)
+
+
+def distinct(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+  """A dictionary of paths and leaves, in which no path may be twice."""
   leaves = {}
-  for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    path = path_of(keys)
+  for path, leaf in pairs:
     if path in leaves:
       raise ValueError(f'two parameters have the path {path!r}: rename one.')
     leaves[path] = leaf

@@ -464,6 +464,9 @@ def with_attribute(model):
      r"'body/kernel' has feedback of frsf\(\) and rndf\(\)"),
     (lambda m: convert(with_attribute(m)), ValueError,
      'Linear has an attribute called feedback'),
+    (lambda m: convert(nnx.Dict({'a/kernel': m.body.kernel,
+                                 'a': nnx.Dict(kernel=m.head.kernel)})),
+     ValueError, "two parameters have the path 'a/kernel': rename one"),
   ],
 )  # fmt: skip
 def test_bad_arguments_are_named(call, error, message):

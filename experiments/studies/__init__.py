@@ -40,20 +40,21 @@ _BROKEN = (
 def load(path: str | os.PathLike[str]) -> list[Record]:
   """The runs of a study file, a folder of them, or a live results folder.
 
-  A run that several files hold with the same numbers is there once.
+  A run that is there several times with the same numbers is loaded once.
 
   Raises:
     StoreError: there is no such file or folder, or it can't be read.
   """
   root = Path(path)
-  if root.is_file():
-    return _read(root)
-  records = store.load(root)
+  is_file = root.is_file()
+  records = [] if is_file else store.load(root)
   runs = {record.run_id: record for record in records}
-  for file in sorted(root.glob('*.jsonl')):
+  for file in [root] if is_file else sorted(root.glob('*.jsonl')):
     try:
       found = _read(file)
     except StoreError as error:
+      if is_file:
+        raise
       found = [_broken(file.name, error)]
     for record in found:
       known = runs.setdefault(record.run_id, record)
@@ -61,7 +62,7 @@ def load(path: str | os.PathLike[str]) -> list[Record]:
         records.append(record)
       elif _numbers(known) != _numbers(record):
         name = f'{file.name}, run {record.run_id}'
-        records.append(_broken(name, 'another file has other numbers of it'))
+        records.append(_broken(name, 'it is there already, with other numbers'))
   return records
 
 
@@ -90,8 +91,8 @@ def fold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
   live = store.load(folder)
   if not live:
     raise StoreError(f'{folder} has no runs to fold.')
-  runs = {record.run_id: record for record in (_read(file) if file.exists()
-                                               else [])}  # fmt: skip
+  known = load(file) if file.exists() else []
+  runs = {record.run_id: record for record in known}
   for record in runs.values():
     if record.problem is not None:
       raise StoreError(f'{file}, {record.run_id}: {record.problem}.')

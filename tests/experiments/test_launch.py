@@ -84,6 +84,14 @@ def test_an_undisturbed_run(tmp_path, undisturbed):
   assert {event[1] for event in listener.events} == {other.run_id}
 
 
+@pytest.fixture(name='terminal')
+def _terminal():
+  """As where the tests do not run under nohup."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 # With a share of 1 every epoch has a checkpoint, with 0 there is none.
 @pytest.mark.parametrize(
   ('share', 'after', 'act', 'error', 'resumes'),
@@ -95,6 +103,7 @@ def test_an_undisturbed_run(tmp_path, undisturbed):
     (0.0, 2, hang_up, Interrupted, 3),
   ],
 )
+@pytest.mark.usefixtures('terminal')
 def test_resumes_with_the_same_bits(
   tmp_path, undisturbed, share, after, act, error, resumes
 ):

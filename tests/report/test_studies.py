@@ -53,6 +53,22 @@ def test_a_file_a_folder_of_files_and_a_live_folder_read_alike(live, file):
   assert len(studies.load(live)) == 5
 
 
+def test_a_run_that_a_file_holds_twice_is_loaded_once(live, file):
+  text = file.read_text()
+  line = text.splitlines()[1]
+  file.write_text(f'{text}{line}\n')
+  assert by_name(studies.load(file)) == by_name(some_records())
+  assert studies.fold(live, file) == 4
+  assert file.read_text() == text
+  other = json.loads(line)
+  other['epochs']['test_error'][0] += 1
+  file.write_text(f'{text}{json.dumps(other)}\n')
+  *_, problem = studies.load(file)
+  assert problem.problem == 'it is there already, with other numbers'
+  with pytest.raises(StoreError, match='already, with other numbers'):
+    studies.fold(live, file)
+
+
 def test_the_bytes_depend_on_the_runs_alone(live, file, tmp_path):
   expected = file.read_bytes()
   assert studies.fold(live, file) == 4
