@@ -41,6 +41,7 @@ from flax.typing import Dtype, Initializer
 
 from symjax_bp import batch_norm, linen, metrics, transform
 from symjax_bp.feedback import FeedbackRule
+from symjax_bp.kinds import Kind, Level
 
 __all__ = [
   'BatchNorm',
@@ -310,6 +311,12 @@ class _Changes:
     leaves = jax.tree.leaves(result, is_leaf=_is_object)
     leaves += [leaf for i in self._changed for leaf in after[i][0]]
     self._kept = {id(leaf) for content, _ in after.values() for leaf in content}
+    self._instead = {
+      id(old): new
+      for i, (content, structure) in self._before.items()
+      if structure == after[i][1]
+      for old, new in zip(content, after[i][0], strict=True)
+    }
     return {id(x): x for x in leaves if isinstance(x, jax.Array)}
 
   def _is_changed(self, i: int, after: tuple[list[Any], Any]) -> bool:
@@ -318,14 +325,13 @@ class _Changes:
     pairs = zip(self._before[i][0], after[0], strict=True)
     return any(a is not b for a, b in pairs)
 
-  def check_kept(self, constants: Mapping[str, Any]) -> None:
-    """Raises if a constant is gone, which may have been a state."""
-    for path, x in constants.items():
-      if transform.is_weight(path, x) and id(x) not in self._kept:
-        raise ValueError(
-          f'{path!r} counts as a constant, as arrays do that are attributes, '
-          'but the call changes it: hold it in an nnx.Variable.'
-        )
+  def replaced(self, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """What the call has put in the places of constants, None if nothing."""
+    return {
+      path: self._instead.get(id(x))
+      for path, x in constants.items()
+      if transform.is_weight(path, x) and id(x) not in self._kept
+    }
 
   def carry_out(self, arrays: dict[int, Any]) -> Any:
     """Changes the originals; returns the result of the call."""
@@ -394,16 +400,23 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
     y = function.__get__(model, type(model))(*args, **kwargs)
     is_stream = isinstance(y, types.GeneratorType)
     arrays = changes.find(nodes, list(y) if is_stream else y)
-    changes.check_kept({path: params[path] for path in opened.constants})
     calls[:] = [changes, is_stream]
-    return arrays
+    constants = {path: params[path] for path in opened.constants}
+    return arrays, changes.replaced(constants)
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
   if bridge:
     prefix = ''.join(f'{name}/' for name in bridge.path) + prefix
   f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
-  call = transform.Call(f, opened.params, (opened.others,), {})
-  arrays = call.plan(states).evaluate()
+  call = transform.Call(f, opened.params, (opened.others,), {}).plan(states)
+  for path, kind in call.kinds()[1].items():
+    # Else it may be a state. nnx.jit returns what it was given.
+    if not (isinstance(kind, Kind) and kind.level is Level.CONSTANT):
+      raise ValueError(
+        f'{path!r} counts as a constant, as arrays do that are attributes, '
+        'but the call changes it: hold it in an nnx.Variable.'
+      )
+  arrays, _ = call.evaluate()
   changes, is_stream = calls
   y = changes.carry_out(arrays)
   return iter(y) if is_stream else y

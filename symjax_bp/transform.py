@@ -778,6 +778,11 @@ class Call:
       V, learning, extra = observer(path, op, weight.x, V, step.eqn)
     return asymmetric(op, xs, weight.x, V, learning, extra)
 
+  def kinds(self) -> Any:
+    """The result with the kind of each array in its place."""
+    outputs = self._plan.outputs
+    return self._finish(dict(zip(self._results, outputs, strict=True)))
+
   def evaluate(self, multiply: Multiply | None = None) -> Any:
     """The result of the call; ``multiply`` evaluates its products."""
     values = _evaluate(self._plan, self._values, multiply or self._multiply)

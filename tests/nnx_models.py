@@ -196,7 +196,11 @@ def stateful(rngs):
 def normalized(rngs):
   make = lambda: nnx.Linear(3, 3, rngs=rngs)
   spectral = nnx.SpectralNorm(make(), rngs=rngs)
-  return nnx.Sequential(nnx.WeightNorm(make(), rngs=rngs), spectral, make())
+  return Net(
+    # It returns all arrays, also those that are attributes: the scales.
+    lambda m, x: nnx.remat(lambda layers, x: layers(x))(m.layers, x),
+    layers=nnx.Sequential(nnx.WeightNorm(make(), rngs=rngs), spectral, make()),
+  )
 
 
 def linen_in_nnx(rngs):
