@@ -661,6 +661,9 @@ def feedback_weights(
 ) -> dict[str, jax.Array]:
   """Returns V of each weight with feedback, by its path, in its dtype.
 
+  Without those of a Linen model in it that has rules of its own, for which
+  there is ``symjax_bp.linen.feedback_weights``.
+
   >>> import symjax_bp
   >>> layer = Linear(1, 2, feedback=symjax_bp.usf(), rngs=nnx.Rngs(0))
   >>> print(layer.kernel[...] > 0, feedback_weights(layer)['kernel'])
@@ -685,7 +688,7 @@ def _copy_with_paths(opened: _Opened, params: Any, others: Any) -> Any:
     prefix = f'{path}/' if path else '', object()
     object.__setattr__(module, _PREFIX, prefix)
   for path, module in nnx.iter_modules(model):
-    if type(module) is nnx.bridge.ToNNX:
+    if isinstance(module, nnx.bridge.ToNNX):
       inner = linen.at_path(module.to_nnx__module, _joined(*path))
       module.to_nnx__module = inner
   return model, args, kwargs
