@@ -568,8 +568,8 @@ def _mean_of_tokens(product, params, x):
 
 
 def _clipped(product, W, x):
-  limit = jnp.abs(x).mean()
-  return product(x, jnp.clip(W, -limit, limit))
+  limit = jax.lax.stop_gradient(jnp.abs(x).mean())
+  return product(x, jax.lax.clamp(-limit, W, limit))
 
 
 def _buffered(product, params, x):
