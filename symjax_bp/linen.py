@@ -93,14 +93,14 @@ def _call(
   # A plain call makes the parameters.
   result = run(scope, *args, **kwargs) if initializing else None
   after = _copied(scope.rng_counters)
-  path = '/'.join(filter(None, (scope.flags.get('path'), *bound.path)))
-  prefix = f'{path}/' if path else ''
+  prefix = prefix_of(bound)
 
   def interpret(scope_fn, repack, groups, rngs, *args, **kwargs):
     ((variables,),) = groups
-    hidden = ['feedback', 'feedback_weights', 'params']
-    # Decoders take another input once the collection 'cache' is there.
-    hidden += ['cache'] * initializing
+    hidden = {'feedback', 'feedback_weights', 'params'}
+    if initializing:
+      # Decoders take another input once the collection 'cache' is there.
+      hidden.add('cache')
     rest = {k: v for k, v in variables.items() if k not in hidden}
 
     def function(params, rest, rngs, args, kwargs):
@@ -134,7 +134,7 @@ def _call(
   _count_from(scope, after)
   if result_or_states and not scope.is_mutable_collection('feedback'):
     raise ValueError(
-      f'the feedback of {path or type(bound).__name__!r} has no place: '
+      f'the feedback of {prefix[:-1] or type(bound).__name__!r} has no place: '
       "add variable_axes={'feedback': 0}, split_rngs={'feedback': True} to "
       "nn.scan or nn.vmap, 'feedback' to the collections of another lift or "
       'to mutable of init.'
@@ -178,6 +178,13 @@ def _retraced(
     return getattr(bound, method or '__call__')(*args, **kwargs)
 
   return call
+
+
+def prefix_of(bound: nn.Module) -> str:
+  """Where the parameters of a module are in the whole model: '' or 'a/b/'."""
+  scope: Any = bound.scope
+  above = scope.flags.get('path')  # See at_path.
+  return ''.join(f'{name}/' for name in (above, *bound.path) if name)
 
 
 def at_path(model: nn.Module, path: str) -> nn.Module:

@@ -406,10 +406,10 @@ def _call(model: Any, function: Any, args: Any, kwargs: Any) -> Any:
 
   prefix, _ = vars(model).get(_PREFIX, ('', None))
   if bridge:
-    prefix = ''.join(f'{name}/' for name in bridge.path) + prefix
+    prefix = linen.prefix_of(bridge) + prefix
   f = transform.FeedbackFunction(traced, _known(rules), prefix=prefix)
   call = transform.Call(f, opened.params, (opened.others,), {}).plan(states)
-  for path, kind in call.kinds()[1].items():
+  for path, kind in call.result_kinds()[1].items():
     # Else it may be a state. nnx.jit returns what it was given.
     if not (isinstance(kind, Kind) and kind.level is Level.CONSTANT):
       raise ValueError(

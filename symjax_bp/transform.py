@@ -778,7 +778,7 @@ class Call:
       V, learning, extra = observer(path, op, weight.x, V, step.eqn)
     return asymmetric(op, xs, weight.x, V, learning, extra)
 
-  def kinds(self) -> Any:
+  def result_kinds(self) -> Any:
     """The result with the kind of each array in its place."""
     outputs = self._plan.outputs
     return self._finish(dict(zip(self._results, outputs, strict=True)))

@@ -495,3 +495,9 @@ def test_a_linen_model_in_an_nnx_model():
     rows = sbp.nnx.layer_rules(model, X)
     assert [row.path for row in rows if row.rule][:2] == paths
     assert [*sbp.nnx.layer_alignment(model, jnp.sum, X)][:2] == paths
+  # And an NNX layer in the Linen model.
+  inmost = nnx.bridge.to_linen(sbp.nnx.Linear, 4, 3, feedback=sbp.usf())
+  bridged = nnx.bridge.ToNNX(nn.Sequential([nn.Dense(4), inmost]), nnx.Rngs(0))
+  model = nnx.Sequential(bridged.lazy_init(X))
+  paths = ['layers/0/layers_1/kernel']
+  assert [*sbp.nnx.layer_alignment(model, jnp.sum, X)] == paths
