@@ -16,7 +16,7 @@ from experiments.paper.protocol import Run
 from experiments.runs.store import RunFolder, tidy
 from experiments.runs.train import Listener, Options, Outcome, train_runs
 
-_HANGUP = getattr(signal, 'SIGHUP', None)  # a closed terminal; not on Windows
+HANGUP = getattr(signal, 'SIGHUP', None)  # a closed terminal; not on Windows
 
 
 class StopRequest:
@@ -38,8 +38,8 @@ class StopRequest:
     """Handles the signals; a second one ends the program at once."""
     numbers = [signal.SIGINT, signal.SIGTERM]
     # `nohup` ignores it, so that the program goes on.
-    if _HANGUP is not None and signal.getsignal(_HANGUP) != signal.SIG_IGN:
-      numbers.append(_HANGUP)
+    if HANGUP is not None and signal.getsignal(HANGUP) != signal.SIG_IGN:
+      numbers.append(HANGUP)
     self._before = {
       number: signal.signal(number, self._handle) for number in numbers
     }

@@ -15,7 +15,7 @@ from typing import Any, cast
 from experiments.datasets import DatasetError
 from experiments.paper.protocol import Run
 from experiments.runs.files import StoreError
-from experiments.runs.launch import Launcher
+from experiments.runs.launch import HANGUP, Launcher
 from experiments.runs.train import (
   Forwarder,
   Listener,
@@ -179,9 +179,8 @@ def _work(pipe: Any, place: Place, options: Options) -> None:
   """A worker process: trains the runs that come through the pipe."""
   asked = threading.Event()
   signal.signal(signal.SIGTERM, lambda *_: asked.set())
-  for name in ('SIGINT', 'SIGHUP'):  # from the terminal; the driver decides
-    if hasattr(signal, name):
-      signal.signal(getattr(signal, name), signal.SIG_IGN)
+  for number in filter(None, (signal.SIGINT, HANGUP)):
+    signal.signal(number, signal.SIG_IGN)  # from the terminal: driver decides
   os.environ.update(place.environment)
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, place.cores)

@@ -86,8 +86,7 @@ def on_ray(
           seen.pop(run.run_id, None)  # a retry starts anew
           outcome, calls = _outcome(ray, task, stop())
           for name, arguments in calls:
-            if name in ('message', 'run_finished'):  # epochs have been shown
-              getattr(listener, name)(*arguments)
+            getattr(listener, name)(*arguments)
           yield run, outcome
     finally:
       token.unlink(missing_ok=True)
@@ -184,7 +183,7 @@ def _runtime(address: str | None, platforms: str) -> dict[str, Any]:
 def _outcome(
   ray: Any, task: Any, stopping: bool
 ) -> tuple[Outcome, Sequence[_Call]]:
-  """The outcome of a task, and what its listener received."""
+  """The outcome of a task, and what it tells the listener at its end."""
   try:
     outcome, calls = ray.get(task)
   except ray.exceptions.RayTaskError as error:
@@ -221,7 +220,13 @@ def _task(
   with _own_cores(assigned.get('CPU', 0.0)):
     machine.configure()  # memory, and a compilation cache on that host
     calls: list[_Call] = []
-    listener = cast(Listener, Forwarder(calls.append))
+
+    def keep(call: _Call) -> None:
+      # The driver finds the epochs in the run's folder.
+      if call[0] in ('message', 'run_finished'):
+        calls.append(call)
+
+    listener = cast(Listener, Forwarder(keep))
     try:
       ((_, outcome),) = train_runs([run], options, listener, stop.is_set)
       return outcome, calls

@@ -91,8 +91,8 @@ def fold(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> int:
   live = store.load(folder)
   if not live:
     raise StoreError(f'{folder} has no runs to fold.')
-  known = load(file) if file.exists() else []
-  runs = {record.run_id: record for record in known}
+  before = load(file) if file.exists() else []
+  runs = {record.run_id: record for record in before}
   for record in runs.values():
     if record.problem is not None:
       raise StoreError(f'{file}, {record.run_id}: {record.problem}.')

@@ -18,9 +18,8 @@ import symjax_bp
 from symjax_bp import linen, metrics
 from symjax_bp.direct import with_direct_feedback
 
-__all__ = ['Backward', 'Direct', 'Loss', 'Rule', 'backward', 'rule_of']
+__all__ = ['Backward', 'Direct', 'Rule', 'backward', 'rule_of']
 
-Loss = Callable[[jax.Array], jax.Array]  # of logits, a mean over examples
 
 # The rate of the mirror's noise phase, one update a step: R follows W within 50
 # steps, and the noise of that many batches is averaged.
